@@ -1,0 +1,44 @@
+// min, max and sign with PyTorch's NaN rules: min and max keep a NaN, sign(NaN) is 0.
+#pragma once
+
+#include "common/macros.h"
+
+namespace pyadv {
+
+// Written so that gcc turns them into blends; the symmetric form (a > b || a != a) stays scalar.
+template <class C>
+PYADV_HD C nan_max(C a, C b) {
+  return b >= a ? b : (b != b ? b : a);
+}
+
+template <class C>
+PYADV_HD C nan_min(C a, C b) {
+  return b <= a ? b : (b != b ? b : a);
+}
+
+// alpha sign(g), 0 where g is 0 or NaN, also for an infinite alpha.
+template <class C>
+PYADV_HD C signed_step(C g, C alpha) {
+  return (g > C(0) ? alpha : C(0)) - (g < C(0) ? alpha : C(0));
+}
+
+template <class C>
+PYADV_HD C clip(C v, C low, C high) {
+  return nan_min(nan_max(v, low), high);
+}
+
+// clip(clip(v, low, high), lo, hi) for low and high that are NaN together. Each line is one max or min
+// instruction, which returns its second operand when one is NaN: the order keeps the NaN of low, and
+// comparisons put back those of lo and hi (outside the loop for a scalar box) and of v.
+template <class C>
+PYADV_HD C clip_to_ball_and_box(C v, C low, C high, C lo, C hi) {
+  C r = v > low ? v : low;
+  r = r < high ? r : high;
+  r = lo > r ? lo : r;
+  r = hi < r ? hi : r;
+  r = lo != lo ? lo : r;
+  r = hi != hi ? hi : r;
+  return v != v ? v : r;
+}
+
+}  // namespace pyadv

@@ -1,0 +1,13 @@
+// CUDA kernels: each launches on the given stream and returns a cudaError_t as int (0: success).
+// No CUDA header here, so that the tensor glue compiles with the host compiler alone.
+#pragma once
+
+#include "common/steps.h"
+
+namespace pyadv {
+namespace cuda {
+
+int linf_step(const StepArgs& args, void* stream);
+
+}  // namespace cuda
+}  // namespace pyadv

@@ -1,0 +1,21 @@
+// 16-byte loads and stores where every pointer allows them.
+#pragma once
+
+#include "common/types.h"
+
+namespace pyadv {
+namespace cuda {
+
+// V elements in one access: 16 bytes, or a single element.
+template <class T, int V>
+struct alignas(V == 1 ? alignof(T) : 16) Vec {
+  T v[V];
+};
+
+template <class... P>
+bool aligned16(P... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
+}
+
+}  // namespace cuda
+}  // namespace pyadv

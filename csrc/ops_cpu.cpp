@@ -1,0 +1,32 @@
+// The CPU kernels of the ops whose schemas pyadv/ops defines.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/kernels.h"
+
+namespace pyadv {
+namespace backend {
+
+using namespace pyadv::cpu;
+
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor&) {}
+
+  // Splits the items among torch's threads; `grain` is the number worth one thread.
+  template <class Args>
+  void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items,
+           int64_t grain) const {
+    if (items <= grain) return kernel(args, 0, items);
+    torch::stable::parallel_for(
+        0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+};
+
+}  // namespace backend
+}  // namespace pyadv
+
+#include "glue/steps.h"
+
+STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) { pyadv::register_steps(m); }

@@ -1,0 +1,188 @@
+"""Checks and conversions that all ops share; each message is written once, here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_scalars: dict[float, Tensor] = {}
+# Inside a dispatch mode (fake tensors, tracing) nothing may be cached and pointers are not real.
+_in_mode = torch._C._len_torch_dispatch_stack
+
+
+def check_floating(op: str, **tensors: Any) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in _FLOATING:
+            raise TypeError(
+                f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}"
+            )
+
+
+def check_like(op: str, first: str, like: Tensor, **tensors: Any) -> None:
+    """Every tensor has the shape, dtype and device of `like`, the argument called `first`."""
+    check_floating(op, **{first: like})
+    shape = like.shape
+    if not shape:
+        raise ValueError(f"{op}: {first} must have a batch dimension, got a 0-dim tensor")
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+        if t.shape != shape:
+            raise ValueError(
+                f"{op}: {name} must have the shape of {first}, "
+                f"got {list(t.shape)} and {list(like.shape)}"
+            )
+        if t.dtype != like.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of {first}, got {t.dtype} and {like.dtype}"
+            )
+        check_device(op, name, t, like)
+
+
+def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got a tensor on {t.device}")
+
+
+def check_rows(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+    """`t` holds one value of `dtype` per row of `like`."""
+    if not isinstance(t, Tensor) or t.dtype != dtype:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{op}: {name} must be a {dtype} tensor, got {got}")
+    if t.shape != like.shape[:1]:
+        raise ValueError(
+            f"{op}: {name} must have shape [{like.shape[0]}], one value per row, "
+            f"got {list(t.shape)}"
+        )
+    check_device(op, name, t, like)
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def parameter(
+    op: str, name: str, value: float | Tensor, x: Tensor, *, nonnegative: bool = False
+) -> Tensor:
+    """A float or tensor parameter as the tensor the op's schema takes.
+
+    A float becomes a 0-dim tensor; 1-D means per sample; anything else must broadcast to x. Values
+    of tensors are not read here: that would wait for the device.
+    """
+    if type(value) is float and value in _scalars and (value >= 0 or not nonnegative):
+        return scalar(value, x)
+    if isinstance(value, Tensor):
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
+        if value.dim() and value.device != x.device:
+            check_device(op, name, value, x)
+        shape = value.shape
+        if value.dim() == 1:
+            if shape[0] not in (1, x.shape[0]):
+                raise ValueError(
+                    f"{op}: a 1-D {name} holds one value per sample; expected {x.shape[0]}, "
+                    f"got {shape[0]} (per channel is shape [1, C, 1, 1])"
+                )
+        elif value.dim() > x.dim() or any(
+            s not in (1, n) for s, n in zip(reversed(shape), reversed(x.shape), strict=False)
+        ):
+            raise ValueError(
+                f"{op}: {name} of shape {list(shape)} does not broadcast to {list(x.shape)}"
+            )
+        return value.detach()
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a float or a Tensor, got {type(value).__name__}")
+    if math.isnan(value) or (nonnegative and value < 0):
+        rule = "a number >= 0" if nonnegative else "a number"
+        raise ValueError(f"{op}: {name} must be {rule}, got {value}")
+    return scalar(float(value), x)
+
+
+def scalar(value: float, x: Tensor) -> Tensor:
+    """A 0-dim float64 tensor: on the CPU, where kernels read it without a wait."""
+    if torch.compiler.is_compiling():
+        # A CPU scalar would keep a compiled graph from becoming a CUDA graph.
+        return torch.tensor(value, dtype=torch.float64, device=x.device)
+    if _in_mode():
+        return torch.tensor(value, dtype=torch.float64)
+    cached = _scalars.get(value)
+    if cached is None:
+        if len(_scalars) >= 4096:
+            _scalars.clear()
+        with torch.inference_mode(False):
+            cached = _scalars[value] = torch.tensor(value, dtype=torch.float64)
+    return cached
+
+
+def step_parameters(
+    op: str,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return (
+        parameter(op, "alpha", alpha, x),
+        *ball_parameters(op, x, eps, lo, hi),
+    )
+
+
+def ball_parameters(
+    op: str,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
+        raise ValueError(f"{op}: lo must not be above hi, got lo={lo} and hi={hi}")
+    return (
+        parameter(op, "eps", eps, x, nonnegative=True),
+        None if lo is None else parameter(op, "lo", lo, x),
+        None if hi is None else parameter(op, "hi", hi, x),
+    )
+
+
+def run_out(
+    op: torch._ops.OpOverload,
+    op_out: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    out: Tensor | None,
+) -> Tensor:
+    """The functional op, or its `out=` form with the checks that writing asks for."""
+    if out is None:
+        return op(*args)
+    name = op._opname
+    if out is not args[0]:
+        check_like(name, "the first tensor", args[0], out=out)
+    if not torch.compiler.is_compiling() and not _in_mode():
+        for t in args:
+            if t is not out and isinstance(t, Tensor) and _overlaps_partially(out, t):
+                raise ValueError(
+                    f"{name}: out shares memory with an input without being the same tensor"
+                )
+    op_out(*args, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _overlaps_partially(a: Tensor, b: Tensor) -> bool:
+    if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():
+        return False
+    first_a, first_b = a.data_ptr(), b.data_ptr()
+    if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():
+        return False
+    return first_a <= _last_byte(b, first_b) and first_b <= _last_byte(a, first_a)
+
+
+def _last_byte(t: Tensor, first: int) -> int:
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return first + (reach + 1) * t.element_size() - 1

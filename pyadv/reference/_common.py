@@ -1,0 +1,46 @@
+"""What the references share: widening, row broadcasting, box."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """16-bit floats are widened to float32 for arithmetic and rounded once."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(t: Tensor) -> Tensor:
+    return t.to(compute_dtype(t.dtype))
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), to broadcast against `like` (B, ...)."""
+    return values.reshape(values.shape + (1,) * (like.dim() - 1))
+
+
+def parameter(value: float | Tensor, like: Tensor) -> Tensor:
+    """A float, 0-dim, per-sample (B,) or broadcastable parameter in the type and on the device of
+    `like`."""
+    t = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return per_row(t, like) if t.dim() == 1 else t
+
+
+def clip_to_box(v: Tensor, lo: float | Tensor | None, hi: float | Tensor | None) -> Tensor:
+    if lo is not None:
+        v = torch.maximum(v, parameter(lo, v))
+    if hi is not None:
+        v = torch.minimum(v, parameter(hi, v))
+    return v
+
+
+def keep_inactive(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
+    """Rows that are not active come back bit for bit."""
+    return new if active is None else torch.where(per_row(active, new), new, old)
+
+
+def finish(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
+    """Round once to the dtype of `old`, keep its inactive rows and its memory layout."""
+    result = keep_inactive(new.to(old.dtype), old, active)
+    return torch.empty_like(old).copy_(result) if result.stride() != old.stride() else result
