@@ -1,0 +1,7 @@
+"""Image data sets as tensors: the embedded default, the standard ones, and your own."""
+
+from pyadv.data.batches import Batches, crop_and_flip
+from pyadv.data.images import ImageData, to_images
+from pyadv.data.sources import load
+
+__all__ = ["Batches", "ImageData", "crop_and_flip", "load", "to_images"]

@@ -1,0 +1,84 @@
+"""Shuffled batches whose order is a function of (seed, epoch): resuming needs two integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -> Tensor:
+    """Shift each image by its own offset inside a zero border, and mirror where `flips`.
+
+    `x` (B, C, H, W); `offsets` int64 (B, 2) in [0, 2 padding], rows and columns; `flips`
+    bool (B,). This is RandomCrop(padding=4) + RandomHorizontalFlip of the CIFAR recipes, as one
+    gather for the whole batch.
+    """
+    b, c, h, w = x.shape
+    rows = offsets[:, :1] + torch.arange(h, device=x.device)
+    cols = torch.arange(w, device=x.device).expand(b, w)
+    cols = offsets[:, 1:] + torch.where(flips[:, None], cols.flip(1), cols)
+    padded = F.pad(x, (padding,) * 4).flatten(2)
+    index = (rows[:, :, None] * (w + 2 * padding) + cols[:, None, :]).view(b, 1, h * w)
+    return padded.gather(2, index.expand(b, c, h * w)).view(b, c, h, w)
+
+
+class Batches:
+    """Batches (x, y, ids) of a training set, moved to `device`.
+
+    Epoch e is shuffled, cropped and flipped by a generator seeded with (seed, e), so
+    `epoch(e, start=s)` continues exactly where a run that stopped after s batches was.
+
+    `x` (N, C, H, W), `y` (N,); `ids` int64 are indices into them. Of `world` processes,
+    number `rank` gets every `world`-th sample of each batch, so that the batch as a whole does
+    not depend on their number; a last batch is cut to a multiple of `world`.
+    Raises ValueError if `batch_size` is not a positive multiple of `world`.
+    """
+
+    PADDING = 4
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: bool = False,
+        ids: Tensor | None = None,
+        device: torch.device | str | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size must be a positive multiple of {world}, got {batch_size}")
+        self.x, self.y = x, y
+        self.ids = torch.arange(len(x)) if ids is None else ids
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.device, self.rank, self.world = device, rank, world
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.ids), self.batch_size)
+        return full + (rest >= self.world)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the batches of `epoch` from number `start` on."""
+        # Two words of 32 bits: no two (seed, epoch) share a generator.
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        n = len(self.ids)
+        order = torch.randperm(n, generator=generator)
+        offsets = torch.randint(2 * self.PADDING + 1, (n, 2), generator=generator)
+        flips = torch.rand(n, generator=generator) < 0.5
+        for step in range(start, len(self)):
+            rows = slice(step * self.batch_size, min(n, (step + 1) * self.batch_size))
+            rows = slice(rows.start + self.rank, rows.stop - (rows.stop - rows.start) % self.world)
+            rows = slice(rows.start, rows.stop, self.world)
+            ids = self.ids[order[rows]]
+            x, y = self.x[ids].to(self.device), self.y[ids].to(self.device)
+            if self.augment:
+                x = crop_and_flip(
+                    x, offsets[rows].to(self.device), flips[rows].to(self.device), self.PADDING
+                )
+            yield x, y, ids.to(self.device)

@@ -1,0 +1,107 @@
+"""One shape for every image data set: float32 images in [0, 1], NCHW, and int64 labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A labelled image data set with its official (or named) split.
+
+    `train_x` and `test_x` are float32 (N, C, H, W) in [0, 1]; `train_y` and `test_y` are
+    int64 (N,) in [0, len(classes)). Construction raises ValueError on anything else: wrong ranks,
+    shapes that differ between the splits, NaN, values outside the box, labels out of range.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def __post_init__(self) -> None:
+        check_images("train_x", self.train_x, self.train_y, len(self.classes))
+        check_images("test_x", self.test_x, self.test_y, len(self.classes))
+        if self.train_x.shape[1:] != self.test_x.shape[1:]:
+            raise ValueError(
+                f"{self.name}: train and test images must have one shape, "
+                f"got {tuple(self.train_x.shape[1:])} and {tuple(self.test_x.shape[1:])}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return tuple(self.train_x.shape[1:])
+
+    def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Split `n` training images off: (ids kept (N - n,), val_x (n, C, H, W), val_y (n,)).
+
+        The choice depends on `seed` alone. `n` may be 0; it must leave a training image.
+        """
+        total = len(self.train_y)
+        if not 0 <= n < total:
+            raise ValueError(f"val must lie in [0, {total}) for {total} training images, got {n}")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        held = order[:n]
+        return order[n:].sort().values, self.train_x[held], self.train_y[held]
+
+
+def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:
+    """Bring raw pixels to float32 [0, 1] NCHW.
+
+    `x` is (N, H, W) grey, (N, C, H, W) or (N, H, W, C); uint8, or floating in [0, 1]. Channels
+    are found by their size, 1 or 3; where both readings are possible `layout` ("NCHW" or "NHWC")
+    must say which, else ValueError.
+    """
+    if layout not in (None, "NCHW", "NHWC"):
+        raise ValueError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
+    if x.dim() == 3:
+        x = x[:, None]
+    elif x.dim() == 4:
+        layout = layout or _guess_layout(name, tuple(x.shape))
+        x = x.permute(0, 3, 1, 2) if layout == "NHWC" else x
+    else:
+        raise ValueError(f"{name} must be (N, H, W), NCHW or NHWC, got shape {tuple(x.shape)}")
+    if x.dtype == torch.uint8:
+        return x.contiguous().float().div_(255)
+    if x.is_floating_point():
+        return x.float().contiguous()
+    raise ValueError(f"{name} must be uint8 or floating in [0, 1], got {x.dtype}")
+
+
+def _guess_layout(name: str, shape: tuple[int, ...]) -> str:
+    first, last = shape[1] in (1, 3), shape[3] in (1, 3)
+    if first != last:
+        return "NCHW" if first else "NHWC"
+    why = "both axis 1 and axis 3 could be" if first else "neither axis 1 nor axis 3 can be"
+    raise ValueError(
+        f"{name} has shape {shape}: {why} the channels (1 or 3); pass layout='NCHW' or 'NHWC'"
+    )
+
+
+def check_images(name: str, x: Tensor, y: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless (x, y) is a batch as `ImageData` promises it."""
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{name} must be a non-empty (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {x.dtype}")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"the labels of {name} must be int64 of shape ({len(x)},), "
+            f"got {y.dtype} of shape {tuple(y.shape)}"
+        )
+    low, high = (v.item() for v in x.aminmax())
+    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+        seen = "NaN" if math.isnan(low) else f"[{low:g}, {high:g}]"
+        raise ValueError(f"{name} must lie in [0, 1], saw {seen}; store uint8, or divide by 255")
+    low, high = (v.item() for v in y.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"the labels of {name} must lie in [0, {num_classes}), saw [{low}, {high}]"
+        )
