@@ -1,0 +1,123 @@
+"""What an attack refuses, before any work is lost: each rule and its message once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv.ops._arguments import check_floating
+
+_NORMS = {
+    "linf": "Linf",
+    "inf": "Linf",
+    "l2": "L2",
+    "2": "L2",
+    "2.0": "L2",
+    "l1": "L1",
+    "1": "L1",
+    "1.0": "L1",
+}
+_TOLERANCE = 1e-5  # of the box: pixels that float arithmetic put just outside are not refused
+
+
+def canonical_norm(norm: str | float) -> str:
+    name = _NORMS.get(str(norm).lower())
+    if name is None:
+        raise ValueError(f"norm must be Linf, L2 or L1 (or inf, 2, 1), got {norm!r}")
+    return name
+
+
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return value
+
+
+def size(name: str, value: float | Tensor) -> None:
+    """A radius, a step size, a standard deviation: a finite number >= 0; tensors when they are
+    used."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a Tensor, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def batch(x: Tensor, y: Tensor, ids: Tensor | None) -> None:
+    """Shapes and dtypes, at every call."""
+    check_floating("attack", x=x)
+    if x.dim() == 0:
+        raise ValueError("attack: x must have a batch dimension, got a 0-dim tensor")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"attack: y must be an int64 tensor of labels, got {got}")
+    for name, t in (("y", y), ("ids", ids)):
+        if t is None:
+            continue
+        if t.dtype != torch.int64:
+            raise TypeError(f"attack: {name} must be int64, got {t.dtype}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(
+                f"attack: {name} must have shape [{x.shape[0]}], one value per sample of x, "
+                f"got {list(t.shape)}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"attack: {name} must be on {x.device} as x is, got {t.device}")
+
+
+def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> None:
+    """Values of tensors, once per attack: this reads the device."""
+    if x.numel() == 0:
+        return
+    for name, value in sizes.items():
+        if isinstance(value, Tensor) and not bool((value >= 0).all()):
+            raise ValueError(f"attack: {name} must be >= 0, got {float(value.min())}")
+    if not bool(x.isfinite().all()):
+        raise ValueError("attack: x has NaN or infinite values")
+    below = 0.0 if lo is None else float((_bound(lo, x) - x).max())
+    above = 0.0 if hi is None else float((x - _bound(hi, x)).max())
+    if max(below, above) > _TOLERANCE:
+        raise ValueError(
+            f"attack: x must lie in the box [lo, hi] = [{_show(lo)}, {_show(hi)}], but its values "
+            f"range from {float(x.min()):.4g} to {float(x.max()):.4g}. For inputs that are "
+            "normalised, move the normalisation into the model (pyadv.models.Normalized) or pass "
+            "lo and hi"
+        )
+
+
+def logits(z: Tensor, y: Tensor) -> None:
+    """The first logits of an attack, with their labels."""
+    if z.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"attack: the model returned {z.shape[0]} rows of logits for {y.shape[0]} samples"
+        )
+    if y.numel() == 0:
+        return
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= z.shape[1]:
+        raise ValueError(
+            f"attack: y must hold labels 0..{z.shape[1] - 1} (the model has {z.shape[1]} classes), "
+            f"got values from {low} to {high}"
+        )
+    if bool(z.isnan().any()):
+        raise ValueError("attack: the model returned NaN logits on its first forward pass")
+
+
+def _bound(bound: float | Tensor, x: Tensor) -> float | Tensor:
+    if isinstance(bound, Tensor):
+        bound = bound.to(x.device)
+        return bound.reshape(-1, *(1,) * (x.dim() - 1)) if bound.dim() == 1 else bound
+    return bound
+
+
+def _show(bound: Any) -> str:
+    return "tensor" if isinstance(bound, Tensor) else str(bound)

@@ -1,0 +1,98 @@
+"""The user's model, borrowed: what is attacked, how its logits are found, and how it is given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Output = Callable[[Any], Tensor] | str | int | None
+
+
+def unwrap(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The module inside a DistributedDataParallel or DataParallel wrapper: an attack needs no
+    collectives, and ranks may attack different numbers of batches."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The module a compiled one shares its parameters with: compiled graphs have no second
+    derivatives."""
+    return getattr(unwrap(model), "_orig_mod", unwrap(model))
+
+
+def pick_logits(result: Any, output: Output) -> Tensor:
+    """The logits (B, C) in what a model returned.
+
+    Without `output`: a tensor, `.logits` (Hugging Face), the entry "logits" of a dict or the first
+    of a tuple. `output` may be a callable, a key or attribute name, or an index.
+    """
+    if callable(output):
+        logits = output(result)
+    elif isinstance(output, str):
+        logits = result[output] if isinstance(result, dict) else getattr(result, output)
+    elif output is not None:
+        logits = result[output]
+    elif isinstance(result, Tensor):
+        logits = result
+    elif hasattr(result, "logits"):
+        logits = result.logits
+    elif isinstance(result, dict) and "logits" in result:
+        logits = result["logits"]
+    elif isinstance(result, (tuple, list)) and result:
+        logits = result[0]
+    else:
+        raise TypeError(
+            f"the model returned a {type(result).__name__}; say with output= where its logits are"
+        )
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits of shape [batch, classes], got {got}")
+    return logits
+
+
+@contextlib.contextmanager
+def borrowed(
+    model: Callable[..., Any], bn: str = "eval", update_stats: bool = False
+) -> Iterator[None]:
+    """Evaluation mode for the time of an attack, every sub-module's own mode back afterwards, also
+    after an exception.
+
+    With bn="train" BatchNorm layers use batch statistics; the running ones are put back unless
+    `update_stats`. Flags are set directly, so that a `train()` of the user's own has no part in it.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [m.training for m in modules]
+    batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers: list[tuple[Tensor, Tensor]] = []
+    if bn == "train" and not update_stats:
+        buffers = [(b, b.clone()) for m in batch_norms for b in m.buffers(recurse=False)]
+    try:
+        for m in modules:
+            m.training = False
+        if bn == "train":
+            for m in batch_norms:
+                m.training = True
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+@contextlib.contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients with respect to the input work inside a caller's no_grad or inference_mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def owned(t: Tensor) -> Tensor:
+    """Detached, and a normal tensor even when the caller made it under inference_mode."""
+    return t.clone() if t.is_inference() else t.detach()

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Perturbed:
+    """What the steps of an attack leave behind: `x_adv` with, for each sample, the geometry value
+    `kappa` (how many iterates, start included, were still classified correctly), the number of
+    `steps` taken and of `queries` (forward passes); the last three (B,) int64."""
+
+    x_adv: Tensor
+    kappa: Tensor
+    steps: Tensor
+    queries: Tensor
+
+
+@dataclass
+class AttackResult:
+    """An attack and how it ended.
+
+    `logits` (B, C), `correct` (B,) bool and `loss` (B,) are those of `x_adv` itself: one forward
+    pass more than the attack needs. `correct` is always "classified as y" and, for a targeted attack,
+    "not yet classified as the target"; `loss` is what the attack maximised. `kappa`, `steps` and
+    `queries` as in `Perturbed`, this last forward pass included.
+    """
+
+    x_adv: Tensor
+    logits: Tensor
+    correct: Tensor
+    loss: Tensor
+    kappa: Tensor
+    steps: Tensor
+    queries: Tensor
+
+    @property
+    def robust_accuracy(self) -> float:
+        """The share of samples that the attack did not break."""
+        return self.correct.float().mean().item()

@@ -1,0 +1,103 @@
+"""Where an attack begins.
+
+Keyed noise is a function of (seed, draw, sample id, restart, step) and of nothing else, so that an
+adversarial example does not depend on the batch its sample came in, and torch's generator is left
+alone. "uniform" and "normal_small" draw from that generator, as the official codes do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyadv import ops
+from pyadv.reference._common import parameter, per_row, widen
+
+STARTS = ("keyed", "uniform", "normal_small", "none")
+SMALL = 0.001  # standard deviation of "normal_small", in units of x (TRADES, MART, MAIL)
+
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that draws 0, 1, 2, ... give 2^64 different keys
+_KINDS = 4
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 with the same bits."""
+    word %= 2**64
+    return word - 2**64 if word >= 2**63 else word
+
+
+@dataclass
+class Noise:
+    """Keyed noise for one call of an attack: `kind` tells apart what is drawn at the same step."""
+
+    ids: Tensor
+    seed: int
+    draw: int
+
+    def restarted(self, n: int) -> Noise:
+        """For a batch repeated n times: restart r of sample i has an id of its own, r = 0 the old."""
+        shifts = torch.arange(n, device=self.ids.device) * _signed(_GOLDEN)  # wraps, as ids may
+        return replace(self, ids=(self.ids + shifts[:, None]).flatten())
+
+    def _key(self) -> int:
+        return _signed(self.seed + self.draw * _GOLDEN)
+
+    def uniform(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+        """In [0, 1)."""
+        return ops.keyed_uniform(like, self.ids, self._key(), step * _KINDS + kind)
+
+    def normal(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+        return ops.keyed_normal(like, self.ids, self._key(), step * _KINDS + kind)
+
+
+class GeneratorNoise:
+    """The same draws from torch's own generator."""
+
+    def uniform(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+        return torch.rand_like(like)
+
+    def normal(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+        return torch.randn_like(like)
+
+
+def start(
+    kind: str,
+    norm: str,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+    noise: Noise,
+) -> Tensor:
+    """The first iterate, a new tensor with the layout of x."""
+    if kind == "none":
+        return torch.empty_like(x).copy_(x)
+    if kind == "normal_small":  # not projected: the official codes leave that to the first step
+        return x + SMALL * torch.randn_like(x)
+    source = noise if kind == "keyed" else GeneratorNoise()
+    wide = widen(x)  # 16-bit noise would be coarse
+    radius = parameter(eps, wide)
+    if norm == "Linf":
+        if kind == "uniform" and not isinstance(eps, Tensor):
+            delta = torch.empty_like(wide).uniform_(-eps, eps)
+        else:
+            delta = (2 * source.uniform(wide) - 1) * radius
+        return ops.linf_project((wide + delta).to(x.dtype), x, eps, lo, hi)
+    # Uniform in the ball: a direction, and a radius r with (r / eps)^n uniform.
+    if norm == "L2":
+        direction = source.normal(wide)
+        length = _row_norm(direction, 2)
+    else:
+        u = 2 * source.uniform(wide) - 1
+        direction = -torch.sign(u) * torch.log1p(-u.abs())  # Laplace
+        length = _row_norm(direction, 1)
+    share = source.uniform(wide.flatten(1)[:, :1], kind=1) ** (1.0 / max(x[:1].numel(), 1))
+    unit = direction / length.clamp_min(torch.finfo(length.dtype).tiny)
+    project = ops.l2_project if norm == "L2" else ops.l1_project
+    return project((wide + unit * per_row(share[:, 0], wide) * radius).to(x.dtype), x, eps, lo, hi)
+
+
+def _row_norm(t: Tensor, p: int) -> Tensor:
+    return per_row(torch.linalg.vector_norm(t.flatten(1), p, dim=1), t)
