@@ -1,9 +1,8 @@
 """Ships the C++ sources in the package and, where PyTorch is there, compiles them ahead of time.
 
-    pip install .                        installs sources; the first use compiles them
-    pip install --no-build-isolation .   compiles now, against the installed PyTorch
-    PYADV_NATIVE=0                       in the environment: never compiles
-    PYADV_CUDA=auto|0|1                  CUDA kernels: where nvcc and a PyTorch with CUDA are, or not
+`pip install .` builds in isolation, without PyTorch: it installs sources, the first use compiles
+them. `pip install --no-build-isolation .` compiles now, against the installed PyTorch;
+PYADV_NATIVE=0 in the environment keeps it from that, and PYADV_CUDA=auto|0|1 decides about CUDA.
 """
 
 from __future__ import annotations

@@ -33,9 +33,8 @@ HOST_FLAGS = (
     "-O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -Wall -Wextra"
     f" -DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
 ).split()
-NVCC_FLAGS = (
-    "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
-).split()
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 DEFAULT_ARCHITECTURES = ("8.0", "9.0+PTX")
 
 # Which files belong to which library; csrc/common and csrc/glue belong to both.
