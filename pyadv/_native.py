@@ -40,6 +40,7 @@ _VARIABLES = (
     *("PYADV_NATIVE", "PYADV_CUDA", "PYADV_CACHE_DIR", "PYADV_VERBOSE"),
     *("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
 )
+_PATIENCE = 5.0  # seconds of waiting for another builder before saying so
 _NOT_LOADED = "not loaded yet: the first op loads it"
 
 
@@ -99,7 +100,11 @@ def load() -> Status:
             if _status is None:
                 _status = _start(force=False)
                 if _status.problem and not demanded:
-                    warnings.warn(_advice(_status), RuntimeWarning, stacklevel=3)
+                    comfort = (
+                        " Until then the slower PyTorch reference runs, which PYADV_NATIVE=0 "
+                        "chooses without a warning."
+                    )
+                    warnings.warn(_advice(_status) + comfort, RuntimeWarning, stacklevel=2)
     if _status.problem and demanded:
         raise NativeError(_advice(_status))
     return _status
@@ -129,6 +134,11 @@ def status() -> Status:
     return _status or Status(Kernels(reason=_NOT_LOADED), Kernels(reason=_NOT_LOADED))
 
 
+def describe(kernels: Kernels) -> str:
+    """One line on one device's kernels."""
+    return f"{kernels.path} ({kernels.source})" if kernels.path else f"none: {kernels.reason}"
+
+
 def report() -> str:
     """What runs and why, as text: for `pyadv info` and for bug reports. Loads the kernels."""
     try:
@@ -141,7 +151,7 @@ def report() -> str:
     rows = [
         ("pyadv", f"{__version__} in {Path(__file__).parent}"),
         ("backend", now.backend),
-        *((f"{name} kernels", _describe(getattr(now, name.lower()))) for name in ("CPU", "CUDA")),
+        *((f"{name} kernels", describe(getattr(now, name.lower()))) for name in ("CPU", "CUDA")),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("cards", ", ".join(cards) or "none visible"),
@@ -376,7 +386,7 @@ def _file_lock(path: Path, plan: _build.Plan) -> Iterator[bool]:
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     break
-                if not told and time.monotonic() - begin > 5:
+                if not told and time.monotonic() - begin > _PATIENCE:
                     file.seek(0)
                     owner = file.read().strip() or "another process"
                     _say(f"waiting for {owner}, which compiles the {_LABELS[plan.library]} kernels")
@@ -396,14 +406,8 @@ def _say(line: str) -> None:
     print(f"pyadv: {line}", file=sys.stderr, flush=True)
 
 
-def _describe(kernels: Kernels) -> str:
-    return f"{kernels.path} ({kernels.source})" if kernels.path else f"none: {kernels.reason}"
-
-
 def _advice(now: Status) -> str:
     return (
-        f"pyadv: {now.problem}\n"
-        "The slower PyTorch reference runs instead. Once that is mended, pyadv.build(force=True) "
-        "compiles again, and `python -m pyadv info` shows what is in use. PYADV_NATIVE=0 chooses "
-        "the reference without this warning."
+        f"pyadv: {now.problem}\nOnce that is mended, pyadv.build(force=True) compiles again; "
+        "`python -m pyadv info` shows what is in use."
     )
