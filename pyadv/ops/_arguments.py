@@ -10,6 +10,7 @@ from torch import Tensor
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _scalars: dict[float, Tensor] = {}
+_words: dict[int, Tensor] = {}
 # Inside a dispatch mode (fake tensors, tracing) nothing may be cached and pointers are not real.
 _in_mode = torch._C._len_torch_dispatch_stack
 
@@ -107,17 +108,40 @@ def parameter(
 
 def scalar(value: float, x: Tensor) -> Tensor:
     """A 0-dim float64 tensor: on the CPU, where kernels read it without a wait."""
+    return _constant(_scalars, value, torch.float64, x)
+
+
+def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: int) -> Tensor:
+    """An int in [least, end) or a 0-dim int64 tensor, on the CPU or with x, as a 0-dim int64
+    tensor with the same 64 bits."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim():
+            raise TypeError(
+                f"{op}: {name} must be an int or a 0-dim torch.int64 tensor, "
+                f"got {value.dtype} of shape {list(value.shape)}"
+            )
+        if not value.is_cpu:
+            check_device(op, name, value, x)
+        return value
+    if not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(value).__name__}")
+    if not least <= value < end:
+        raise ValueError(f"{op}: {name} must be in [{least}, {end}), got {value}")
+    return _constant(_words, value - 2**64 if value >= 2**63 else value, torch.int64, x)
+
+
+def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # A CPU scalar would keep a compiled graph from becoming a CUDA graph.
-        return torch.tensor(value, dtype=torch.float64, device=x.device)
+        return torch.tensor(value, dtype=dtype, device=x.device)
     if _in_mode():
-        return torch.tensor(value, dtype=torch.float64)
-    cached = _scalars.get(value)
+        return torch.tensor(value, dtype=dtype)
+    cached = cache.get(value)
     if cached is None:
-        if len(_scalars) >= 4096:
-            _scalars.clear()
+        if len(cache) >= 4096:
+            cache.clear()
         with torch.inference_mode(False):
-            cached = _scalars[value] = torch.tensor(value, dtype=torch.float64)
+            cached = cache[value] = torch.tensor(value, dtype=dtype)
     return cached
 
 

@@ -1,0 +1,48 @@
+"""Geometry values: how many iterates of an attack a sample survives, and when its attack stops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyadv import reference
+from pyadv.ops._arguments import check_rows
+from pyadv.ops._registry import no_output, register
+
+_track = register(
+    "track(Tensor correct, Tensor(a!) kappa, Tensor(b!) active, Tensor(c!) patience) -> ()",
+    reference.track,
+    no_output,
+)
+
+
+def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
+    """One iterate's bookkeeping, in place: kappa counts correct iterates, patience runs out.
+
+    On rows that are active: where `correct`, kappa grows by 1; elsewhere, patience 0 releases the
+    row (active becomes False) and any other patience drops by 1. A correct iterate does not give
+    patience back. Other rows stay as they are.
+
+    Called before each step of an attack of K steps, kappa is GAIRAT's geometry value in {0, ..., K}
+    and patience starting at tau makes FAT's early stop: tau = K never stops, tau = 0 stops at the
+    first misclassified iterate.
+
+    Args:
+        correct: (B,) bool, whether the current iterate is classified as its label.
+        kappa: (B,) int64, changed.
+        active: (B,) bool, changed.
+        patience: (B,) int64, >= 0, changed.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes or devices differ.
+
+    Sources: Zhang et al., "Geometry-aware Instance-reweighted Adversarial Training" (ICLR 2021),
+    algorithm 1; Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning
+    Stronger" (ICML 2020), algorithm 1.
+    """
+    check_rows("track", "correct", correct, correct, torch.bool)
+    check_rows("track", "kappa", kappa, correct, torch.int64)
+    check_rows("track", "active", active, correct, torch.bool)
+    check_rows("track", "patience", patience, correct, torch.int64)
+    _track(correct, kappa, active, patience)
+    torch.autograd.graph.increment_version((kappa, active, patience))

@@ -1,0 +1,16 @@
+"""Geometry values and early stop, in plain PyTorch. Functions of `pyadv.ops` of the same name have
+the same arguments; the tests hold the kernels against what stands here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
+    """Count correct iterates, release rows whose patience is used up. See `ops.track`."""
+    wrong = active & ~correct
+    kappa.add_(active & correct)
+    released = wrong & (patience == 0)
+    patience.sub_((wrong & ~released).to(torch.int64))
+    active.logical_and_(~released)
