@@ -1,0 +1,65 @@
+// Reductions over a row: explicit lanes, so that they vectorise and give the same bits with every
+// instruction set. For use inside a loop struct that cpu::run() dispatches (see clones.h).
+#pragma once
+
+#include <algorithm>
+
+#include "common/math.h"
+
+namespace pyadv {
+namespace cpu {
+
+constexpr int kLanes = 32;
+constexpr int64_t kFlush = 64 * kLanes;  // elements between two flushes of the lanes into double
+
+// K sums over i in [0, n) in one pass: term(i, t) fills the terms C t[K] of element i.
+template <int K, class C, class Term>
+PYADV_HD void sums(int64_t n, const Term& term, double (&total)[K]) {
+  for (int j = 0; j < K; ++j) total[j] = 0.0;
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole;) {
+    C lane[K][kLanes] = {};
+    for (const int64_t end = std::min(i + kFlush, whole); i < end; i += kLanes) {
+      PYADV_INDEPENDENT
+      for (int k = 0; k < kLanes; ++k) {
+        C t[K];
+        term(i + k, t);
+        for (int j = 0; j < K; ++j) lane[j][k] += t[j];
+      }
+    }
+    for (int j = 0; j < K; ++j)
+      for (int k = 0; k < kLanes; ++k) total[j] += lane[j][k];
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    C t[K];
+    term(i, t);
+    for (int j = 0; j < K; ++j) total[j] += t[j];
+  }
+}
+
+// Sum of value(i) over i in [0, n).
+template <class C, class Value>
+PYADV_HD double sum(int64_t n, const Value& value) {
+  double total[1];
+  sums<1, C>(n, [&](int64_t i, C(&t)[1]) { t[0] = value(i); }, total);
+  return total[0];
+}
+
+// Largest value(i) over i in [0, n), at least `least`; NaN if one is NaN.
+template <class C, class Value>
+PYADV_HD C maximum(int64_t n, const Value& value, C least) {
+  C lane[kLanes];
+  for (int k = 0; k < kLanes; ++k) lane[k] = least;
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    PYADV_INDEPENDENT
+    for (int k = 0; k < kLanes; ++k) lane[k] = nan_max(lane[k], value(i + k));
+  }
+  C most = least;
+  for (int k = 0; k < kLanes; ++k) most = nan_max(most, lane[k]);
+  for (int64_t i = whole; i < n; ++i) most = nan_max(most, value(i));
+  return most;
+}
+
+}  // namespace cpu
+}  // namespace pyadv
