@@ -1,11 +1,18 @@
-"""What all tests share: devices, seeds, and the guarantee that a run says which kernels it tested."""
+"""What all tests share: devices, seeds, and that a run says which kernels it tested."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from pyadv import _native
+
+# The CUDA kernels compiled for the CPU (tests/cuda_on_cpu); they serve CPU tensors of this run.
+_CUDA_ON_CPU = os.environ.get("PYADV_TEST_CUDA_ON_CPU")
+if _CUDA_ON_CPU:
+    torch.ops.load_library(_CUDA_ON_CPU)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -17,6 +24,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_report_header() -> list[str]:
+    if _CUDA_ON_CPU:
+        return ["pyadv backend: CUDA kernels on the CPU shim, sanitized"]
     now = _native.status()
     rows = [("CPU", now.cpu), ("CUDA", now.cuda)]
     return [f"pyadv backend: {now.backend}, torch {torch.__version__}"] + [

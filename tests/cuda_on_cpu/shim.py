@@ -1,0 +1,97 @@
+"""Builds the CUDA kernels for the CPU (see README.md) and runs op tests on them:
+
+python tests/cuda_on_cpu/shim.py tests/ops/test_steps.py [any pytest arguments]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyadv import _build
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+WORK = REPOSITORY / "build" / "cuda_on_cpu"
+
+SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# As plain C++ after the stand-ins; each __shared__ variable in a section of its own.
+AS_CPP = (
+    f"-include{HERE / 'cuda_on_cpu.h'}",
+    "-fdata-sections",
+    "-Wno-unknown-pragmas",
+    "-x",
+    "c++",
+)
+LINK = (f"-Wl,-T,{HERE / 'shared_memory.ld'}",)
+
+
+def commands(sources: Sequence[Path], host: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
+    """Each source with its command, given the command for host C++, and the simulator."""
+    kernels = [
+        (path, (*host, *SANITIZE, *(AS_CPP if path.suffix == ".cu" else ("-DPYADV_CUDA_ON_CPU",))))
+        for path in sources
+    ]
+    return [*kernels, (HERE / "simulator.cpp", (*host, "-O2", "-g"))]
+
+
+def plan() -> _build.Plan:
+    """The library of the CUDA kernels, sanitized, as kernels for CPU tensors."""
+    csrc, torch = _build.source_root(), _build.this_torch()
+    cuda, cpu = _build.plan_cuda(csrc, torch), _build.plan_cpu(csrc, torch)
+    host = next(command for path, command in cuda.compile if path.suffix == ".cpp")
+    return dataclasses.replace(
+        cpu,
+        library="cuda_on_cpu",
+        file="_ops_cuda_on_cpu.so",
+        compile=tuple(commands([path for path, _ in cuda.compile], host)),
+        link=(*cpu.link, *SANITIZE, *LINK),
+    )
+
+
+def build(what: _build.Plan) -> Path:
+    """Compile what has changed; one process at a time."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    with (WORK / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build.build([what], WORK / what.library)[0]
+
+
+def environment() -> dict[str, str]:
+    """What a process needs that loads a sanitized library into a Python that is not."""
+    compiler = _build.find_compiler()
+    # libstdc++ comes along so that AddressSanitizer finds the function that throws.
+    preload = [
+        subprocess.run(
+            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYADV_NATIVE": "0",
+    }
+
+
+def command(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command and environment of a pytest run on the kernels' build for the CPU."""
+    library = build(plan())
+    return (
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        {**environment(), "PYADV_TEST_CUDA_ON_CPU": str(library)},
+    )
+
+
+if __name__ == "__main__":
+    words, variables = command(["-m", "not slow", *sys.argv[1:]])
+    os.chdir(REPOSITORY)
+    os.execve(words[0], words, variables)

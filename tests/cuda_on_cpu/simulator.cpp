@@ -1,0 +1,429 @@
+// Runs the threads of one block as fibers; see cuda_on_cpu.h. Compiled without sanitizers.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_on_cpu.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+// Begin and end of all __shared__ variables (shared_memory.ld); absent in a program without any.
+extern "C" __attribute__((weak, visibility("hidden"))) uint64_t cuda_shared_begin[],
+    cuda_shared_end[];
+
+// Present where AddressSanitizer is: it wants to know which stack is in use.
+extern "C" __attribute__((weak)) void __sanitizer_start_switch_fiber(void**, const void*, size_t);
+extern "C" __attribute__((weak)) void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
+
+namespace cuda_on_cpu {
+namespace {
+
+// Fibers. Switching is six instructions where we wrote them down; swapcontext, used elsewhere,
+// makes two system calls each time.
+
+#if defined(__x86_64__)
+struct Context {
+  void* sp = nullptr;
+};
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+asm(R"(
+  .text
+  .type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+  .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
+)");
+void start(Context& c, char* stack, size_t bytes, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(entry);
+  c.sp = top - 6;  // the registers that the first switch pops
+}
+void switch_context(Context& from, Context& to) { cuda_on_cpu_switch(&from.sp, to.sp); }
+#else
+}  // namespace
+}  // namespace cuda_on_cpu
+#include <ucontext.h>
+namespace cuda_on_cpu {
+namespace {
+using Context = ucontext_t;
+void start(Context& c, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&c);
+  c.uc_stack.ss_sp = stack;
+  c.uc_stack.ss_size = bytes;
+  c.uc_link = nullptr;
+  makecontext(&c, entry, 0);
+}
+void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+#endif
+
+constexpr size_t kStack = 256 << 10, kGuard = 4096;
+
+struct Fiber {
+  Context context;
+  char* memory;
+  void* fake_stack = nullptr;
+
+  explicit Fiber(void (*entry)()) {
+    void* p = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    memory = static_cast<char*>(p);
+    mprotect(memory, kGuard, PROT_NONE);
+    start(context, memory + kGuard, kStack, entry);
+  }
+  ~Fiber() {  // it may have been left in the middle of a kernel
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, kGuard + kStack);
+    munmap(memory, kGuard + kStack);
+  }
+  Fiber(const Fiber&) = delete;
+};
+
+enum class State : uint8_t { Ready, AtBarrier, AtShuffle, AtBallot, Returned };
+
+struct Thread {
+  Fiber* fiber = nullptr;  // from the first turn to the last
+  State state = State::Ready;
+  Site site{};
+  unsigned mask = 0, source = 0;
+  uint64_t bits = 0, result = 0;
+  bool waits_in_warp() const { return state == State::AtShuffle || state == State::AtBallot; }
+};
+
+constexpr unsigned kWarp = 32;
+
+class Simulator {
+ public:
+  void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
+              const std::function<void()>& thread);
+  cudaError_t take_error() { return std::exchange(error_, cudaSuccess); }
+  cudaError_t set_shared_limit(const void* kernel, int bytes);
+  void seed(unsigned value) { random_.seed(value); }
+
+  void* dynamic_shared() { return shared_.get(); }
+  unsigned current() const { return current_; }
+  void wait_for_block(Site site);
+  int count_in_block(bool vote, Site site);
+  uint64_t wait_for_warp(State state, unsigned mask, uint64_t bits, unsigned source, Site site);
+
+ private:
+  static void run_threads();
+  bool refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared);
+  void run_block();
+  void fill_shared(size_t dynamic);
+  bool pick();
+  void resume(Thread& t);
+  void leave();
+  void set_ready(unsigned thread);
+  void complete_warp(unsigned warp, unsigned mask);
+  void complete_barrier();
+  [[noreturn]] void fail(const std::string& what);
+  std::string describe_stall() const;
+
+  std::mt19937 random_{0};
+  std::map<const void*, int> shared_limits_;
+  cudaError_t error_ = cudaSuccess;
+
+  // of the launch
+  Kernel kernel_{};
+  const std::function<void()>* body_ = nullptr;
+  struct Free {
+    void operator()(void* p) const { free(p); }
+  };
+  std::unique_ptr<void, Free> shared_;
+
+  // of the block
+  std::vector<Thread> threads_;
+  std::vector<std::vector<unsigned>> ready_;  // by warp
+  std::vector<unsigned> warp_order_;
+  bool keep_order_ = false;
+  unsigned current_ = 0, at_barrier_ = 0, returned_ = 0;
+  int votes_ = 0, counted_ = 0;
+  std::string failure_;
+
+  // fibers
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Fiber*> idle_;
+  Context scheduler_;
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+};
+
+Simulator& simulator() {
+  static Simulator s;
+  return s;
+}
+
+bool Simulator::refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared) {
+  const bool sizes = grid.x >= 1 && grid.x <= 0x7FFFFFFFu && grid.y >= 1 && grid.y <= 65535 &&
+                     grid.z >= 1 && grid.z <= 65535 && block.x >= 1 && block.x <= 1024 &&
+                     block.y >= 1 && block.y <= 1024 && block.z >= 1 && block.z <= 64 &&
+                     static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
+  const auto limit = shared_limits_.find(kernel.address);
+  const size_t most = limit == shared_limits_.end() ? 48 << 10 : limit->second;
+  if (!sizes)
+    error_ = cudaErrorInvalidConfiguration;
+  else if (shared > most)
+    error_ = cudaErrorInvalidValue;
+  return !sizes || shared > most;
+}
+
+cudaError_t Simulator::set_shared_limit(const void* kernel, int bytes) {
+  if (bytes < 0 || bytes > (227 << 10)) return error_ = cudaErrorInvalidValue;
+  shared_limits_[kernel] = bytes;
+  return cudaSuccess;
+}
+
+void Simulator::launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
+                       const std::function<void()>& thread) {
+  if (refuses(kernel, grid, block, shared)) return;
+  kernel_ = kernel;
+  body_ = &thread;
+  gridDim = grid;
+  blockDim = block;
+  // Of the exact size, so that AddressSanitizer sees the end.
+  shared_.reset(shared == 0 ? nullptr : aligned_alloc(16, shared));
+  std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  std::shuffle(blocks.begin(), blocks.end(), random_);  // no block may count on an earlier one
+  for (const uint64_t i : blocks) {
+    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                static_cast<unsigned>(i / grid.x / grid.y)};
+    fill_shared(shared);
+    run_block();
+    if (!failure_.empty()) {
+      idle_.clear();
+      fibers_.clear();  // some wait in the middle of the kernel
+      throw std::runtime_error(std::exchange(failure_, {}));
+    }
+  }
+}
+
+void Simulator::fill_shared(size_t dynamic) {
+  for (volatile uint64_t* p = cuda_shared_begin; p < cuda_shared_end; ++p) *p = ~0ull;
+  if (dynamic != 0) memset(shared_.get(), 0xFF, dynamic);
+}
+
+void Simulator::run_block() {
+  const unsigned n = blockDim.x * blockDim.y * blockDim.z, warps = (n + kWarp - 1) / kWarp;
+  threads_.assign(n, Thread{});
+  ready_.assign(warps, {});
+  warp_order_.resize(warps);
+  for (unsigned w = 0; w < warps; ++w) warp_order_[w] = w;
+  for (unsigned t = 0; t < n; ++t) ready_[t / kWarp].push_back(t);
+  std::shuffle(warp_order_.begin(), warp_order_.end(), random_);
+  keep_order_ = random_() & 1;  // half the blocks let some warps run as far ahead as they can
+  at_barrier_ = returned_ = 0;
+  votes_ = 0;
+  while (failure_.empty() && pick()) resume(threads_[current_]);
+  if (failure_.empty() && returned_ < n) failure_ = kernel_.name + (": " + describe_stall());
+}
+
+// Draws the next thread: its warp by a fixed or a turning order, the lane at random.
+bool Simulator::pick() {
+  if (!keep_order_) std::swap(warp_order_[0], warp_order_[random_() % warp_order_.size()]);
+  for (const unsigned w : warp_order_) {
+    std::vector<unsigned>& lanes = ready_[w];
+    if (lanes.empty()) continue;
+    std::swap(lanes[random_() % lanes.size()], lanes.back());
+    current_ = lanes.back();
+    lanes.pop_back();
+    return true;
+  }
+  return false;
+}
+
+void Simulator::resume(Thread& t) {
+  if (t.fiber == nullptr) {
+    if (idle_.empty()) {
+      fibers_.push_back(std::make_unique<Fiber>(&Simulator::run_threads));
+      idle_.push_back(fibers_.back().get());
+    }
+    t.fiber = idle_.back();
+    idle_.pop_back();
+  }
+  threadIdx = {current_ % blockDim.x, current_ / blockDim.x % blockDim.y,
+               current_ / blockDim.x / blockDim.y};
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, t.fiber->memory + kGuard, kStack);
+  switch_context(scheduler_, t.fiber->context);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+}
+
+// Back to the scheduler until it resumes this thread.
+void Simulator::leave() {
+  Fiber* fiber = threads_[current_].fiber;
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&fiber->fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+  switch_context(fiber->context, scheduler_);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+}
+
+// What a fiber does: one thread after another.
+void Simulator::run_threads() {
+  Simulator& s = simulator();
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(nullptr, &s.scheduler_stack_, &s.scheduler_stack_bytes_);
+  for (;;) {
+    (*s.body_)();
+    Thread& t = s.threads_[s.current_];
+    t.state = State::Returned;
+    ++s.returned_;
+    s.idle_.push_back(t.fiber);
+    s.leave();
+  }
+}
+
+void Simulator::set_ready(unsigned thread) {
+  threads_[thread].state = State::Ready;
+  ready_[thread / kWarp].push_back(thread);
+}
+
+void Simulator::fail(const std::string& what) {
+  failure_ = std::string(kernel_.name) + ": " + what;
+  leave();
+  abort();  // a failed launch is never resumed
+}
+
+std::string to_string(Site site) {
+  return std::string(site.file) + ":" + std::to_string(site.line);
+}
+
+void Simulator::wait_for_block(Site site) {
+  Thread& t = threads_[current_];
+  t.state = State::AtBarrier;
+  t.site = site;
+  if (++at_barrier_ == threads_.size()) complete_barrier();
+  leave();
+}
+
+void Simulator::complete_barrier() {
+  const Site first = threads_[0].site;
+  for (unsigned i = 0; i < threads_.size(); ++i) {
+    if (threads_[i].site.line != first.line || strcmp(threads_[i].site.file, first.file) != 0)
+      fail("threads of one block meet at different barriers, " + to_string(first) + " and " +
+           to_string(threads_[i].site));
+    set_ready(i);
+  }
+  at_barrier_ = 0;
+  counted_ = std::exchange(votes_, 0);
+}
+
+int Simulator::count_in_block(bool vote, Site site) {
+  votes_ += vote;
+  wait_for_block(site);
+  // Nobody passes the next barrier, which would count anew, before this thread has read.
+  return counted_;
+}
+
+uint64_t Simulator::wait_for_warp(State state, unsigned mask, uint64_t bits, unsigned source,
+                                  Site site) {
+  const unsigned lane = current_ % kWarp, warp = current_ / kWarp;
+  const unsigned lanes = std::min<unsigned>(kWarp, threads_.size() - warp * kWarp);
+  if (!(mask >> lane & 1)) fail(to_string(site) + ": the calling lane is not in the mask");
+  if (lanes < kWarp && mask >> lanes != 0)
+    fail(to_string(site) + ": the mask names lanes that the block does not have");
+  if (source >= kWarp || !(mask >> source & 1))
+    fail(to_string(site) + ": shuffle from lane " + std::to_string(source) + ", not in the mask");
+  Thread& t = threads_[current_];
+  t.state = state;
+  t.site = site;
+  t.mask = mask;
+  t.source = source;
+  t.bits = bits;
+  complete_warp(warp, mask);
+  leave();
+  return t.result;
+}
+
+// Gives every lane of the mask its result if all are there.
+void Simulator::complete_warp(unsigned warp, unsigned mask) {
+  Thread* lanes = &threads_[warp * kWarp];
+  const Thread& t = threads_[current_];
+  unsigned votes = 0;
+  for (unsigned k = 0; k < kWarp; ++k) {
+    if (!(mask >> k & 1)) continue;
+    const Thread& other = lanes[k];
+    if (other.state != t.state || other.mask != mask || other.site.line != t.site.line ||
+        strcmp(other.site.file, t.site.file) != 0)
+      return;
+    votes |= (other.bits & 1) << k;
+  }
+  const State state = t.state;
+  for (unsigned k = 0; k < kWarp; ++k) {
+    if (!(mask >> k & 1)) continue;
+    lanes[k].result = state == State::AtBallot ? votes : lanes[lanes[k].source].bits;
+    set_ready(warp * kWarp + k);
+  }
+}
+
+// Why the threads that have not returned cannot go on.
+std::string Simulator::describe_stall() const {
+  const auto at = [](State s) { return s == State::AtBarrier ? "barrier" : "warp collective"; };
+  for (unsigned i = 0; i < threads_.size(); ++i) {
+    const Thread& t = threads_[i];
+    if (!t.waits_in_warp()) continue;
+    for (unsigned k = 0; k < kWarp; ++k) {
+      if (!(t.mask >> k & 1)) continue;
+      const Thread& other = threads_[i / kWarp * kWarp + k];
+      const std::string waits = "deadlock: lane " + std::to_string(i % kWarp) + " waits at " +
+                                to_string(t.site) + " for lane " + std::to_string(k);
+      if (other.state == State::Returned) return waits + ", which has returned";
+      if (other.state != t.state || other.mask != t.mask || other.site.line != t.site.line)
+        return waits + ", which waits at another " + at(other.state) + ", " + to_string(other.site);
+    }
+  }
+  for (const Thread& t : threads_)
+    if (t.state == State::AtBarrier)
+      return "deadlock: " + std::to_string(at_barrier_) + " of " + std::to_string(threads_.size()) +
+             " threads wait at the barrier at " + to_string(t.site) + ", the others have returned";
+  return "deadlock";
+}
+
+}  // namespace
+
+// One launch at a time: the state of a block is global, as __shared__ variables are.
+void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
+            const std::function<void()>& thread) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> guard(one_at_a_time);
+  simulator().launch(kernel, grid, block, shared, thread);
+}
+
+void* dynamic_shared() { return simulator().dynamic_shared(); }
+void random_order(unsigned seed) { simulator().seed(seed); }
+unsigned lane() { return simulator().current() % kWarp; }
+void block_barrier(Site site) { simulator().wait_for_block(site); }
+int block_count(bool vote, Site site) { return simulator().count_in_block(vote, site); }
+uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source, Site site) {
+  return simulator().wait_for_warp(State::AtShuffle, mask, bits, source, site);
+}
+unsigned ballot(unsigned mask, bool vote, Site site) {
+  return static_cast<unsigned>(
+      simulator().wait_for_warp(State::AtBallot, mask, vote, lane(), site));
+}
+
+}  // namespace cuda_on_cpu
+
+cudaError_t cudaGetLastError() { return cuda_on_cpu::simulator().take_error(); }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  return cuda_on_cpu::simulator().set_shared_limit(kernel, value);
+}
