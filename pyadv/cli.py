@@ -1,0 +1,247 @@
+"""The command line: `pyadv train | evaluate | info`.
+
+Options that are not given stay None, so that `pyadv.training.Config` alone decides defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Adversarial training and robustness evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _number(text: str) -> float:
+    """A number, also as a fraction: 0.1, 8/255."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{text!r} is not a number or a fraction like 8/255") from None
+
+
+def _option(help: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
+
+
+_RUN, _ATTACK, _OPTIMISER, _METHOD = "Run", "Attack", "Optimisation", "Method"
+
+
+@app.command()
+def train(
+    method: Annotated[
+        str | None, _option("standard, at, fat or gairat \\[at].", _METHOD, metavar="NAME")
+    ] = None,
+    emr: Annotated[
+        float | None, _option("Strength of effective margin regularisation \\[0].", _METHOD)
+    ] = None,
+    emr_temperature: Annotated[float | None, _option("Its temperature \\[40].", _METHOD)] = None,
+    tau: Annotated[
+        int | None, _option("FAT: fooled steps allowed \\[0, 1, 2 over the run].", _METHOD)
+    ] = None,
+    gairat_lam: Annotated[float | None, _option("GAIRAT: lambda \\[-1].", _METHOD)] = None,
+    begin_epoch: Annotated[
+        int | None, _option("GAIRAT: first weighted epoch \\[after 0.3 of the run].", _METHOD)
+    ] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            "Name, folder of idx files or CIFAR batches, or .npz \\[fashion-mini].",
+            _RUN,
+            metavar="SOURCE",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option("small-cnn, resnet-18, preact-resnet-18, wrn-34-10, ...", _RUN, metavar="NAME"),
+    ] = None,
+    out: Annotated[Path | None, _option("Run folder \\[runs/DATA-METHOD-TIME].", _RUN)] = None,
+    resume: Annotated[
+        Path | None, _option("Continue the run in this folder.", _RUN, metavar="RUN")
+    ] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1 \\[cuda if there].", _RUN)] = None,
+    precision: Annotated[
+        str | None, _option("fp32, bf16 or fp16 \\[fp32].", _RUN, metavar="NAME")
+    ] = None,
+    seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
+    val: Annotated[
+        int | None, _option("Training images held out to choose best.pt \\[0].", _RUN)
+    ] = None,
+    norm: Annotated[str | None, _option("Linf, L2 or L1 \\[Linf].", _ATTACK)] = None,
+    eps: Annotated[
+        float | None, _option("Radius, e.g. 8/255.", _ATTACK, parser=_number, metavar="NUMBER")
+    ] = None,
+    alpha: Annotated[
+        float | None, _option("Step size \\[eps/4].", _ATTACK, parser=_number, metavar="NUMBER")
+    ] = None,
+    steps: Annotated[int | None, _option("Steps \\[10].", _ATTACK)] = None,
+    eps_warmup: Annotated[
+        int | None, _option("Epochs over which eps grows to its value.", _ATTACK)
+    ] = None,
+    epochs: Annotated[int | None, _option("Epochs.", _OPTIMISER)] = None,
+    batch_size: Annotated[int | None, _option("Batch size \\[128].", _OPTIMISER)] = None,
+    lr: Annotated[float | None, _option("Peak learning rate.", _OPTIMISER)] = None,
+    schedule: Annotated[
+        str | None,
+        _option("constant, piecewise, cosine or cyclic.", _OPTIMISER, metavar="NAME"),
+    ] = None,
+    weight_decay: Annotated[float | None, _option("Weight decay \\[5e-4].", _OPTIMISER)] = None,
+    augment: Annotated[
+        bool | None, _option("Random crop and flip \\[for colour images].", _OPTIMISER)
+    ] = None,
+) -> None:
+    """Train a robust network, and report its accuracy on the test set.
+
+    Without options: adversarial training (PGD-10, Linf 0.1) of a small network on the embedded
+    part of Fashion-MNIST, a few minutes on two CPU cores. Defaults without a value here depend on
+    the data set. Ctrl-C saves; --resume continues exactly.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    with _errors_as_messages():
+        _train(given)
+
+
+def _train(given: dict[str, Any]) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from pyadv import training
+    from pyadv.training.display import report_table
+
+    place = {name: given.pop(name, None) for name in ("out", "resume", "device")}
+    console, device = Console(), place["device"]
+    display = training.Display(console)
+    folder = place["resume"]
+    try:
+        if folder is not None:
+            if given or place["out"]:
+                names = ", ".join(sorted({*given, *(["out"] if place["out"] else [])}))
+                raise ValueError(f"--resume takes its settings from the run; drop {names}")
+            report = training.resume(folder, device=device, display=display)
+        else:
+            config = training.Config.from_dict(given)
+            folder = place["out"] or _new_folder(config)
+            report = training.train(config, folder, device=device, display=display)
+    except training.Interrupted as stop:
+        display.message(f"{stop}; continue with: pyadv train --resume {folder}")
+        raise typer.Exit(130) from None
+    if PartialState().is_main_process:
+        console.print(report_table(report, str(folder)))
+
+
+def _new_folder(config: Any) -> Path:
+    data = Path(config.data).stem
+    return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder or checkpoint file.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="Data set \\[the run's].", show_default=False)
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            help="Radius \\[the run's].", parser=_number, metavar="NUMBER", show_default=False
+        ),
+    ] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Linf, L2 or L1 \\[the run's].", show_default=False)
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="First n test images \\[all].", show_default=False)
+    ] = None,
+    bs: Annotated[int, typer.Option("--bs", help="Batch size.")] = 500,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda \\[cuda if there].", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Report file \\[report.json beside it].", show_default=False),
+    ] = None,
+) -> None:
+    """Measure clean and robust accuracy of a trained network on test images."""
+    with _errors_as_messages():
+        _evaluate(run, data, eps, norm, n, bs, device, out)
+
+
+def _evaluate(
+    run: Path,
+    data: str | None,
+    eps: float | None,
+    norm: str | None,
+    n: int | None,
+    bs: int,
+    device: str | None,
+    out: Path | None,
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from pyadv import evaluation, training
+    from pyadv.data import load
+    from pyadv.training.display import report_table
+
+    model, config = training.load_model(run)
+    if norm is not None and norm.lower() != config.norm.lower() and eps is None:
+        raise ValueError(
+            f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
+        )
+    if n is not None and n < 1:
+        raise ValueError(f"--n must be >= 1, got {n}")
+    images = load(data or config.data)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console = Console()
+    with training.Display(console).progress() as bar:
+        x, y = images.test_x[:n], images.test_y[:n]
+        task = bar.add_task("evaluating", total=len(y), text="")
+        report = evaluation.evaluate(
+            model,
+            x,
+            y,
+            eps=config.eps if eps is None else eps,
+            norm=norm or config.norm,
+            batch_size=bs,
+            progress=lambda name, done, _: bar.update(task, completed=done, text=name),
+        )
+    console.print(report_table(report, f"{run} on {images.name}"))
+    out = out or (run if run.is_dir() else run.parent) / "report.json"
+    report.save(out)
+    console.print(f"written to {out}", highlight=False)
+
+
+@app.command()
+def info() -> None:
+    """Say which kernels run, and why; versions, compilers and paths for a bug report."""
+    from pyadv import _native
+
+    typer.echo(_native.report())
+
+
+@contextlib.contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What a user can mend is one line on stderr and exit code 1; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        extra = "; pip install 'pyadv[train]'" if isinstance(error, ModuleNotFoundError) else ""
+        typer.echo(f"pyadv: {error}{extra}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="pyadv" if "pyadv" in Path(sys.argv[0]).name else "python -m pyadv")

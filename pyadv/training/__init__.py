@@ -1,0 +1,18 @@
+"""The training loop on Accelerate, and the run folder it fills. Needs the extra `train`."""
+
+from pyadv.training.checkpoint import load_model
+from pyadv.training.config import Config
+from pyadv.training.display import Display
+from pyadv.training.run import resume, train
+from pyadv.training.trainer import Diverged, Interrupted, Trainer
+
+__all__ = [
+    "Config",
+    "Display",
+    "Diverged",
+    "Interrupted",
+    "Trainer",
+    "load_model",
+    "resume",
+    "train",
+]

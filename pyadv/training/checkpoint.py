@@ -1,0 +1,60 @@
+"""Checkpoints: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyadv import models
+from pyadv.training.config import Config
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` so that a reader finds the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; tensors and plain values only, so a file cannot run code.
+
+    Raises FileNotFoundError, or ValueError for a file that `save` did not write.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a pyadv checkpoint of format {FORMAT}")
+    return state
+
+
+def load_model(path: Path) -> tuple[nn.Module, Config]:
+    """The trained model of a run folder or checkpoint, in eval mode, and the run's settings."""
+    state = load(path / "checkpoint.pt" if path.is_dir() else path)
+    model = models.create(**state["architecture"])
+    model.load_state_dict(state["model"])
+    return model.eval(), Config.from_dict(state["config"])
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's generators, the only ones training draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,82 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+_BLUE, _RED, _GREY = "#2b6cb0", "#c53030", "#4a5568"
+Records = list[dict[str, Any]]
+
+
+def curves(records: Records, path: Path) -> None:
+    """Loss, and clean and robust accuracy, over the epochs."""
+    epochs = [r["epoch"] for r in records]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [r["loss"] for r in records], color=_GREY, marker=".")
+    left.set(xlabel="epoch", ylabel="training loss", title="What is minimised")
+    for name, colour, style, label in (
+        ("train_clean", _BLUE, "-", "clean, training"),
+        ("train_robust", _RED, "-", "under the training attack"),
+        ("val_clean", _BLUE, "--", "clean, held out"),
+        ("val_robust", _RED, "--", "under margin PGD, held out"),
+    ):
+        points = [(r["epoch"], 100 * r[name]) for r in records if r[name] is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=label)
+    right.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    right.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        _plain(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=150)
+
+
+def kappa(records: Records, path: Path) -> None:
+    """How many iterates of the training attack each training sample survived: over the epochs, and in
+    the last one. Samples near the decision boundary have small kappa (GAIRAT, Zhang et al. 2021)."""
+    counts = np.array([r["kappa"] for r in records], float)
+    share = 100 * counts / counts.sum(1, keepdims=True)
+    epochs = [r["epoch"] for r in records]
+    values = np.arange(share.shape[1])
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    # Most samples sit at the two ends; a square root keeps the values between them visible.
+    image = left.imshow(
+        share.T,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        norm=PowerNorm(0.5, vmin=0, vmax=share.max()),
+        extent=(epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, len(values) - 0.5),
+    )
+    left.set(xlabel="epoch", ylabel="kappa: steps survived", title="All epochs")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=left, label="% of training samples")
+
+    right.bar(values, share[-1], color=_BLUE, width=0.85)
+    right.set(xlabel="kappa: steps survived", ylabel="% of training samples")
+    right.set_title(f"Epoch {epochs[-1]}")
+    right.set_xticks(values if len(values) <= 21 else values[:: len(values) // 10])
+    right.text(0, share[-1, 0], "fooled at\nevery step", ha="center", va="bottom", fontsize="small")
+    right.text(
+        values[-1], share[-1, -1], "never\nfooled", ha="center", va="bottom", fontsize="small"
+    )
+    right.margins(y=0.18)
+    _plain(right)
+    figure.get_layout_engine().set(wspace=0.08)
+    figure.savefig(path, dpi=150)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)

@@ -1,0 +1,305 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pyadv import evaluation, models
+from pyadv.attacks import PGD
+from pyadv.data import Batches, ImageData
+from pyadv.training import build, checkpoint
+from pyadv.training.config import PRECISIONS, Config
+from pyadv.training.display import Display, percent
+from pyadv.training.records import Records
+from pyadv.training.schedules import lr_factor
+
+_PROBE = 1000  # training images on which clean accuracy is measured after each epoch
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Diverged(ArithmeticError):
+    """The loss or a weight is no longer finite."""
+
+
+class Trainer:
+    """One run in `folder`: trains, records, saves after every epoch and on a signal, resumes exactly.
+
+    A step is `objective(model, x, y, epoch=e, ids=ids)` and an SGD update. Learning rate, data order,
+    augmentation and attack noise are functions of (config, epoch, step), so a checkpoint holds weights,
+    momenta, the attack's draw counter and torch's generators, and a resumed run on the same CPU gives
+    the same bits as one that was never stopped.
+
+    Args:
+        config: settings resolved for `data`.
+        data: the data set.
+        folder: existing run folder; receives checkpoint.pt, metrics.jsonl and, with held-out data,
+            best.pt.
+        device: "cpu", "cuda", "cuda:1"; None lets Accelerate choose.
+        display: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        folder: Path,
+        *,
+        device: str | None = None,
+        display: Display | None = None,
+    ) -> None:
+        if device is not None and device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+        self.accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision=PRECISIONS[config.precision]
+        )
+        self.config, self.folder = config, folder
+        main = self.accelerator.is_main_process
+        self.display = (display or Display()) if main else Display(quiet=True)
+        torch.manual_seed(config.seed)
+        self.architecture = build.architecture(config, data)
+        model = models.create(**self.architecture)
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.objective = build.objective(config)
+
+        kept, self.val_x, self.val_y = data.hold_out(config.val, config.seed)
+        self.probe_x, self.probe_y = data.train_x[kept[:_PROBE]], data.train_y[kept[:_PROBE]]
+        self.batches = Batches(
+            data.train_x,
+            data.train_y,
+            config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            ids=kept,
+            device=self.accelerator.device,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.epoch, self.step = 1, 0  # the step that comes next
+        self.totals = self._no_totals()
+        self.records = Records(folder, active=main)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the end. Raises Interrupted on SIGINT or SIGTERM, after saving; Diverged when
+        the loss is not finite."""
+        with _StopSignal(self.accelerator) as stop:
+            while self.epoch <= self.config.epochs:
+                started = time.perf_counter()
+                self._train_epoch(stop)
+                self._end_epoch(time.perf_counter() - started)
+
+    def _train_epoch(self, stop: _StopSignal) -> None:
+        self._warm_up()
+        total = len(self.batches)
+        with self.display.progress() as progress:
+            task = progress.add_task(f"epoch {self.epoch}", total=total, text="")
+            for x, y, ids in self.batches.epoch(self.epoch, self.step):
+                self._train_step(x, y, ids)
+                progress.update(task, completed=self.step, text=self._summary())
+                if stop.requested():
+                    self.save()
+                    raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}")
+
+    def _train_step(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.model.train()
+        loss = self._loss(x, y, ids)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self._count(loss.detach(), y)
+        self.step += 1
+
+    def _loss(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        try:
+            loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
+        except ValueError as error:  # an attack refuses a network whose logits are NaN
+            if all(p.isfinite().all() for p in self.model.parameters()):
+                raise
+            self._diverged("a weight", error)
+        if not math.isfinite(loss.item()):
+            self._diverged(f"the loss ({loss.item()})")
+        return loss
+
+    def _diverged(self, what: str, cause: Exception | None = None) -> None:
+        self.save("diverged.pt", self.totals)  # no collective: other processes may be elsewhere
+        raise Diverged(
+            f"{what} is not finite at epoch {self.epoch}, step {self.step + 1} (learning rate "
+            f"{self.lr:.3g}); state saved to {self.folder / 'diverged.pt'}. A lower lr or precision "
+            "fp32 usually helps; checkpoint.pt, if there is one, is from before."
+        ) from cause
+
+    def _end_epoch(self, seconds: float) -> None:
+        record = self._record(seconds)
+        best = self.records.is_best(record)
+        self.records.append(record)
+        self.display.epoch(record, self.config.epochs)
+        self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
+        self.save()
+        if best:
+            self.save("best.pt")
+
+    # -- what changes with progress ------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        done = (self.epoch - 1) * len(self.batches) + self.step
+        progress = done / (self.config.epochs * len(self.batches))
+        return self.config.lr * lr_factor(self.config.schedule, progress, self.config.milestones)
+
+    def _warm_up(self) -> None:
+        """Grow eps and alpha over the first epochs, where the full radius lets nothing be learned."""
+        attack, epochs = self.objective.attack, self.config.eps_warmup
+        if attack is not None and epochs:
+            share = min(1.0, self.epoch / epochs)
+            eps, alpha = share * self.config.eps, share * self.config.alpha
+            attack.settings = replace(attack.settings, eps=eps, alpha=alpha)
+
+    # -- what is measured ----------------------------------------------------------------------
+
+    def _no_totals(self) -> Tensor:
+        """[samples, summed loss, correct on x_adv, then the histogram of kappa = 0..steps]."""
+        size = 3 + self.config.steps + 1
+        return torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
+
+    def _count(self, loss: Tensor, y: Tensor) -> None:
+        last = self.objective.last
+        self.totals[0] += len(y)
+        self.totals[1] += loss.double() * len(y)
+        if last["logits_adv"] is not None:
+            self.totals[2] += (last["logits_adv"].argmax(1) == y).sum()
+        if last["kappa"] is not None:
+            self.totals[3:] += torch.bincount(last["kappa"], minlength=self.config.steps + 1)
+
+    def _summary(self) -> str:
+        n, loss, correct = self.totals[:3].tolist()
+        robust = percent(correct / n) if self.objective.attack is not None else "-"
+        clean = percent(self.records[-1]["train_clean"]) if self.records else "-"
+        return f"loss {loss / n:.3f}  robust {robust}  clean {clean}"
+
+    def _record(self, seconds: float) -> dict[str, Any]:
+        n, loss, correct, *kappa = self.accelerator.reduce(self.totals, "sum").tolist()
+        attacked = self.objective.attack is not None
+        record = {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss / n,
+            "train_clean": self._evaluate(self.probe_x, self.probe_y, {})["clean"].accuracy,
+            "train_robust": correct / n if attacked else None,
+            "kappa": [int(k) for k in kappa] if attacked else None,
+            "val_clean": None,
+            "val_robust": None,
+            "seconds": seconds,
+        }
+        if len(self.val_y):
+            report = self._evaluate(self.val_x, self.val_y, {"robust": self._judge})
+            record["val_clean"] = report["clean"].accuracy
+            record["val_robust"] = report["robust"].accuracy
+        return record
+
+    def _evaluate(self, x: Tensor, y: Tensor, attacks: dict[str, PGD]) -> evaluation.Report:
+        c = self.config
+        return evaluation.evaluate(self.model, x, y, eps=c.eps, norm=c.norm, attacks=attacks)
+
+    @property
+    def _judge(self) -> PGD:
+        """Chooses best.pt. The margin loss, because reweighted training can look robust to
+        cross-entropy alone."""
+        c = self.config
+        return PGD(norm=c.norm, eps=c.eps, alpha=c.alpha, steps=c.steps, loss="margin", seed=c.seed)
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def save(self, name: str = "checkpoint.pt", totals: Tensor | None = None) -> None:
+        """Write the whole state, from the main process."""
+        if totals is None:
+            totals = self.accelerator.reduce(self.totals, "sum")
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "config": self.config.to_dict(),
+            "architecture": self.architecture,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "rng": checkpoint.rng_state(),
+            "totals": totals.cpu(),
+            "records": list(self.records),
+        }
+        checkpoint.save(self.folder / name, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state["objective"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        if self.accelerator.is_main_process:  # the others count from zero: totals are summed
+            self.totals.copy_(state["totals"])
+        self.records.restore(state["records"])
+        checkpoint.set_rng_state(state["rng"])
+
+
+class _StopSignal:
+    """Turns the first SIGINT or SIGTERM into a question asked between steps, where the state is
+    whole; the second one does what it always did."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        try:
+            self.previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            self.previous = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def requested(self) -> bool:
+        """Whether any process got a signal: they all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        flag = torch.tensor(float(self.received), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
