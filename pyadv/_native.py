@@ -141,10 +141,11 @@ def describe(kernels: Kernels) -> str:
 
 def report() -> str:
     """What runs and why, as text: for `pyadv info` and for bug reports. Loads the kernels."""
-    try:
-        now = load()
-    except NativeError:
-        now = status()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the text below says the same
+        with contextlib.suppress(NativeError):
+            load()
+    now = status()
     compiler, home, ninja = _build.find_compiler(), _build.find_cuda(), _build.find_ninja()
     nvcc = home / "bin" / "nvcc" if home else None
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
