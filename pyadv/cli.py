@@ -233,7 +233,7 @@ def info() -> None:
 
 @contextlib.contextmanager
 def _errors_as_messages() -> Iterator[None]:
-    """What a user can mend is one line on stderr and exit code 1; anything else keeps its traceback."""
+    """What a user can mend becomes one line on stderr and exit code 1; bugs keep a traceback."""
     try:
         yield
     except (ValueError, OSError, ImportError, ArithmeticError) as error:

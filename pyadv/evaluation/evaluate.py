@@ -19,8 +19,8 @@ def standard_attacks(eps: float, norm: str | float = "Linf", *, seed: int = 0) -
     - "PGD-20": 20 steps of eps / 4 on the cross-entropy from a random start (the setting of
       GAIRAT, Zhang et al. 2021).
     - "margin PGD": 40 steps of eps / 4 on max_{j != y} z_j - z_y from a random start. FAT and
-      GAIRAT call PGD on this loss "CW"; it is not the attack of Carlini and Wagner (2017). It breaks
-      models whose cross-entropy gradient misleads, reweighted training among them.
+      GAIRAT call PGD on this loss "CW"; it is not the attack of Carlini and Wagner (2017). It
+      breaks models whose cross-entropy gradient misleads, reweighted training among them.
     """
     settings = {"norm": norm, "eps": eps, "alpha": eps / 4, "seed": seed}
     return {

@@ -82,7 +82,7 @@ class ResNet18(_ResNet):
 
 
 class PreActResNet18(_ResNet):
-    """Pre-activation ResNet-18 with a last BN and ReLU, as robust training uses it (Rice et al.)."""
+    """Pre-activation ResNet-18 with a last BN and ReLU, the network of Rice et al. (2020)."""
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__(PreActBlock, in_channels, num_classes)

@@ -55,10 +55,11 @@ class WideResNet(nn.Module):
 
     The default is the network of TRADES, MART, AWP and RobustBench: ReLU, 1x1 convolutions as
     shortcuts, normal initialisation with variance 2 / (k k out_channels). What FAT and GAIRAT call
-    WRN-32-10 ("Wide_ResNet_Madry") is this one at depth 34: they count without the shortcuts. `slope=0.1, shortcut="pad"` is Madry et al.'s own (2018),
-    which EMR's code trains: LeakyReLU(0.1) and pooled, channel-padded shortcuts.
-    Parameter names are those of the published checkpoints; the unused `sub_block1` that files
-    of the TRADES lineage carry is dropped on loading.
+    WRN-32-10 ("Wide_ResNet_Madry") is this one at depth 34: they count without the shortcuts.
+    `slope=0.1, shortcut="pad"` is Madry et al.'s own (2018), which EMR's code trains:
+    LeakyReLU(0.1) and pooled, channel-padded shortcuts.
+    Parameter names are those of the published checkpoints; the unused `sub_block1` that files of
+    the TRADES lineage carry is dropped on loading.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ def curves(records: Records, path: Path) -> None:
 
 
 def kappa(records: Records, path: Path) -> None:
-    """How many iterates of the training attack each training sample survived: over the epochs, and in
-    the last one. Samples near the decision boundary have small kappa (GAIRAT, Zhang et al. 2021)."""
+    """How many iterates of the training attack each training sample survived: over the epochs, and
+    in the last one. Near the decision boundary kappa is small (GAIRAT, Zhang et al. 2021)."""
     counts = np.array([r["kappa"] for r in records], float)
     share = 100 * counts / counts.sum(1, keepdims=True)
     epochs = [r["epoch"] for r in records]

@@ -34,12 +34,12 @@ class Diverged(ArithmeticError):
 
 
 class Trainer:
-    """One run in `folder`: trains, records, saves after every epoch and on a signal, resumes exactly.
+    """One run in `folder`: trains, records, saves after every epoch and on a signal, resumes.
 
-    A step is `objective(model, x, y, epoch=e, ids=ids)` and an SGD update. Learning rate, data order,
-    augmentation and attack noise are functions of (config, epoch, step), so a checkpoint holds weights,
-    momenta, the attack's draw counter and torch's generators, and a resumed run on the same CPU gives
-    the same bits as one that was never stopped.
+    A step is `objective(model, x, y, epoch=e, ids=ids)` and an SGD update. Learning rate, data
+    order, augmentation and attack noise are functions of (config, epoch, step); so a checkpoint
+    holds weights, momenta, the attack's draw counter and torch's generators, and a resumed run
+    gives the same bits as one that was never stopped (on one CPU process).
 
     Args:
         config: settings resolved for `data`.
@@ -145,8 +145,8 @@ class Trainer:
         self.save("diverged.pt", self.totals)  # no collective: other processes may be elsewhere
         raise Diverged(
             f"{what} is not finite at epoch {self.epoch}, step {self.step + 1} (learning rate "
-            f"{self.lr:.3g}); state saved to {self.folder / 'diverged.pt'}. A lower lr or precision "
-            "fp32 usually helps; checkpoint.pt, if there is one, is from before."
+            f"{self.lr:.3g}); state saved to {self.folder / 'diverged.pt'}. "
+            "A lower lr or precision fp32 usually helps; checkpoint.pt, if there, is from before."
         ) from cause
 
     def _end_epoch(self, seconds: float) -> None:
@@ -169,7 +169,7 @@ class Trainer:
         return self.config.lr * lr_factor(self.config.schedule, progress, self.config.milestones)
 
     def _warm_up(self) -> None:
-        """Grow eps and alpha over the first epochs, where the full radius lets nothing be learned."""
+        """Grow eps and alpha over the first epochs: at once, a large radius stops all learning."""
         attack, epochs = self.objective.attack, self.config.eps_warmup
         if attack is not None and epochs:
             share = min(1.0, self.epoch / epochs)
