@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,6 +107,27 @@ def parameter(
     return scalar(float(value), x)
 
 
+def row_parameter(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    x: Tensor,
+    *,
+    nonnegative: bool = False,
+    fraction: bool = False,
+) -> Tensor:
+    """A parameter of an op on whole rows: a float, or a tensor of one element or one per sample."""
+    if fraction and isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+    t = parameter(op, name, value, x, nonnegative=nonnegative)
+    if t.dim() > 1 and t.numel() != 1 and (t.dim() != x.dim() or t.numel() != t.shape[0]):
+        raise ValueError(
+            f"{op}: {name} must be a number or hold one per sample (shape [{x.shape[0]}]), "
+            f"got shape {list(t.shape)}"
+        )
+    return t
+
+
 def scalar(value: float, x: Tensor) -> Tensor:
     """A 0-dim float64 tensor: on the CPU, where kernels read it without a wait."""
     return _constant(_scalars, value, torch.float64, x)
@@ -145,31 +167,12 @@ def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Ten
     return cached
 
 
-def step_parameters(
-    op: str,
-    x: Tensor,
-    alpha: float | Tensor,
-    eps: float | Tensor,
-    lo: float | Tensor | None,
-    hi: float | Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return (
-        parameter(op, "alpha", alpha, x),
-        *ball_parameters(op, x, eps, lo, hi),
-    )
-
-
-def ball_parameters(
-    op: str,
-    x: Tensor,
-    eps: float | Tensor,
-    lo: float | Tensor | None,
-    hi: float | Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def box_parameters(
+    op: str, x: Tensor, lo: float | Tensor | None, hi: float | Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
         raise ValueError(f"{op}: lo must not be above hi, got lo={lo} and hi={hi}")
     return (
-        parameter(op, "eps", eps, x, nonnegative=True),
         None if lo is None else parameter(op, "lo", lo, x),
         None if hi is None else parameter(op, "hi", hi, x),
     )
@@ -187,23 +190,32 @@ def run_out(
     name = op._opname
     if out is not args[0]:
         check_like(name, "the first tensor", args[0], out=out)
-    if not torch.compiler.is_compiling() and not _in_mode():
-        for t in args:
-            if t is not out and isinstance(t, Tensor) and _overlaps_partially(out, t):
-                raise ValueError(
-                    f"{name}: out shares memory with an input without being the same tensor"
-                )
+    refuse_overlap(name, "out", out, args, same_allowed=True)
     op_out(*args, out)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-def _overlaps_partially(a: Tensor, b: Tensor) -> bool:
+def refuse_overlap(
+    op: str, name: str, t: Tensor, others: Iterable[Any], *, same_allowed: bool = False
+) -> None:
+    """`t`, which `op` writes, shares no memory with `others`, or is the very same tensor."""
+    if torch.compiler.is_compiling() or _in_mode():
+        return
+    for other in others:
+        if other is t and same_allowed:
+            continue
+        if isinstance(other, Tensor) and _overlaps(t, other, same_allowed):
+            rule = " without being the same tensor" if same_allowed else ""
+            raise ValueError(f"{op}: {name} shares memory with an input{rule}")
+
+
+def _overlaps(a: Tensor, b: Tensor, same_allowed: bool) -> bool:
     if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():
         return False
     first_a, first_b = a.data_ptr(), b.data_ptr()
     if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():
-        return False
+        return not same_allowed
     return first_a <= _last_byte(b, first_b) and first_b <= _last_byte(a, first_a)
 
 

@@ -1,28 +1,66 @@
 """Steps of projected-gradient attacks: one launch from an iterate to the next, inside ball and box.
 
 All take float16, bfloat16, float32 or float64 tensors of any memory layout, (B, ...) with the
-samples in the first dimension. `alpha`, `eps`, `lo` and `hi` are floats or tensors: 1-D of length B
-is per sample, any other shape must broadcast to x (per channel: (1, C, 1, 1)); `lo=None` or
-`hi=None` leaves that side of the box open. Rows where `active` (B,) is False come back bit for bit.
-`out=` writes the result into a tensor, which may be `x_adv` itself.
+samples in the first dimension, and give no gradient. `alpha`, `eps`, `lo` and `hi` are floats or
+tensors: 1-D of length B is per sample, any other shape must broadcast to x (per channel:
+(1, C, 1, 1)); `lo=None` or `hi=None` leaves that side of the box open. The L2 and L1 steps work on
+whole rows: their `alpha` and `eps` are floats or per sample. Rows where `active` (B,) is False come
+back bit for bit. `out=` writes the result into a tensor, which may be `x_adv` itself. Common
+errors:
+
+    TypeError: not floating-point tensors, or of different dtypes.
+    ValueError: shapes or devices differ, eps < 0, lo > hi, NaN parameters, or `out` shares memory
+        with an input without being the same tensor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_like, check_rows, run_out, step_parameters
-from pyadv.ops._registry import like_first, register_out
+from pyadv.ops._arguments import (
+    box_parameters,
+    check_like,
+    check_rows,
+    parameter,
+    refuse_overlap,
+    row_parameter,
+    run_out,
+)
+from pyadv.ops._registry import like_first, no_output, register, register_out
 
+_STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps"
+_MOMENTUM_STEP = (
+    "Tensor x_adv, Tensor x_prev, Tensor grad, Tensor x, Tensor alpha, Tensor eps, Tensor momentum"
+)
 _BOX_AND_MASK = "Tensor? lo, Tensor? hi, Tensor? active"
 
 _linf_step = register_out(
-    f"linf_step(Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps, {_BOX_AND_MASK})"
-    " -> Tensor",
-    reference.linf_step,
+    f"linf_step({_STEP}, {_BOX_AND_MASK}) -> Tensor", reference.linf_step, like_first
+)
+_l2_step = register_out(
+    f"l2_step({_STEP}, {_BOX_AND_MASK}) -> Tensor", reference.l2_step, like_first
+)
+_l1_step = register_out(
+    f"l1_step({_STEP}, {_BOX_AND_MASK}, Tensor keep) -> Tensor", reference.l1_step, like_first
+)
+_linf_momentum_step = register_out(
+    f"linf_momentum_step({_MOMENTUM_STEP}, {_BOX_AND_MASK}) -> Tensor",
+    reference.linf_momentum_step,
     like_first,
+)
+_l2_momentum_step = register_out(
+    f"l2_momentum_step({_MOMENTUM_STEP}, {_BOX_AND_MASK}) -> Tensor",
+    reference.l2_momentum_step,
+    like_first,
+)
+_keep_rows = register(
+    "keep_rows_(Tensor mask, Tensor x, Tensor grad, Tensor(a!) x_best, Tensor(b!) grad_best) -> ()",
+    reference.keep_rows_,
+    no_output,
 )
 
 
@@ -53,16 +91,168 @@ def linf_step(
         active: (B,) bool; rows that are False stay as they are.
         out: where to write; `out=x_adv` steps in place.
 
-    Raises:
-        TypeError: not floating-point tensors, or of different dtypes.
-        ValueError: shapes or devices differ, eps < 0, lo > hi, NaN parameters, or `out` shares
-            memory with an input without being the same tensor.
-
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (ICLR
     2018), section 2.1.
     """
-    check_like("linf_step", "x_adv", x_adv, grad=grad, x=x)
-    if active is not None:
-        check_rows("linf_step", "active", active, x_adv, torch.bool)
-    args = (x_adv, grad, x, *step_parameters("linf_step", x, alpha, eps, lo, hi), active)
+    _check("linf_step", x_adv, active, grad=grad, x=x)
+    sizes = _sizes("linf_step", x, alpha, eps, parameter)
+    args = (x_adv, grad, x, *sizes, *box_parameters("linf_step", x, lo, hi), active)
     return run_out(*_linf_step, args, out)
+
+
+def l2_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One normalised-gradient step, x_adv + alpha grad / ||grad||, then the L2 ball, then the box.
+
+    A row moves by alpha whatever the size of its gradient (there is no additive epsilon), and not
+    at all where the gradient is zero. A row whose gradient has a NaN or an infinity comes back bit
+    for bit. Arguments as in `linf_step`; `alpha` and `eps` are floats or (B,).
+
+    Source: Madry et al. (ICLR 2018), appendix; projection as in `l2_project`.
+    """
+    _check("l2_step", x_adv, active, grad=grad, x=x)
+    sizes = _sizes("l2_step", x, alpha, eps, row_parameter)
+    args = (x_adv, grad, x, *sizes, *box_parameters("l2_step", x, lo, hi), active)
+    return run_out(*_l2_step, args, out)
+
+
+def l1_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    keep: float | Tensor = 0.2,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One sparse signed step: alpha sign(grad) / count over the `count` entries of largest |grad|,
+    then `l1_project`, so that a row moves by alpha in the L1 norm where nothing binds.
+
+    A row keeps the entries of at least the |grad| of rank floor((1 - keep) n) from below, ties
+    included, zeros excluded. A row whose gradient has a NaN or an infinity comes back bit for bit.
+
+    Args:
+        keep: fraction of the n entries of a row to move, in [0, 1] (at least one moves); a float
+            or (B,). The other arguments are those of `linf_step`; `alpha` and `eps` are floats or
+            (B,).
+
+    Source: Croce and Hein, "Mind the Box: l1-APGD" (ICML 2021), section 3.1; rank as in the
+    authors' code.
+    """
+    _check("l1_step", x_adv, active, grad=grad, x=x)
+    sizes = _sizes("l1_step", x, alpha, eps, row_parameter)
+    kept = row_parameter("l1_step", "keep", keep, x, fraction=True)
+    args = (x_adv, grad, x, *sizes, *box_parameters("l1_step", x, lo, hi), active, kept)
+    return run_out(*_l1_step, args, out)
+
+
+def linf_momentum_step(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """APGD's update: P(x_adv + momentum (z - x_adv) + (1 - momentum) (x_adv - x_prev)), where
+    z = P(x_adv + alpha sign(grad)) and P is `linf_project`.
+
+    Args:
+        x_prev: the iterate before x_adv. `out` may be x_prev: the two then swap roles.
+        momentum: weight of the new step, in [0, 1]; APGD uses 0.75, and 1 at its first iteration.
+            The other arguments are those of `linf_step`.
+
+    Source: Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
+    Diverse Parameter-free Attacks" (ICML 2020), algorithm 1.
+    """
+    _check("linf_momentum_step", x_adv, active, x_prev=x_prev, grad=grad, x=x)
+    sizes = _sizes("linf_momentum_step", x, alpha, eps, parameter)
+    weight = row_parameter("linf_momentum_step", "momentum", momentum, x, fraction=True)
+    box = box_parameters("linf_momentum_step", x, lo, hi)
+    return run_out(
+        *_linf_momentum_step, (x_adv, x_prev, grad, x, *sizes, weight, *box, active), out
+    )
+
+
+def l2_momentum_step(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """APGD's update with z = P(x_adv + alpha grad / ||grad||), P being `l2_project` (not exact).
+
+    Gradients are treated as in `l2_step`, the arguments are those of `linf_momentum_step`; `alpha`
+    and `eps` are floats or (B,).
+    """
+    _check("l2_momentum_step", x_adv, active, x_prev=x_prev, grad=grad, x=x)
+    sizes = _sizes("l2_momentum_step", x, alpha, eps, row_parameter)
+    weight = row_parameter("l2_momentum_step", "momentum", momentum, x, fraction=True)
+    box = box_parameters("l2_momentum_step", x, lo, hi)
+    return run_out(*_l2_momentum_step, (x_adv, x_prev, grad, x, *sizes, weight, *box, active), out)
+
+
+def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
+    """Copy the rows of x and grad where mask is True into x_best and grad_best, in one launch.
+
+    Keeps the best iterate so far; with the pairs swapped, it jumps back to it.
+
+    Args:
+        mask: (B,) bool.
+        x, grad: (B, ...), all four tensors of one shape and floating dtype.
+        x_best, grad_best: changed in place; they may share no memory with each other or with x and
+            grad.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, devices, shared memory.
+    """
+    check_like("keep_rows_", "x", x, grad=grad, x_best=x_best, grad_best=grad_best)
+    check_rows("keep_rows_", "mask", mask, x, torch.bool)
+    refuse_overlap("keep_rows_", "x_best", x_best, (x, grad))
+    refuse_overlap("keep_rows_", "grad_best", grad_best, (x, grad, x_best))
+    _keep_rows(mask, x, grad, x_best, grad_best)
+    torch.autograd.graph.increment_version((x_best, grad_best))
+
+
+def _check(op: str, x_adv: Tensor, active: Tensor | None, **tensors: Tensor) -> None:
+    check_like(op, "x_adv", x_adv, **tensors)
+    if active is not None:
+        check_rows(op, "active", active, x_adv, torch.bool)
+
+
+def _sizes(
+    op: str,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    convert: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    return convert(op, "alpha", alpha, x), convert(op, "eps", eps, x, nonnegative=True)

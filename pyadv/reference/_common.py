@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ def widen(t: Tensor) -> Tensor:
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, ..., 1), to broadcast against `like` (B, ...)."""
     return values.reshape(values.shape + (1,) * (like.dim() - 1))
+
+
+def rows(t: Tensor) -> Tensor:
+    """(B, ...) -> (B, n)"""
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def parameter(value: float | Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import clip_to_box, finish, parameter, widen
+from pyadv.reference._common import finish, parameter, per_row, rows, widen
+from pyadv.reference.projections import l1_box_clip, l2_clip, linf_clip, row_scale
 
 
 def linf_step(
@@ -20,9 +21,120 @@ def linf_step(
     active: Tensor | None = None,
 ) -> Tensor:
     """min(max(x_adv + alpha sign(grad), x - eps), x + eps), then the box. See `ops.linf_step`."""
+    a, center = widen(x_adv), widen(x)
+    moved = a + _signed(widen(grad), parameter(alpha, a))
+    return finish(linf_clip(moved, center, eps, lo, hi), x_adv, active)
+
+
+def l2_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """x_adv + alpha grad / ||grad||, then ball, then box. See `ops.l2_step`."""
+    a, center = widen(x_adv), widen(x)
+    moved = a + parameter(alpha, a) * _unit(widen(grad))
+    return finish(l2_clip(moved, center, eps, lo, hi), x_adv, _movable(grad, active))
+
+
+def l1_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    keep: float | Tensor = 0.2,
+) -> Tensor:
+    """x_adv + alpha sign / count over the largest |grad|, then `l1_project`. See `ops.l1_step`."""
     a, g, center = widen(x_adv), widen(grad), widen(x)
-    radius = parameter(eps, a)
-    size, zero = parameter(alpha, a), torch.zeros_like(a)
-    moved = a + torch.where(g > 0, size, torch.where(g < 0, -size, zero))  # NaN does not move
-    in_ball = torch.minimum(torch.maximum(moved, center - radius), center + radius)
-    return finish(clip_to_box(in_ball, lo, hi), x_adv, active)
+    if not a.numel():
+        return finish(a, x_adv, active)
+    kept = (g.abs() >= _smallest_kept(g, keep)) & (g != 0)
+    count = per_row(rows(kept).sum(1), a)
+    moved = a + torch.where(kept, _signed(g, parameter(alpha, a) / count), torch.zeros_like(a))
+    return finish(l1_box_clip(moved, center, eps, lo, hi), x_adv, _movable(grad, active))
+
+
+def linf_momentum_step(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """APGD's update in the Linf ball. See `ops.linf_momentum_step`."""
+    a, center = widen(x_adv), widen(x)
+    z = linf_clip(a + _signed(widen(grad), parameter(alpha, a)), center, eps, lo, hi)
+    mixed = _mixed(a, z, widen(x_prev), momentum)
+    return finish(linf_clip(mixed, center, eps, lo, hi), x_adv, active)
+
+
+def l2_momentum_step(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """APGD's update in the L2 ball. See `ops.l2_momentum_step`."""
+    a, center = widen(x_adv), widen(x)
+    z = l2_clip(a + parameter(alpha, a) * _unit(widen(grad)), center, eps, lo, hi)
+    mixed = _mixed(a, z, widen(x_prev), momentum)
+    return finish(l2_clip(mixed, center, eps, lo, hi), x_adv, _movable(grad, active))
+
+
+def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
+    """Where mask: x_best <- x, grad_best <- grad. See `ops.keep_rows_`."""
+    x_best.copy_(torch.where(per_row(mask, x), x, x_best))
+    grad_best.copy_(torch.where(per_row(mask, grad), grad, grad_best))
+
+
+def _signed(g: Tensor, size: Tensor) -> Tensor:
+    """size sign(g); 0 for NaN."""
+    zero = torch.zeros_like(g)
+    return torch.where(g > 0, size, torch.where(g < 0, -size, zero))
+
+
+def _unit(g: Tensor) -> Tensor:
+    """g / ||g|| for rows of any size, 0 for a row of zeros."""
+    scaled = g / row_scale(g)
+    norm = per_row(torch.linalg.vector_norm(rows(scaled), dim=1), g)
+    return torch.where(norm > 0, scaled / norm, torch.zeros_like(g))
+
+
+def _movable(grad: Tensor, active: Tensor | None) -> Tensor:
+    """Rows with a gradient of finite numbers, among the active ones."""
+    finite = rows(grad).isfinite().all(1)
+    return finite if active is None else finite & active
+
+
+def _smallest_kept(g: Tensor, keep: float | Tensor) -> Tensor:
+    """The |g| of rank floor((1 - keep) n) from below, as (B, 1, ...); float32, as in AutoAttack."""
+    magnitude = rows(g).abs()
+    n = magnitude.shape[1]
+    fraction = torch.as_tensor(keep, dtype=torch.float32, device=g.device).reshape(-1)
+    rank = ((1 - fraction) * n).clamp(0, n - 1).long().expand(g.shape[0])
+    return per_row(magnitude.sort(1)[0].gather(1, rank[:, None])[:, 0], g)
+
+
+def _mixed(a: Tensor, z: Tensor, previous: Tensor, momentum: float | Tensor) -> Tensor:
+    m = parameter(momentum, a)
+    return a + m * (z - a) + (1 - m) * (a - previous)

@@ -1,0 +1,154 @@
+"""Projections onto norm balls around x and onto the box, in plain PyTorch. Functions of `pyadv.ops`
+of the same name have the same arguments; the tests hold the kernels against what stands here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyadv.reference._common import clip_to_box, finish, parameter, per_row, rows, widen
+
+
+def linf_project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+) -> Tensor:
+    """min(max(x_adv, x - eps), x + eps), then the box."""
+    return finish(linf_clip(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
+
+
+def l2_project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    exact: bool = False,
+) -> Tensor:
+    """Ball, then box; `exact=True`: the nearest point of their intersection."""
+    project = l2_box_clip if exact else l2_clip
+    return finish(project(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
+
+
+def l1_project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+) -> Tensor:
+    """The nearest point of the intersection of ball and box."""
+    return finish(l1_box_clip(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
+
+
+def row_scale(t: Tensor) -> Tensor:
+    """The largest |entry| of each row as (B, 1, ...); 1 where it is 0 or not finite."""
+    if not t.numel():
+        return per_row(t.new_ones(t.shape[:1]), t)
+    largest = rows(t).abs().amax(1)
+    usable = (largest > 0) & largest.isfinite()
+    return per_row(torch.where(usable, largest, torch.ones_like(largest)), t)
+
+
+def row_norm(t: Tensor) -> Tensor:
+    """L2 norms as (B, 1, ...), for entries of any size: no square under- or overflows."""
+    scale = row_scale(t)
+    return per_row(torch.linalg.vector_norm(rows(t / scale), dim=1), t) * scale
+
+
+def linf_clip(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> Tensor:
+    radius = parameter(eps, v)
+    return clip_to_box(torch.minimum(torch.maximum(v, x - radius), x + radius), lo, hi)
+
+
+def l2_clip(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> Tensor:
+    radius, norm = parameter(eps, v), row_norm(v - x)
+    return clip_to_box(torch.where(norm > radius, x + (v - x) * (radius / norm), v), lo, hi)
+
+
+def l2_box_clip(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> Tensor:
+    """x + t (v - x), clipped to the box, for the largest t <= 1 that stays in the ball.
+
+    An entry is held by the box from t = room / |v - x| on. With the first j entries held, the
+    squared norm is (their rooms squared) + t^2 (the others squared): the ball gives t.
+    """
+    if not v.numel():
+        return v
+    d, room, radius = _offset_and_room(v, x, eps, lo, hi)
+    holds, order = (room / d).nan_to_num(nan=torch.inf, posinf=torch.inf).sort(1)
+    held = room.gather(1, order).square().cumsum(1)
+    free = d.gather(1, order).square().flip(1).cumsum(1).flip(1)
+    held, free = torch.cat([torch.zeros_like(held[:, :1]), held[:, :-1]], 1), free
+    at_knot = held + (holds.square() * free).nan_to_num(nan=torch.inf)
+    last = (at_knot < radius.square()).sum(1, keepdim=True).clamp(max=d.shape[1] - 1)
+    t = ((radius.square() - held.gather(1, last)) / free.gather(1, last)).clamp(min=0).sqrt()
+    outside = torch.minimum(d, room).square().sum(1, keepdim=True) > radius.square()
+    shrunk = x + per_row(t[:, 0].to(v.dtype), v) * (v - x)
+    return clip_to_box(torch.where(per_row(outside[:, 0], v), shrunk, v), lo, hi)
+
+
+def l1_box_clip(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> Tensor:
+    """x + sign(v - x) min(max(|v - x| - threshold, 0), room), whose L1 distance from x is eps.
+
+    That distance, as a function of the threshold, is a sum of hinges: entry i comes in below
+    |d_i|, and stops growing below |d_i| - room_i. The knots are sorted, and the linear piece that
+    reaches eps is solved.
+    """
+    if not v.numel():
+        return v
+    d, room, radius = _offset_and_room(v, x, eps, lo, hi)
+    knots, order = torch.cat([d, (d - room).clamp(min=0)], 1).sort(1, descending=True)
+    sign = torch.where(order < d.shape[1], 1.0, -1.0).to(knots.dtype)
+    count, total = sign.cumsum(1), (sign * knots).cumsum(1)
+    last = (total - count * knots < radius).sum(1, keepdim=True).sub(1).clamp(min=0)
+    threshold = (total.gather(1, last) - radius) / count.gather(1, last)
+    outside = torch.minimum(d, room).sum(1, keepdim=True) > radius
+    offset = v - x
+    shrunk = (offset.abs() - per_row(threshold[:, 0].to(v.dtype), v)).clamp(min=0)
+    shrunk = torch.minimum(shrunk, room.to(v.dtype).reshape(v.shape))
+    shrunk = x + torch.copysign(shrunk, offset)
+    return clip_to_box(torch.where(per_row(outside[:, 0], v), shrunk, v), lo, hi)
+
+
+def _offset_and_room(
+    v: Tensor,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of |v - x|, of the room the box leaves on that side, and of eps; float64 for sums."""
+    offset = v - x
+    infinity = torch.full_like(x, torch.inf)
+    above = infinity if hi is None else parameter(hi, x) - x
+    below = infinity if lo is None else x - parameter(lo, x)
+    room = torch.where(offset > 0, above, below).clamp(min=0)
+    radius = parameter(eps, v.double()).expand(v.shape[:1] + (1,) * (v.dim() - 1))
+    return rows(offset.abs().double()), rows(room.double()), rows(radius)
