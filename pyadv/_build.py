@@ -30,8 +30,8 @@ TARGET = (2, 11)
 # Kernels must equal the reference bit for bit on every machine: no contraction to FMA, no
 # fast-math, no -march (wider vectors are clones chosen at run time), and CXXFLAGS is not read.
 HOST_FLAGS = (
-    "-O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -Wall -Wextra"
-    f" -DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
+    "-O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno"
+    f" -Wall -Wextra -DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
 ).split()
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
@@ -279,7 +279,7 @@ def plan_module(csrc: Path, work: Path, plans: Iterable[Plan]) -> Plan:
     """_C: a Python module that says how the libraries built ahead beside it were made."""
     info = json.dumps({plan.library: plan.info for plan in plans}, indent=1, sort_keys=True)
     header = work / "build_info.h"
-    text = f'#define PYADV_BUILD_INFO R"json({info})json"\n'
+    text = f'constexpr char kBuildInfo[] = R"json({info})json";\n'
     work.mkdir(parents=True, exist_ok=True)
     if not header.is_file() or header.read_text() != text:  # ninja looks at the time of change
         header.write_text(text)
