@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,16 +66,16 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the batches of `epoch` from number `start` on."""
-        # Two words of 32 bits: no two (seed, epoch) share a generator.
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        # torch's CPU generator reads 32 bits of its seed, so the pair has to be mixed into them.
+        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         n = len(self.ids)
         order = torch.randperm(n, generator=generator)
         offsets = torch.randint(2 * self.PADDING + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
         for step in range(start, len(self)):
-            rows = slice(step * self.batch_size, min(n, (step + 1) * self.batch_size))
-            rows = slice(rows.start + self.rank, rows.stop - (rows.stop - rows.start) % self.world)
-            rows = slice(rows.start, rows.stop, self.world)
+            first, end = step * self.batch_size, min(n, (step + 1) * self.batch_size)
+            rows = slice(first + self.rank, end - (end - first) % self.world, self.world)
             ids = self.ids[order[rows]]
             x, y = self.x[ids].to(self.device), self.y[ids].to(self.device)
             if self.augment:

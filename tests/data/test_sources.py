@@ -1,0 +1,203 @@
+"""Every reader on files of its own format, and its errors on files that are not."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyadv.data import load
+from pyadv.data.make_embedded import SIZES, TARGET, make
+from pyadv.data.sources import read_idx
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+
+
+def idx(values: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, values.ndim])
+    return header + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+
+
+def write_idx_folder(folder: Path, suffix: str, compress) -> None:
+    for stem, n in (("train", 7), ("t10k", 3)):
+        images = np.arange(n * 20).reshape(n, 4, 5)
+        (folder / f"{stem}-images-idx3-ubyte{suffix}").write_bytes(compress(idx(images)))
+        (folder / f"{stem}-labels-idx1-ubyte{suffix}").write_bytes(compress(idx(np.arange(n) % 3)))
+
+
+def test_embedded_set_is_whole() -> None:
+    data = load()
+    assert data.name == "fashion-mini" and len(data.classes) == 10 and data.shape == (1, 28, 28)
+    assert len(data.train_y) == 10_000 and len(data.test_y) == 2_000
+    assert data.train_y.bincount().min() > 900 and data.test_y.bincount().min() > 180
+    assert data.train_x.min() == 0 and data.train_x.max() == 1
+    assert data.train_x.mean().item() == pytest.approx(0.2863, abs=1e-3)
+    assert data.classes[data.test_y[0]] == "ankle boot"
+    assert sum(f.stat().st_size for f in TARGET.iterdir()) < 5e6
+    assert (TARGET / "LICENSE").exists()
+
+
+def test_embedded_set_is_made_by_its_script(tmp_path: Path) -> None:
+    if not FASHION.is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed")
+    for stem in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / f"{stem}.gz").write_bytes((FASHION / f"{stem}.gz").read_bytes())
+    full = read_idx(FASHION / "t10k-images-idx3-ubyte.gz")
+    assert torch.equal(read_idx(TARGET / "t10k-images-idx3-ubyte.xz"), full[: SIZES["test"]])
+    for stem in ("train", "t10k"):  # small stand-ins: compressing the images takes seconds
+        small = gzip.compress(idx(np.zeros((5, 2, 2))))
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(small)
+    made = make(tmp_path, tmp_path / "out")
+    labels = next(p for p in made if "train-labels" in p.name)
+    assert labels.read_bytes() == (TARGET / labels.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+)
+def test_idx_folder(tmp_path: Path, suffix: str, compress) -> None:
+    write_idx_folder(tmp_path, suffix, compress)
+    data = load(tmp_path)
+    assert data.shape == (1, 4, 5) and data.classes == ("0", "1", "2")
+    assert data.train_x[2, 0, 1, 3].item() == pytest.approx((2 * 20 + 8) / 255)
+    assert data.test_y.tolist() == [0, 1, 2]
+
+
+def test_broken_idx_files(tmp_path: Path) -> None:
+    path = tmp_path / "x-ubyte"
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match="is not an idx file"):
+        read_idx(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is not an idx file"):
+        read_idx(path)
+    path.write_bytes(idx(np.zeros((3, 2, 2)))[:-1])
+    with pytest.raises(ValueError, match=r"header says shape \[3, 2, 2\], it holds 11 bytes"):
+        read_idx(path)
+    write_idx_folder(tmp_path, "", bytes)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks t10k-labels-idx1-ubyte"):
+        load(tmp_path)
+
+
+def write_pickle(path: Path, value: object) -> None:
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+def cifar_batch(n: int, key: bytes, start: int = 0) -> dict:
+    data = np.random.default_rng(start).integers(0, 256, (n, 3072), dtype=np.uint8)
+    return {b"data": data, key: [(start + i) % 3 for i in range(n)]}
+
+
+def test_cifar_folders(tmp_path: Path) -> None:
+    ten, hundred = tmp_path / "ten", tmp_path / "hundred"
+    ten.mkdir(), hundred.mkdir()
+    for i in range(1, 6):
+        write_pickle(ten / f"data_batch_{i}", cifar_batch(2, b"labels", i))
+    write_pickle(ten / "test_batch", cifar_batch(3, b"labels"))
+    write_pickle(ten / "batches.meta", {b"label_names": [b"plane", b"car", b"bird"]})
+    write_pickle(hundred / "train", cifar_batch(4, b"fine_labels"))
+    write_pickle(hundred / "test", cifar_batch(2, b"fine_labels"))
+    write_pickle(hundred / "meta", {b"fine_label_names": ["apple", "bear", "crab"]})
+
+    data = load(ten)
+    assert data.name == "cifar10" and data.classes == ("plane", "car", "bird")
+    assert data.train_x.shape == (10, 3, 32, 32) and data.train_y.tolist()[:4] == [1, 2, 2, 0]
+    raw = cifar_batch(2, b"labels", 1)[b"data"]
+    assert data.train_x[0, 2, 3, 4].item() == pytest.approx(raw[0, 2 * 1024 + 3 * 32 + 4] / 255)
+    assert load(hundred).classes == ("apple", "bear", "crab")
+
+
+def test_pickles_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    for i in range(1, 6):
+        write_pickle(tmp_path / f"data_batch_{i}", {b"data": Evil()})
+    with pytest.raises(pickle.UnpicklingError, match="print is not part of a CIFAR batch"):
+        load(tmp_path)
+
+
+def test_npz_with_a_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (10, 6, 7, 3), dtype=np.uint8)
+    y = rng.integers(0, 4, (10, 1))  # as Keras stores CIFAR labels
+    np.savez(tmp_path / "a.npz", x_train=x[:6], y_train=y[:6], x_test=x[6:], y_test=y[6:])
+    data = load(tmp_path / "a.npz")
+    assert data.name == "a" and data.shape == (3, 6, 7)
+    assert np.array_equal((data.test_x.permute(0, 2, 3, 1) * 255).round().numpy(), x[6:])
+    assert data.train_y.tolist() == y[:6, 0].tolist()
+
+
+def test_npz_without_a_split_holds_a_fifth_out(tmp_path: Path) -> None:
+    x = (np.arange(10 * 16).reshape(10, 4, 4) / 160).astype(np.float32)
+    np.savez(tmp_path / "b.npz", x=x, y=np.arange(10) % 2)
+    first, again = load(tmp_path / "b.npz"), load(tmp_path / "b.npz")
+    assert first.name == "b (random fifth held out)"
+    assert len(first.train_y) == 8 and len(first.test_y) == 2
+    assert torch.equal(first.test_x, again.test_x)
+    pixels = torch.cat([first.train_x, first.test_x])[:, 0, 0, 0]
+    assert pixels.sort()[0].tolist() == pytest.approx(x[:, 0, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros(3)}, r"must hold .* it holds \['images'\]"),
+        ({"x": np.zeros((5, 4, 4)), "y": np.zeros(5)}, "y of c.npz must be integer"),
+        ({"x": np.full((5, 4, 4), 255.0), "y": np.zeros(5, int)}, "store uint8, or divide by 255"),
+        ({"x": np.zeros((5, 3, 4, 3)), "y": np.zeros(5, int)}, "pass layout="),
+    ],
+)
+def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "c.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "c.npz")
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="'cifar11' is neither a path nor one of fashion"):
+        load("cifar11")
+    with pytest.raises(ValueError, match="is not an .npz file or a folder that holds"):
+        load(tmp_path)
+
+
+def test_torchvision_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyadv\[vision\]'"):
+        load("cifar10")
+
+
+def test_torchvision_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two conventions of torchvision's classes, from stand-ins of the same form."""
+
+    class CIFAR10:
+        classes = ("plane", "car")
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            n = 4 if train else 2
+            self.data = np.full((n, 32, 32, 3), 51, np.uint8)
+            self.targets = [i % 2 for i in range(n)]
+
+    class SVHN:
+        def __init__(self, root: str, split: str, download: bool) -> None:
+            n = 4 if split == "train" else 2
+            self.data = np.full((n, 3, 32, 32), 51, np.uint8)
+            self.labels = np.arange(n) % 2
+
+    module = types.ModuleType("torchvision")
+    module.datasets = types.SimpleNamespace(CIFAR10=CIFAR10, SVHN=SVHN)
+    monkeypatch.setitem(sys.modules, "torchvision", module)
+    for name, classes in (("cifar10", ("plane", "car")), ("svhn", ("0", "1"))):
+        data = load(name)
+        assert data.name == name and data.classes == classes and data.shape == (3, 32, 32)
+        assert data.train_x[0, 0, 0, 0].item() == pytest.approx(0.2)
+        assert data.train_y.tolist() == [0, 1, 0, 1] and len(data.test_y) == 2
