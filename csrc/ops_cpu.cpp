@@ -27,6 +27,12 @@ class Device {
 }  // namespace backend
 }  // namespace pyadv
 
+#include "glue/geometry.h"
+#include "glue/noise.h"
 #include "glue/steps.h"
 
-STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) { pyadv::register_steps(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
+  pyadv::register_steps(m);
+  pyadv::register_geometry(m);
+  pyadv::register_noise(m);
+}

@@ -60,10 +60,16 @@ class Device {
 }  // namespace backend
 }  // namespace pyadv
 
+#include "glue/geometry.h"
+#include "glue/noise.h"
 #include "glue/steps.h"
 
 #if defined(PYADV_CUDA_ON_CPU)
-STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) { pyadv::register_steps(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) { pyadv::register_steps(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) {
 #endif
+  pyadv::register_steps(m);
+  pyadv::register_geometry(m);
+  pyadv::register_noise(m);
+}

@@ -2,12 +2,20 @@
 // No CUDA header here, so that the tensor glue compiles with the host compiler alone.
 #pragma once
 
+#include "common/geometry.h"
+#include "common/noise.h"
 #include "common/steps.h"
 
 namespace pyadv {
 namespace cuda {
 
 int linf_step(const StepArgs& args, void* stream);
+
+int track(const TrackArgs& args, void* stream);
+
+int keyed_uniform(const NoiseArgs& args, void* stream);
+int keyed_normal(const NoiseArgs& args, void* stream);
+int row_hash(const HashArgs& args, void* stream);
 
 }  // namespace cuda
 }  // namespace pyadv
