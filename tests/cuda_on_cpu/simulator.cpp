@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -198,7 +199,9 @@ void Simulator::launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
   gridDim = grid;
   blockDim = block;
   // Of the exact size, so that AddressSanitizer sees the end.
-  shared_.reset(shared == 0 ? nullptr : aligned_alloc(16, shared));
+  void* memory = nullptr;
+  if (shared != 0 && posix_memalign(&memory, 16, shared) != 0) throw std::bad_alloc();
+  shared_.reset(memory);
   std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
   for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
   std::shuffle(blocks.begin(), blocks.end(), random_);  // no block may count on an earlier one

@@ -1,0 +1,95 @@
+"""The CUDA kernels pass the tests of the ops when they run on the CPU, under sanitizers; and the
+simulator that runs them catches the mistakes it is there to catch. See docs/cuda-checks.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import shim
+
+from pyadv import _build
+
+pytestmark = pytest.mark.build
+
+OP_TESTS = sorted(
+    path.name
+    for path in (shim.REPOSITORY / "tests" / "ops").glob("test_*.py")
+    if path.name != "test_compile.py"  # of torch.compile, whichever kernels run
+)
+
+# What each kernel of mistakes.cu must bring to light, as a regular expression.
+MISTAKES = {
+    "no_barrier_after_write": "wrong values",
+    "no_barrier_after_read": "wrong values",
+    "shared_array_not_initialised": "wrong values",
+    "dynamic_shared_not_initialised": "wrong values",
+    "count_on_earlier_block": "wrong values",
+    "dynamic_shared_overflow": "heap-buffer-overflow",
+    "shared_array_overflow": "global-buffer-overflow|insufficient space",
+    "read_past_the_end": "heap-buffer-overflow",
+    "misaligned_access": "misaligned address",
+    "index_overflow": "signed integer overflow",
+    "return_before_shuffle": "for lane 5, which has returned",
+    "caller_not_in_mask": "the calling lane is not in the mask",
+    "source_not_in_mask": "shuffle from lane 20, not in the mask",
+    "mask_beyond_the_block": "names lanes that the block does not have",
+    "collectives_do_not_match": "waits at another warp collective",
+    "masks_do_not_match": "for lane 16",
+    "different_barriers": "meet at different barriers",
+    "return_before_barrier": "127 of 128 threads wait at the barrier",
+}
+RIGHT = (
+    "right_barriers",
+    "right_shared_arrays",
+    "right_dynamic_shared",
+    "right_collectives",
+    "right_after_failure",
+    "right_limits",
+)
+
+
+@pytest.fixture(scope="module")
+def mistakes() -> Path:
+    compiler = _build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{_build.source_root()}")
+    return shim.build(
+        dataclasses.replace(
+            shim.plan(),
+            library="mistakes",
+            file="mistakes.so",
+            compile=tuple(shim.commands([shim.HERE / "mistakes.cu"], (*compiler, *flags))),
+            link=(*compiler, "-shared", *shim.SANITIZE, *shim.LINK),
+        )
+    )
+
+
+@pytest.mark.parametrize("name, said", [*MISTAKES.items(), *((name, "right") for name in RIGHT)])
+def test_simulator_catches(mistakes: Path, name: str, said: str) -> None:
+    run = f"import ctypes; ctypes.CDLL({str(mistakes)!r}).run({name.encode()!r})"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", run],
+        env=shim.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    output = done.stdout + done.stderr
+    assert re.search("^right$" if said == "right" else said, output), output
+
+
+@pytest.mark.parametrize("file", OP_TESTS)
+def test_ops(file: str) -> None:
+    """Every test of the ops that is not `slow`, by the file."""
+    words, variables = shim.command(["-v", "-m", "not slow and not build", f"tests/ops/{file}"])
+    done = subprocess.run(
+        words, env=variables, cwd=shim.REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert "CUDA kernels on the CPU shim" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == pytest.ExitCode.OK, done.stdout[-6000:] + done.stderr[-6000:]
