@@ -1,0 +1,130 @@
+"""What the CUDA compiler says about the kernels, which needs no GPU: no warnings, no spills,
+16-byte accesses, exact arithmetic, and a library that PyTorch loads. See docs/cuda-checks.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyadv import _build
+
+CSRC = _build.source_root()
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+STRICT = ("--Werror", "all-warnings", "-Xcompiler=-Werror", "-Xptxas", "-v")
+
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(_build.find_cuda() is None, reason="no nvcc found"),
+]
+
+
+@dataclass
+class Usage:
+    """What one kernel takes on one architecture."""
+
+    kernel: str
+    architecture: str
+    stack: int
+    spills: int
+    registers: int
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA library for both architectures, warnings being errors; build.log lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        plan = _build.plan_cuda(CSRC, _build.this_torch())
+    if plan.problem:
+        pytest.skip(plan.problem)
+    strict = tuple(
+        (path, (*words, *(STRICT if path.suffix == ".cu" else ("-Werror",))))
+        for path, words in plan.compile
+    )
+    work = tmp_path_factory.mktemp("cuda")
+    return _build.build([dataclasses.replace(plan, compile=strict)], work)[0]
+
+
+@pytest.fixture(scope="module")
+def usage(library: Path) -> list[Usage]:
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n"
+        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers",
+        (library.parent / "build.log").read_text(),
+    )
+    return [
+        Usage(kernel, architecture, int(stack), int(stores) + int(loads), int(registers))
+        for kernel, architecture, stack, stores, loads, registers in found
+    ]
+
+
+def test_every_source_is_compiled_for_both_architectures(usage: list[Usage]) -> None:
+    kernels = {
+        name: {u.kernel for u in usage if u.architecture == name} for name in ("sm_80", "sm_90")
+    }
+    assert kernels["sm_80"] == kernels["sm_90"]
+    assert len(kernels["sm_90"]) >= len(SOURCES)
+
+
+def test_registers_suffice(usage: list[Usage]) -> None:
+    """Nothing lives in local memory, and at least 512 threads fit on a multiprocessor."""
+    for u in usage:
+        print(f"{u.architecture} {u.registers:3} registers  {u.kernel}")
+    assert [u for u in usage if u.stack or u.spills] == []
+    assert [u for u in usage if u.registers > 128] == []
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The body of every kernel in PTX, by its mangled name."""
+    nvcc, bodies = _build.find_cuda() / "bin" / "nvcc", {}
+    for source in SOURCES:
+        out = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
+        flags = (*_build.NVCC_FLAGS, f"-I{CSRC}", "-arch=sm_90", "-ptx", "-o", str(out))
+        subprocess.run([nvcc, *flags, source], check=True)
+        bodies |= re.findall(r"\.entry (\w+)\((.*?)\n\}", out.read_text(), re.DOTALL)
+    return bodies
+
+
+def test_vector_kernels_access_16_bytes(ptx: dict[str, str]) -> None:
+    """A kernel <T, V, ...> with V elements per access does load and store them at once."""
+    vector = {
+        name: body
+        for name, body in ptx.items()
+        if (found := re.search(r"I(?:[fd]|NS_\w+?E)Li(\d+)E", name)) and int(found[1]) > 1
+    }
+    assert vector
+    for name, body in vector.items():
+        for access in ("ld", "st"):
+            assert re.search(rf"{access}\.global(\.nc)?\.v(4\.[fbu]32|2\.[fbu]64)", body), name
+
+
+def test_arithmetic_is_not_contracted(ptx: dict[str, str]) -> None:
+    """No multiplication and addition is rounded once where the reference rounds twice."""
+    assert [name for name, body in ptx.items() if "fma.rn.f32" in body] == []
+
+
+def test_library_loads_without_cuda_and_serves_every_op(library: Path) -> None:
+    check = """
+import sys, torch
+import pyadv.ops
+from pyadv.ops._registry import _LIBRARY
+torch.ops.load_library(sys.argv[1])
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [name for name in sorted(_LIBRARY._op_defs) if not has(name, "CUDA")]
+sys.exit(f"no CUDA kernel: {missing}" if missing else 0)
+"""
+    runtime = _build.find_cuda() / "lib64"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(runtime), "PYADV_NATIVE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", check, library], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
