@@ -130,7 +130,12 @@ def table(rows: list[Row]) -> str:
     """Markdown, a table for each case."""
     lines = []
     for case in dict.fromkeys(r.case for r in rows):
-        lines += [f"**{case}**", "", "| provider | median us | quartiles | x copy_ |", "|---|---|---|---|"]
+        lines += [
+            f"**{case}**",
+            "",
+            "| provider | median us | quartiles | x copy_ |",
+            "|---|---|---|---|",
+        ]
         for r in (r for r in rows if r.case == case):
             share = f"{r.over_copy:.2f}" if r.over_copy else ""
             lines.append(

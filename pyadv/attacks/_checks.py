@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.ops._arguments import check_floating
+from pyadv.ops._arguments import check_floating, parameter
 
 _NORMS = {
     "linf": "Linf",
@@ -72,6 +72,13 @@ def batch(x: Tensor, y: Tensor, ids: Tensor | None) -> None:
             )
         if t.device != x.device:
             raise ValueError(f"attack: {name} must be on {x.device} as x is, got {t.device}")
+
+
+def parameters(x: Tensor, given: dict[str, Any]) -> None:
+    """Tensor parameters fit x, by the rule of the ops."""
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            parameter("attack", name, value, x)
 
 
 def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> None:

@@ -21,6 +21,7 @@ from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.attacks._result import AttackResult, Perturbed
 from pyadv.attacks._start import Noise, start
+from pyadv.reference._common import keep_inactive
 
 STEP = {"Linf": ops.linf_step, "L2": ops.l2_step, "L1": ops.l1_step}
 PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
@@ -49,10 +50,14 @@ class Settings:
     keep: Parameter = 0.2  # share of the coordinates an L1 step moves
     omega: float = 0.0  # standard deviation of the noise added after each step
 
+    @property
+    def parameters(self) -> dict[str, Parameter | None]:
+        """What may hold one value per sample."""
+        return {k: getattr(self, k) for k in ("eps", "alpha", "lo", "hi", "keep")}
+
     def select(self, kept: Tensor, x: Tensor) -> Settings:
         """For the rows `kept` of x: per-sample parameters follow their rows."""
-        names = ("eps", "alpha", "lo", "hi", "keep")
-        return replace(self, **{k: _select(getattr(self, k), kept, x) for k in names})
+        return replace(self, **{k: _select(v, kept, x) for k, v in self.parameters.items()})
 
 
 @dataclass
@@ -161,10 +166,7 @@ def _step(rows: _Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
     if s.omega:
         noisy = rows.x_adv + s.omega * rows.noise.normal(rows.x, step=k + 1)
         noisy = PROJECT[s.norm](noisy, rows.x, s.eps, s.lo, s.hi)
-        if active is None:
-            rows.x_adv.copy_(noisy)
-        else:
-            ops.keep_rows_(active, noisy, grad, rows.x_adv, grad)
+        rows.x_adv.copy_(keep_inactive(noisy, rows.x_adv, active))
 
 
 def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tensor | None:

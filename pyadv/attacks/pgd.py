@@ -172,9 +172,7 @@ class PGD:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         b = len(x)
-        parts = [
-            _attack_rows(target, x, y, s, noise, slice(r * b, (r + 1) * b)) for r in range(n)
-        ]
+        parts = [_attack_rows(target, x, y, s, noise, slice(r * b, (r + 1) * b)) for r in range(n)]
         return _best(_concatenate(parts), n)
 
     def state_dict(self) -> dict[str, int]:
@@ -196,6 +194,7 @@ class PGD:
         if model is None:
             raise ValueError("attack: no model; give one at construction or as model=")
         _checks.batch(x, y, ids)
+        _checks.parameters(x, self.settings.parameters)
         if draw is None:
             draw = self.draw
             self.draw += 1
