@@ -28,11 +28,17 @@ class Device {
 }  // namespace pyadv
 
 #include "glue/geometry.h"
+#include "glue/losses.h"
 #include "glue/noise.h"
+#include "glue/norms.h"
+#include "glue/projections.h"
 #include "glue/steps.h"
 
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_steps(m);
+  pyadv::register_projections(m);
+  pyadv::register_losses(m);
   pyadv::register_geometry(m);
+  pyadv::register_norms(m);
   pyadv::register_noise(m);
 }

@@ -62,6 +62,8 @@ class Device {
 
 #include "glue/geometry.h"
 #include "glue/noise.h"
+#include "glue/norms.h"
+#include "glue/projections.h"
 #include "glue/steps.h"
 
 #if defined(PYADV_CUDA_ON_CPU)
@@ -70,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) {
 #endif
   pyadv::register_steps(m);
+  pyadv::register_projections(m);
   pyadv::register_geometry(m);
+  pyadv::register_norms(m);
   pyadv::register_noise(m);
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/exp.h"
 #include "common/types.h"
 
 namespace pyadv {
@@ -93,27 +94,6 @@ struct Uniform {
   }
 };
 
-// log x for x in (0, 1], without the special values: the polynomial of Cephes' logf.
-PYADV_HD float log_of_share(float x) {
-  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
-  const int32_t shifted = bit_cast<int32_t>(x) - 0x3F3504F3;
-  const int32_t e = shifted >> 23;
-  const float z = bit_cast<float>((shifted & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * z - 1.1514610310e-1f;
-  p = p * z + 1.1676998740e-1f;
-  p = p * z - 1.2420140846e-1f;
-  p = p * z + 1.4249322787e-1f;
-  p = p * z - 1.6668057665e-1f;
-  p = p * z + 2.0000714765e-1f;
-  p = p * z - 2.4999993993e-1f;
-  p = p * z + 3.3333331174e-1f;
-  const float scale = static_cast<float>(e), square = z * z;
-  const float tail = p * (square * z) + scale * -2.12194440e-4f - 0.5f * square;
-  return (z + tail) + scale * 0.693359375f;
-}
-PYADV_HD double log_of_share(double x) { return log(x); }
-
 // cos and sin of t in [-pi/4, pi/4]: the polynomials of Cephes' cosf and sinf.
 PYADV_HD void small_turn(float t, float& cosine, float& sine) {
   const float s = t * t;
@@ -137,7 +117,7 @@ struct Normal {
   PYADV_HD static void pair(uint32_t length, uint32_t angle, T* out) {
     using C = compute_t<T>;
     const int32_t share = (1 << 24) - static_cast<int32_t>(length >> 8);  // (1 - u) 2^24, never 0
-    const C radius = sqrt(C(-2) * log_of_share(static_cast<C>(share) * C(0x1.0p-24)));
+    const C radius = sqrt(C(-2) * log_normal(static_cast<C>(share) * C(0x1.0p-24)));
     const int32_t turn = static_cast<int32_t>(angle >> 8);
     const int32_t quarter = (turn + (1 << 21)) >> 22;
     C cosine, sine;

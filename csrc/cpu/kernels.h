@@ -2,15 +2,41 @@
 #pragma once
 
 #include "common/geometry.h"
+#include "common/losses.h"
 #include "common/noise.h"
+#include "common/norms.h"
 #include "common/steps.h"
 
 namespace pyadv {
 namespace cpu {
 
-void linf_step(const StepArgs& args, int64_t begin, int64_t end);  // items: elements
+// items: elements
+void linf_step(const StepArgs& args, int64_t begin, int64_t end);
+void linf_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
+void linf_project(const StepArgs& args, int64_t begin, int64_t end);
+// items: rows
+void l2_step(const StepArgs& args, int64_t begin, int64_t end);
+void l2_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
+void l1_step(const StepArgs& args, int64_t begin, int64_t end);
+void keep_rows(const KeepRowsArgs& args, int64_t begin, int64_t end);
+void l2_project(const StepArgs& args, int64_t begin, int64_t end);
+void l2_box_project(const StepArgs& args, int64_t begin, int64_t end);
+void l1_project(const StepArgs& args, int64_t begin, int64_t end);
+
+// items: rows
+void attack_loss(const AttackArgs& args, int64_t begin, int64_t end);
+void weighted_cross_entropy(const LossArgs& args, int64_t begin, int64_t end);
+void kl(const LossArgs& args, int64_t begin, int64_t end);  // trades_kl and mart_kl
+void mart_bce(const LossArgs& args, int64_t begin, int64_t end);
+void softmax_cotangent(const SoftmaxArgs& args, int64_t begin, int64_t end);
+void row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
+void row_square_sum(const SquareArgs& args, int64_t begin, int64_t end);
 
 void track(const TrackArgs& args, int64_t begin, int64_t end);  // items: rows
+
+void norm_pieces(const NormArgs& args, int64_t begin, int64_t end);  // items: pieces
+void norm_roots(const NormArgs& args, int64_t begin, int64_t end);  // items: tensors
+void norms_backward(const NormArgs& args, int64_t begin, int64_t end);  // items: pieces
 
 void keyed_uniform(const NoiseArgs& args, int64_t begin, int64_t end);  // items: Philox blocks
 void keyed_normal(const NoiseArgs& args, int64_t begin, int64_t end);   // items: Philox blocks

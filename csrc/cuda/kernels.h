@@ -4,14 +4,29 @@
 
 #include "common/geometry.h"
 #include "common/noise.h"
+#include "common/norms.h"
 #include "common/steps.h"
 
 namespace pyadv {
 namespace cuda {
 
 int linf_step(const StepArgs& args, void* stream);
+int linf_momentum_step(const StepArgs& args, void* stream);
+int l2_step(const StepArgs& args, void* stream);
+int l2_momentum_step(const StepArgs& args, void* stream);
+int l1_step(const StepArgs& args, void* stream);
+int keep_rows(const KeepRowsArgs& args, void* stream);
+
+int linf_project(const StepArgs& args, void* stream);
+int l2_project(const StepArgs& args, void* stream);
+int l2_box_project(const StepArgs& args, void* stream);
+int l1_project(const StepArgs& args, void* stream);
 
 int track(const TrackArgs& args, void* stream);
+
+int norm_pieces(const NormArgs& args, void* stream);
+int norm_roots(const NormArgs& args, void* stream);
+int norms_backward(const NormArgs& args, void* stream);
 
 int keyed_uniform(const NoiseArgs& args, void* stream);
 int keyed_normal(const NoiseArgs& args, void* stream);

@@ -1,7 +1,18 @@
 """Fused ops. Each has a reference of the same name in `pyadv.reference`."""
 
 from pyadv.ops.geometry import track
+from pyadv.ops.losses import (
+    attack_loss,
+    mart_bce,
+    mart_kl,
+    row_square_sum,
+    row_stats,
+    softmax_cotangent,
+    trades_kl,
+    weighted_cross_entropy,
+)
 from pyadv.ops.noise import keyed_normal, keyed_uniform, row_hash
+from pyadv.ops.norms import log_norm_product, norms
 from pyadv.ops.projections import l1_project, l2_project, linf_project
 from pyadv.ops.steps import (
     keep_rows_,
@@ -22,7 +33,17 @@ __all__ = [
     "linf_project",
     "l2_project",
     "l1_project",
+    "attack_loss",
+    "weighted_cross_entropy",
+    "trades_kl",
+    "mart_bce",
+    "mart_kl",
+    "row_square_sum",
+    "softmax_cotangent",
+    "row_stats",
     "track",
+    "norms",
+    "log_norm_product",
     "keyed_uniform",
     "keyed_normal",
     "row_hash",

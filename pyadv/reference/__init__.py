@@ -1,7 +1,19 @@
 """The specification: every op of `pyadv.ops` under the same name, in plain PyTorch."""
 
 from pyadv.reference.geometry import track
+from pyadv.reference.losses import (
+    attack_loss,
+    attack_loss_value,
+    mart_bce,
+    mart_kl,
+    row_square_sum,
+    row_stats,
+    softmax_cotangent,
+    trades_kl,
+    weighted_cross_entropy,
+)
 from pyadv.reference.noise import keyed_normal, keyed_uniform, row_hash
+from pyadv.reference.norms import log_norm_product, norms
 from pyadv.reference.projections import l1_project, l2_project, linf_project
 from pyadv.reference.steps import (
     keep_rows_,
@@ -22,7 +34,18 @@ __all__ = [
     "linf_project",
     "l2_project",
     "l1_project",
+    "attack_loss",
+    "attack_loss_value",
+    "weighted_cross_entropy",
+    "trades_kl",
+    "mart_bce",
+    "mart_kl",
+    "row_square_sum",
+    "softmax_cotangent",
+    "row_stats",
     "track",
+    "norms",
+    "log_norm_product",
     "keyed_uniform",
     "keyed_normal",
     "row_hash",
