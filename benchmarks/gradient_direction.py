@@ -2,9 +2,9 @@
 
     python benchmarks/gradient_direction.py [--out docs/images/gradient_direction.png]
 
-A linear classifier with 10 classes, logits scaled until the margin has the given value. Plotted is the
-share of input elements whose gradient has the sign of the exact (float64) direction: for autograd of
-cross-entropy in float32, as attacks compute it, and for pyadv.ops.attack_loss.
+A linear classifier with 10 classes, logits scaled until the margin has the given value. Plotted is
+the share of input elements whose gradient has the sign of the exact (float64) direction: for
+autograd of cross-entropy in float32, as attacks compute it, and for pyadv.ops.attack_loss.
 """
 
 from __future__ import annotations

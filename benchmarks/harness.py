@@ -1,8 +1,9 @@
-"""One way to time: check the results first, then interleave the providers, report median and spread.
+"""One way to time: check the results first, then interleave the providers, report median and
+spread.
 
-The eager baseline moves several-fold with the state of the C heap, because a fresh output tensor pays
-for its pages. `tuned_heap()` starts the process again with a heap that keeps its pages, which favours
-eager; every row says so.
+The eager baseline moves several-fold with the state of the C heap, because a fresh output tensor
+pays for its pages. `tuned_heap()` starts the process again with a heap that keeps its pages, which
+favours eager; every row says so.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def measure(
     """Time the providers against each other.
 
     Each returns its result, which must equal `expected` (bit for bit) before anything is timed; the
-    `unchecked` are yardsticks that compute something else. The providers take turns in random order,
-    `runs` times; one sample repeats a call until it lasts `least_us`.
+    `unchecked` are yardsticks that compute something else. The providers take turns in random
+    order, `runs` times; one sample repeats a call until it lasts `least_us`.
     """
     for name, provider in providers.items():
         result = provider()

@@ -1,5 +1,5 @@
-"""From logits to what the engine needs of them: loss rows, the gradient that enters the network, and
-which rows are still classified as y."""
+"""From logits to what the engine needs of them: loss rows, the gradient that enters the network,
+and which rows are still classified as y."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The user's model, borrowed: what is attacked, how its logits are found, and how it is given back."""
+"""The user's model, borrowed: what is attacked, how its logits are found, and how it is given
+back."""
 
 from __future__ import annotations
 

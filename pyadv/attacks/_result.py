@@ -22,9 +22,9 @@ class AttackResult:
     """An attack and how it ended.
 
     `logits` (B, C), `correct` (B,) bool and `loss` (B,) are those of `x_adv` itself: one forward
-    pass more than the attack needs. `correct` is always "classified as y" and, for a targeted attack,
-    "not yet classified as the target"; `loss` is what the attack maximised. `kappa`, `steps` and
-    `queries` as in `Perturbed`, this last forward pass included.
+    pass more than the attack needs. `correct` is always "classified as y" and, for a targeted
+    attack, "not yet classified as the target"; `loss` is what the attack maximised. `kappa`,
+    `steps` and `queries` as in `Perturbed`, this last forward pass included.
     """
 
     x_adv: Tensor

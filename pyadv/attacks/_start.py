@@ -37,7 +37,8 @@ class Noise:
     draw: int
 
     def restarted(self, n: int) -> Noise:
-        """For a batch repeated n times: restart r of sample i has an id of its own, r = 0 the old."""
+        """For a batch repeated n times: restart r of sample i has an id of its own, r = 0 the
+        old."""
         shifts = torch.arange(n, device=self.ids.device) * _signed(_GOLDEN)  # wraps, as ids may
         return replace(self, ids=(self.ids + shifts[:, None]).flatten())
 

@@ -1,5 +1,6 @@
-"""Projected gradient descent: PGD (Madry et al., ICLR 2018) and its early-stopped form, friendly PGD
-(Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020)."""
+"""Projected gradient descent: PGD (Madry et al., ICLR 2018) and its early-stopped form, friendly
+PGD (Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML
+2020)."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ class PGD:
     """K steps of projected gradient ascent on the loss.
 
     `attack(x, y)` returns x_adv after exactly `steps` forward passes and `steps` input gradients;
-    `attack.run(x, y)` also says how it ended, for one forward pass more. The model's modes, BatchNorm
-    statistics, `.grad` and `requires_grad` are afterwards as they were, also when the model raises;
-    with keyed starts so is torch's generator. It never moves the model or the data.
+    `attack.run(x, y)` also says how it ended, for one forward pass more. The model's modes,
+    BatchNorm statistics, `.grad` and `requires_grad` are afterwards as they were, also when the
+    model raises; with keyed starts so is torch's generator. It never moves the model or the data.
 
     Args:
         model: anything that maps x to logits (B, C). A DistributedDataParallel wrapper is attacked
@@ -209,8 +210,8 @@ class PGD:
 
 
 class FriendlyPGD(PGD):
-    """PGD that stops for each sample on its own: once a sample has been fooled at `tau` iterates, it
-    is released at the next fooled one and stays as it is; the batch keeps its order.
+    """PGD that stops for each sample on its own: once a sample has been fooled at `tau` iterates,
+    it is released at the next fooled one and stays as it is; the batch keeps its order.
 
     Takes what `PGD` takes, and
 
@@ -221,7 +222,8 @@ class FriendlyPGD(PGD):
         omega: standard deviation of the normal noise that is added after each step and projected
             again (0.001 in the official code of FAT).
 
-    Source: Zhang et al., ICML 2020, algorithm 1. The official code reorders the batch; this does not.
+    Source: Zhang et al., ICML 2020, algorithm 1. The official code reorders the batch; this does
+    not.
     """
 
     def __init__(

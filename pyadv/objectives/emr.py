@@ -12,19 +12,20 @@ from pyadv.objectives._step import Schedule, Step, at_epoch
 
 
 class EMR:
-    """lam * R with R = mean_b || sum_k p_bk grad_x z_bk ||^2, p = softmax(z / temperature) held fixed:
-    a penalty on the effective weight norm, by double backward through the network in eval mode.
+    """lam * R with R = mean_b || sum_k p_bk grad_x z_bk ||^2, p = softmax(z / temperature) held
+    fixed: a penalty on the effective weight norm, by double backward through the network in eval
+    mode.
 
     Cross-entropy rewards larger logits, so it can be driven to zero without moving the decision
     boundary away from any sample; R grows with the square of the logits' scale and stops that.
 
-    `objective + EMR(lam)` adds it to any objective, on the adversarial examples, or on x where there
-    is no attack. A compiled model is run uncompiled here, since compiled graphs have no second
-    derivative.
+    `objective + EMR(lam)` adds it to any objective, on the adversarial examples, or on x where
+    there is no attack. A compiled model is run uncompiled here, since compiled graphs have no
+    second derivative.
 
     Args:
-        lam: strength, a number or a function of the epoch (from 1). With reduction="mean" it does not
-            depend on the batch size; the official code's lambda is B times this one's (its 3 at
+        lam: strength, a number or a function of the epoch (from 1). With reduction="mean" it does
+            not depend on the batch size; the official code's lambda is B times this one's (its 3 at
             B = 128 is 0.0234 here).
         temperature: T; towards 0 the gradient of the largest logit, for large T of the mean logit.
         center: subtract the mean logit, so that a change common to all logits costs nothing.

@@ -30,10 +30,10 @@ def cross_entropy(step: Step) -> Tensor:
 class Objective:
     """mean_b(weight_b * base_b) + the regularisers.
 
-    `objective(model, x, y, epoch=e, ids=None)` returns the scalar to call `.backward()` on. The model
-    is in train mode, as for any training step; the attack sets and restores the modes it needs.
-    `ids` (B,) int64 are the samples' indices in the training set: with them, keyed noise follows the
-    sample. `objective + regulariser` is a new objective.
+    `objective(model, x, y, epoch=e, ids=None)` returns the scalar to call `.backward()` on. The
+    model is in train mode, as for any training step; the attack sets and restores the modes it
+    needs. `ids` (B,) int64 are the samples' indices in the training set: with them, keyed noise
+    follows the sample. `objective + regulariser` is a new objective.
 
     Attributes:
         last: detached parts of the last step: x_adv, kappa (B,), logits, logits_adv, weights (B,),
@@ -111,7 +111,8 @@ class Standard(Objective):
 class AT(Objective):
     """Adversarial training: mean cross-entropy on the attack's examples.
 
-    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
+    2018.
     """
 
     def __init__(self, attack: PGD):
@@ -173,13 +174,13 @@ class GAIRATWeights:
 
 
 class GAIRAT(Objective):
-    """Geometry-aware instance-reweighted adversarial training: samples that few PGD steps fool count
-    more.
+    """Geometry-aware instance-reweighted adversarial training: samples that few PGD steps fool
+    count more.
 
     Args:
         attack: a `PGD` whose kappa is the geometry value; a `FriendlyPGD` makes it GAIR-FAT.
-        lam: the paper's lambda, a number or a function of the epoch; +inf gives every sample the same
-            weight (AT).
+        lam: the paper's lambda, a number or a function of the epoch; +inf gives every sample the
+            same weight (AT).
         kind: "tanh" (the paper), "sigmoid" or "discrete".
         begin_epoch: first epoch (from 1) with weights; equal weights before. The paper begins after
             a burn-in of 30 of 100 epochs (ResNet-18) or 60 of 120 (WRN-32-10).

@@ -48,7 +48,8 @@ def register(
 def register_out(
     schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Define `schema` (which returns one new Tensor) and its `_out` form, which writes into `out`."""
+    """Define `schema` (which returns one new Tensor) and its `_out` form, which writes into
+    `out`."""
     name, _, rest = schema.partition("(")
     arguments = rest.rpartition(") ->")[0]
 

@@ -60,7 +60,8 @@ DUAL = {"Linf": 1, "L2": 2, "L1": torch.inf}
 @pytest.mark.parametrize("norm", DUAL)
 @pytest.mark.parametrize("loss", ["ce", "margin", "slm"])
 def test_linear_optimum_without_a_box(norm, loss, device):
-    """On two linear classes the worst point lowers the margin by eps ||w||_q, q dual to the norm."""
+    """On two linear classes the worst point lowers the margin by eps ||w||_q, q dual to the
+    norm."""
     x, y = linear_batch(device)
     model = RowLinear(40, classes=2).to(device)
     eps, keep = 0.3, 1 / 40
