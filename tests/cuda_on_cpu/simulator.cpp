@@ -95,6 +95,10 @@ struct Fiber {
   Fiber(const Fiber&) = delete;
 };
 
+bool operator!=(Site a, Site b) {
+  return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file) != 0);
+}
+
 enum class State : uint8_t { Ready, AtBarrier, AtShuffle, AtBallot, Returned };
 
 struct Thread {
@@ -321,7 +325,7 @@ void Simulator::wait_for_block(Site site) {
 void Simulator::complete_barrier() {
   const Site first = threads_[0].site;
   for (unsigned i = 0; i < threads_.size(); ++i) {
-    if (threads_[i].site.line != first.line || strcmp(threads_[i].site.file, first.file) != 0)
+    if (threads_[i].site != first)
       fail("threads of one block meet at different barriers, " + to_string(first) + " and " +
            to_string(threads_[i].site));
     set_ready(i);
@@ -365,9 +369,7 @@ void Simulator::complete_warp(unsigned warp, unsigned mask) {
   for (unsigned k = 0; k < kWarp; ++k) {
     if (!(mask >> k & 1)) continue;
     const Thread& other = lanes[k];
-    if (other.state != t.state || other.mask != mask || other.site.line != t.site.line ||
-        strcmp(other.site.file, t.site.file) != 0)
-      return;
+    if (other.state != t.state || other.mask != mask || other.site != t.site) return;
     votes |= (other.bits & 1) << k;
   }
   const State state = t.state;
@@ -390,7 +392,7 @@ std::string Simulator::describe_stall() const {
       const std::string waits = "deadlock: lane " + std::to_string(i % kWarp) + " waits at " +
                                 to_string(t.site) + " for lane " + std::to_string(k);
       if (other.state == State::Returned) return waits + ", which has returned";
-      if (other.state != t.state || other.mask != t.mask || other.site.line != t.site.line)
+      if (other.state != t.state || other.mask != t.mask || other.site != t.site)
         return waits + ", which waits at another " + at(other.state) + ", " + to_string(other.site);
     }
   }
