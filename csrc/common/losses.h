@@ -1,0 +1,375 @@
+// Losses: rows of logits in, a value per row and the gradient with respect to the logits out.
+// Specification: pyadv/reference/losses.py.
+//
+// What the formulas have in common: 1 - p_t is never computed by subtraction. With
+// gap = logsumexp_{j != t} z_j - z_t, p_t = sigmoid(-gap), 1 - p_t = sigmoid(gap), and
+// cross-entropy is softplus(gap); all three keep their relative precision however confident the row
+// is.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "common/exp.h"
+#include "common/math.h"
+#include "common/types.h"
+
+namespace pyadv {
+
+// The order is that of ATTACK_LOSSES in pyadv/reference/losses.py.
+enum class AttackLoss : int { CE, Margin, DLR, KL, SLM, CETargeted, MarginTargeted, DLRTargeted };
+
+// (rows, classes): the classes of a row are adjacent, rows are `stride` elements apart.
+struct Logits {
+  const void* data;
+  int64_t stride;
+
+  template <class T>
+  PYADV_HD const T* row(int64_t i) const {
+    return static_cast<const T*>(data) + i * stride;
+  }
+};
+
+struct AttackArgs {
+  DType dtype;
+  AttackLoss loss;
+  bool unit;  // scale = "unit"
+  Logits logits;
+  Logits natural;         // for KL
+  const int64_t* y;       // [rows]
+  const int64_t* target;  // [rows], for the targeted losses
+  void* value;            // [rows] of the compute type
+  void* grad;             // [rows, classes]
+  bool* correct;          // [rows]
+  int64_t rows, classes;
+};
+
+// The differentiable losses. Without `cotangent` a kernel writes the values, with it the gradients.
+struct LossArgs {
+  DType dtype;
+  Logits logits;       // adversarial, where there are two
+  Logits natural;      // trades_kl, mart_kl
+  const int64_t* y;    // [rows]; nullptr for trades_kl and soft labels
+  const void* soft;    // [rows, classes] of the compute type, or nullptr
+  const void* weight;  // [rows] of the compute type, or nullptr: all ones
+  bool ignores;        // rows with y == ignored have loss 0
+  int64_t ignored;
+  bool exact;             // MART: the formulas, not the constants of the official code
+  bool detached;          // mart_kl: no gradient through the weight
+  const void* cotangent;  // [rows] of the compute type, or nullptr
+  void* value;            // [rows] of the compute type
+  void* grad;             // [rows, classes]
+  void* grad_natural;     // [rows, classes]
+  int64_t rows, classes;
+};
+
+struct SoftmaxArgs {
+  DType dtype;
+  Logits logits;
+  double temperature;
+  bool center;
+  void* out;  // [rows, classes]
+  int64_t rows, classes;
+};
+
+struct RowStatsArgs {
+  DType dtype;
+  Logits logits;
+  const int64_t* y;
+  int64_t* runner_up;  // [rows]
+  void* margin;        // [rows] of the compute type, like the next two
+  void* prob_margin;   // [rows]
+  void* top;           // [rows, 4]
+  int64_t* top_index;  // [rows, 4]
+  int64_t rows, classes;
+};
+
+struct SquareArgs {
+  DType dtype;
+  const void* data;       // [rows, n]
+  const void* cotangent;  // [rows] of the compute type; nullptr for the forward pass
+  void* out;              // [rows] of the compute type, or the gradient [rows, n]
+  int64_t rows, n;
+};
+
+PYADV_HD bool is_class(int64_t y, int64_t classes) { return y >= 0 && y < classes; }
+
+PYADV_HD bool is_targeted(AttackLoss loss) { return loss >= AttackLoss::CETargeted; }
+
+// The losses that compare single logits; the others take a softmax.
+PYADV_HD bool is_sparse(AttackLoss loss) {
+  return loss == AttackLoss::Margin || loss == AttackLoss::DLR ||
+         loss == AttackLoss::MarginTargeted || loss == AttackLoss::DLRTargeted;
+}
+
+template <class C>
+PYADV_HD bool is_finite(C v) {
+  return v - v == C(0);
+}
+
+// Variables, because a GPU cannot call the functions of numeric_limits.
+template <class C>
+constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
+template <class C>
+constexpr C kInf = std::numeric_limits<C>::infinity();
+template <class C>
+constexpr C kLowest = std::numeric_limits<C>::lowest();
+constexpr int64_t kNoIndex = std::numeric_limits<int64_t>::max();
+
+// Whether the differentiable losses can use a row: a masked class (-inf) is fine, an overflow or a
+// NaN is not, and makes value and gradients NaN, so that a loss scaler sees it.
+template <class C>
+PYADV_HD bool is_usable(C z_y, C largest_other) {
+  return z_y < kInf<C> && largest_other < kInf<C>;
+}
+
+// A base to subtract before exp: the maximum, or a finite number where all classes are masked
+// (-inf).
+template <class C>
+PYADV_HD C finite_base(C maximum) {
+  return maximum < kLowest<C> ? kLowest<C> : maximum;
+}
+
+template <class C>
+PYADV_HD C softplus(C v) {
+  return (v > C(0) ? v : C(0)) + std::log1p(std::exp(-std::fabs(v)));
+}
+
+template <class C>
+PYADV_HD C sigmoid(C v) {
+  const C e = std::exp(-std::fabs(v));
+  return (v < C(0) ? e : C(1)) / (C(1) + e);
+}
+
+template <class C>
+struct Candidate {
+  C value;
+  int64_t index;
+};
+
+// The larger value; the smaller index where they tie.
+template <class C>
+PYADV_HD bool beats(const Candidate<C>& a, const Candidate<C>& b) {
+  return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
+
+// The K best classes, best first. Loops have constant bounds, so that a GPU keeps them in
+// registers.
+template <class C, int K>
+struct Top {
+  Candidate<C> at[K];
+
+  PYADV_HD void clear() {
+    for (int k = 0; k < K; ++k) at[k] = {-kInf<C>, kNoIndex};
+  }
+  PYADV_HD void insert(Candidate<C> c) {
+    if (!beats(c, at[K - 1])) return;
+    for (int k = 0; k < K; ++k) {
+      if (beats(c, at[k])) {
+        const Candidate<C> worse = at[k];
+        at[k] = c;
+        c = worse;
+      }
+    }
+  }
+  // The best class other than y: among the first two.
+  PYADV_HD Candidate<C> other_than(int64_t y) const { return at[0].index == y ? at[1] : at[0]; }
+};
+
+// Loss and gradient of "ce", "slm" and "ce_targeted": multiple * exp(z_k - base) for k != t, and
+// at_t.
+template <class C>
+struct OthersLoss {
+  C value, multiple, at_t;
+
+  // `sum` is that of exp(z_k - base) over k != t.
+  PYADV_HD OthersLoss(AttackLoss loss, bool unit, C z_t, C base, C sum) {
+    const C gap = (base - z_t) + std::log(sum);
+    const C sign = loss == AttackLoss::CETargeted ? C(-1) : C(1);
+    const bool whole = unit || loss == AttackLoss::SLM;  // of the others' softmax
+    const C mass = sign * (whole ? C(1) : sigmoid(gap));
+    value = loss == AttackLoss::SLM ? gap : sign * softplus(gap);
+    multiple = sum > C(0) ? mass / sum : C(0);  // 0: all the others are masked
+    at_t = -mass;
+  }
+};
+
+// Loss and gradient of the losses that compare single logits: zero but for these entries, of which
+// several may name the same class.
+template <class C>
+struct SparseLoss {
+  static constexpr int kEntries = 5;
+  C value;
+  int64_t index[kEntries];
+  C entry[kEntries];
+
+  // t is the target class, for the untargeted losses any class.
+  PYADV_HD SparseLoss(AttackLoss loss, bool unit, Candidate<C> y, Candidate<C> t,
+                      const Top<C, 4>& top) {
+    const bool dlr = loss == AttackLoss::DLR || loss == AttackLoss::DLRTargeted;
+    const Candidate<C> rival = is_targeted(loss) ? t : top.other_than(y.index);
+    // The denominator is z_1 - (share z_3 + (1 - share) z_4) of the sorted logits, 1 for a margin.
+    const C share = loss == AttackLoss::DLR ? C(1) : C(0.5);
+    C below = top.at[2].value;
+    if (loss == AttackLoss::DLRTargeted) below = (below + top.at[3].value) / C(2);
+    const C denominator = dlr ? (top.at[0].value - below) + C(1e-12) : C(1);
+    value = (rival.value - y.value) / denominator;
+    const C through = dlr ? -value : C(0);  // what reaches the classes of the denominator
+    index[0] = y.index, entry[0] = C(-1);
+    index[1] = rival.index, entry[1] = C(1);
+    index[2] = dlr ? top.at[0].index : y.index, entry[2] = through;
+    index[3] = dlr ? top.at[2].index : y.index, entry[3] = -share * through;
+    index[4] = loss == AttackLoss::DLRTargeted ? top.at[3].index : y.index;
+    entry[4] = -(C(1) - share) * through;
+    merge();
+    C divisor = denominator;
+    if (unit) {
+      divisor = C(0);
+      for (int i = 0; i < kEntries; ++i) divisor = nan_max(divisor, C(std::fabs(entry[i])));
+      if (divisor == C(0)) divisor = C(1);
+    }
+    for (int i = 0; i < kEntries; ++i) entry[i] /= divisor;
+  }
+
+ private:
+  // Every entry becomes the sum over its class, so that each may be written as it is.
+  PYADV_HD void merge() {
+    C total[kEntries];
+    for (int i = 0; i < kEntries; ++i) {
+      total[i] = C(0);
+      for (int j = 0; j < kEntries; ++j)
+        if (index[j] == index[i]) total[i] += entry[j];
+    }
+    for (int i = 0; i < kEntries; ++i) entry[i] = total[i];
+  }
+};
+
+// softmax of a row by its maximum and its sum of exp(z - base).
+template <class C>
+struct Softmax {
+  C base, log_sum, inverse_sum;
+
+  PYADV_HD Softmax(C maximum, C sum)
+      : base(maximum), log_sum(std::log(sum)), inverse_sum(C(1) / sum) {}
+  PYADV_HD C e(C z) const { return exp_nonpositive(z - base); }
+  PYADV_HD C log_p(C z) const { return (z - base) - log_sum; }
+};
+
+// MART's constants: the official code adds them so that no logarithm is infinite.
+template <class C>
+struct MartConstants {
+  static constexpr C kOne = C(1.0001), kTiny = C(1e-12), kWeightOne = C(1.0000001);
+};
+
+// -log p_y - log(1 - p_m), m the best class other than y.
+// base and rest: maximum of the classes other than m, and the sum of exp(z_k - base) over those
+// that are neither m nor y.
+template <class C>
+struct MartBCE {
+  C value;
+  C others;  // gradient of a class k that is neither: others * exp(z_k - base)
+  C at_y, at_m;
+
+  PYADV_HD MartBCE(bool exact, C z_y, C z_m, C base, C rest) {
+    const C e_y = std::exp(z_y - base), sum = e_y + rest;
+    const C log_sum = std::log(sum);
+    const C gap = (z_m - base) - log_sum;
+    const C p_m = sigmoid(gap), not_m = sigmoid(-gap);
+    const C one_minus = exact ? not_m : (MartConstants<C>::kOne - p_m) + MartConstants<C>::kTiny;
+    const C from_rest = softplus(gap);
+    value = (base - z_y) + log_sum + from_rest + (exact ? from_rest : -std::log(one_minus));
+    // p_m (1 - p_m) / one_minus pulls m up and the others down in proportion
+    const C pull = exact ? p_m : p_m * (not_m / one_minus);
+    const C share = not_m - pull;  // of softmax over the classes other than m
+    others = share / sum;
+    at_y = -(p_m + not_m * (rest / sum)) - pull * (e_y / sum);
+    at_m = p_m + pull;
+  }
+};
+
+// One class of KL(q || p).
+template <class C>
+struct KLTerm {
+  C q, p, log_ratio;
+  C kept;  // p / (p + tiny)
+
+  // u and z are the natural and the adversarial logit, e_u and e_z their exponentials; `tiny` is
+  // added to p before the logarithm: 0, or MART's constant.
+  PYADV_HD KLTerm(const Softmax<C>& natural, const Softmax<C>& adversarial, C u, C z, C e_u, C e_z,
+                  bool tiny) {
+    q = e_u * natural.inverse_sum;
+    p = e_z * adversarial.inverse_sum;
+    const C padded = p + MartConstants<C>::kTiny;
+    log_ratio = natural.log_p(u) - (tiny ? log_normal(padded) : adversarial.log_p(z));
+    kept = tiny ? p / padded : C(1);
+  }
+};
+
+// w KL(q || p) of a row and its gradients: w = 1 - q_y for mart_kl, 1 for trades_kl.
+template <class C>
+struct KLRow {
+  C value;
+  C divergence, kept;  // sum of q log_ratio, sum of q kept
+  C multiple;          // cotangent times w
+  C through_weight;    // cotangent times the divergence times q_y; 0 if the weight is a constant
+
+  // others: sum of q_k over k != y.
+  PYADV_HD KLRow(const LossArgs& args, C divergence, C kept, C q_y, C others, C cotangent)
+      : divergence(divergence), kept(kept) {
+    const bool weighted = args.y != nullptr;
+    const C w = !weighted ? C(1) : args.exact ? others : MartConstants<C>::kWeightOne - q_y;
+    value = w * divergence;
+    multiple = cotangent * w;
+    through_weight = weighted && !args.detached ? cotangent * divergence * q_y : C(0);
+  }
+  PYADV_HD C adversarial_gradient(const KLTerm<C>& t) const {
+    return multiple * (t.p * kept - t.q * t.kept);
+  }
+  PYADV_HD C natural_gradient(const KLTerm<C>& t, bool is_y) const {
+    const C one_hot = is_y ? through_weight : C(0);
+    return t.q * (multiple * (t.log_ratio - divergence) + through_weight) - one_hot;
+  }
+};
+
+// p_y - p_m for the margin z_y - z_m, without cancellation; sum is that of exp(z - largest).
+template <class C>
+PYADV_HD C probability_margin(C margin, C sum) {
+  const C size = -std::expm1(-std::fabs(margin)) / sum;
+  return margin < C(0) ? -size : size;
+}
+
+// Writes what row_stats gives of row i; a value that does not exist is NaN, an index -1.
+template <class C>
+struct RowStats {
+  const RowStatsArgs& args;
+  int64_t row;
+
+  PYADV_HD RowStats(const RowStatsArgs& args, int64_t row) : args(args), row(row) {}
+
+  PYADV_HD void write_top(const Top<C, 4>& top) const {
+    for (int k = 0; k < 4; ++k) write_top(k, top.at[k].value, top.at[k].index);
+  }
+  // y must be a class; sum is that of exp(z - largest).
+  PYADV_HD void write_margin(C z_y, const Candidate<C>& other, C sum) const {
+    const C margin = z_y - other.value;
+    write_margin(other.index, margin, probability_margin(margin, sum));
+  }
+  PYADV_HD void write_no_margin() const { write_margin(-1, kNaN<C>, kNaN<C>); }
+  PYADV_HD void write_unknown() const {
+    for (int k = 0; k < 4; ++k) write_top(k, kNaN<C>, kNoIndex);
+    write_no_margin();
+  }
+
+ private:
+  PYADV_HD void write_top(int k, C value, int64_t index) const {
+    static_cast<C*>(args.top)[4 * row + k] = value;
+    args.top_index[4 * row + k] = index == kNoIndex ? -1 : index;
+  }
+  PYADV_HD void write_margin(int64_t runner_up, C margin, C prob_margin) const {
+    args.runner_up[row] = runner_up;
+    static_cast<C*>(args.margin)[row] = margin;
+    static_cast<C*>(args.prob_margin)[row] = prob_margin;
+  }
+};
+
+}  // namespace pyadv

@@ -1,0 +1,409 @@
+"""Row-wise losses of logits: values and gradients in one pass over each row, never averaged.
+
+Logits are (B, C), float16, bfloat16, float32 or float64, of any memory layout; labels are (B,)
+int64. Arithmetic and values are in float32 (float64 for float64); gradients have the dtype of the
+logits, rounded once. p = softmax(logits); m is the runner-up argmax_{j != y} z_j. Where classes
+tie, the first counts. A row whose label is no class (outside 0 .. C - 1) has the value NaN and a
+zero gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv import reference
+from pyadv.ops._arguments import check_choice, check_device, check_floating, check_like, check_rows
+from pyadv.ops._registry import refuse_double_backward, register
+from pyadv.reference import losses as _reference
+from pyadv.reference._common import compute_dtype
+from pyadv.reference.losses import ATTACK_LOSSES, AttackLoss, RowStats
+
+_LEAST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
+
+
+def _values(logits: Tensor, *args: Any) -> Tensor:
+    """The fake of an op that gives one value per row."""
+    return logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
+
+
+def _gradient(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _two_gradients(grad: Tensor, logits_adv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _gradient(grad, logits_adv), _gradient(grad, logits_adv)
+
+
+def _attack_loss_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    correct = logits.new_empty(logits.shape[:1], dtype=torch.bool)
+    return _values(logits), logits.new_empty(logits.shape), correct
+
+
+def _row_stats_fake(logits: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    top = logits.new_empty((logits.shape[0], 4), dtype=compute_dtype(logits.dtype))
+    index = torch.empty_like(top, dtype=torch.int64)
+    return torch.empty_like(y), _values(logits), _values(logits), top, index
+
+
+def _differentiable(
+    schema: str, fake_gradient: Callable[..., Any], kernel: Callable[..., Any], gradients: int
+) -> type[torch.autograd.Function]:
+    """Registers `schema` and its `_backward`, which takes the gradient of the values first and
+    gives those of the first `gradients` arguments.
+
+    A torch.autograd.Function calls them: it costs half of what the Python kernels of
+    torch.library.register_autograd do, which small batches would feel.
+    """
+    name, _, arguments = schema.partition("(")
+    result = "Tensor" if gradients == 1 else "(Tensor, Tensor)"
+    forward_op = register(f"{schema} -> Tensor", getattr(reference, name), kernel)
+    backward_op = register(
+        f"{name}_backward(Tensor grad, {arguments} -> {result}",
+        getattr(_reference, f"{name}_backward"),
+        fake_gradient,
+        **refuse_double_backward(name),
+    )
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+            ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
+            return forward_op(*args)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if c is None else c[0] for c in ctx.constants]
+            grads = backward_op(grad, *args)
+            grads = (grads,) if gradients == 1 else grads
+            return (*grads, *(None,) * (len(args) - gradients))
+
+    Fused.__name__ = Fused.__qualname__ = name
+    return Fused
+
+
+_attack_loss = register(
+    "attack_loss(Tensor logits, Tensor y, str loss, Tensor? reference_logits, Tensor? target, "
+    "str scale) -> (Tensor, Tensor, Tensor)",
+    reference.attack_loss,
+    _attack_loss_fake,
+)
+_WeightedCrossEntropy = _differentiable(
+    "weighted_cross_entropy(Tensor logits, Tensor y, Tensor? weight, int? ignore_index)",
+    _gradient,
+    _values,
+    1,
+)
+_TradesKL = _differentiable(
+    "trades_kl(Tensor logits_adv, Tensor logits)", _two_gradients, _values, 2
+)
+_MartBCE = _differentiable(
+    "mart_bce(Tensor logits_adv, Tensor y, bool exact)", _gradient, _values, 1
+)
+_MartKL = _differentiable(
+    "mart_kl(Tensor logits_adv, Tensor logits, Tensor y, bool exact, bool detach_weight)",
+    _two_gradients,
+    _values,
+    2,
+)
+_RowSquareSum = _differentiable(
+    "row_square_sum(Tensor g)", lambda grad, g: torch.empty_like(g), _values, 1
+)
+_softmax_cotangent = register(
+    "softmax_cotangent(Tensor logits, float temperature, bool center) -> Tensor",
+    reference.softmax_cotangent,
+    lambda logits, *args: logits.new_empty(logits.shape),
+)
+_row_stats = register(
+    "row_stats(Tensor logits, Tensor y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.row_stats,
+    _row_stats_fake,
+)
+
+
+def _check_logits(op: str, name: str, logits: Tensor, least: int = 2, what: str = "") -> None:
+    check_floating(op, **{name: logits})
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: {name} must have shape [B, C], got {list(logits.shape)}")
+    if logits.shape[1] < least:
+        raise ValueError(
+            f"{op}: {what or name} needs at least {least} classes, got C = {logits.shape[1]}"
+        )
+
+
+def _check_logits_and_labels(op: str, name: str, logits: Tensor, y: Tensor) -> None:
+    _check_logits(op, name, logits)
+    check_rows(op, "y", y, logits, torch.int64)
+
+
+def attack_loss(
+    logits: Tensor,
+    y: Tensor,
+    loss: str,
+    reference_logits: Tensor | None = None,
+    target: Tensor | None = None,
+    scale: str = "unit",
+) -> AttackLoss:
+    """What one iteration of an attack needs of the logits: `(loss, grad_logits, correct)`.
+
+    The attack maximises `loss` by `torch.autograd.grad(logits, x_adv, grad_logits)`.
+
+    ================= ==================================================================
+    loss              value of a row (sorted logits are z_(1) >= z_(2) >= ...)
+    ================= ==================================================================
+    "ce"              -log p_y
+    "margin"          z_m - z_y
+    "dlr"             -(z_y - z_m) / (z_(1) - z_(3) + 1e-12), C >= 3
+    "kl"              KL(softmax(reference_logits) || p)
+    "slm"             logsumexp_{j != y} z_j - z_y
+    "ce_targeted"     log p_t, t = target
+    "margin_targeted" z_t - z_y
+    "dlr_targeted"    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), C >= 4
+    ================= ==================================================================
+
+    y is always the true class. `margin_targeted` is the numerator of `dlr_targeted`, as in the
+    multi-targeted attack; the targeted margin of Carlini and Wagner, z_t - max_{j != t} z_j, is
+    minus "margin" with y = t.
+
+    Args:
+        logits: (B, C).
+        y: (B,) int64, the true classes.
+        loss: a name of the table.
+        reference_logits: (B, C), the natural logits; for "kl" alone.
+        target: (B,) int64, the classes to reach; for the targeted losses alone.
+        scale: "exact" gives the true gradient, with 1 - p_y as the sum of the other probabilities.
+            "unit" multiplies each row by a positive number that keeps it from vanishing on
+            confident rows: "ce" is softmax over the other classes minus the one-hot label (and
+            "ce_targeted" its negative at the target); "kl", "dlr" and "dlr_targeted" are divided by
+            their largest absolute entry (a zero row stays zero); "margin", "margin_targeted" and
+            "slm" are of that size already. It is right where each row depends on its own input and
+            one gradient is used.
+
+    Returns:
+        loss: (B,), float32 (float64 for float64).
+        grad_logits: (B, C), contiguous, in the dtype of the logits.
+        correct: (B,) bool, argmax == y.
+        None of them requires grad. A row with a label that is no class, or with a logit that is not
+        finite, has the loss NaN, a zero gradient, and is not correct.
+
+    Raises:
+        TypeError: logits not floating-point, labels not int64, reference_logits of another dtype.
+        ValueError: shapes or devices differ, an unknown loss or scale, too few classes for the
+            loss, a missing `reference_logits` or `target`, or one that the loss does not take.
+
+    Source: cross-entropy, Madry et al. (ICLR 2018); margin, Carlini and Wagner (S&P 2017); DLR,
+    Croce and Hein (ICML 2020); KL, Zhang et al. (ICML 2019); SLM, Ding et al.
+    (ICLR 2020); targeted margin, Gowal et al., "An Alternative Surrogate Loss for
+    PGD-based Adversarial Testing" (2019).
+    """
+    check_choice("attack_loss", "loss", loss, ATTACK_LOSSES)
+    check_choice("attack_loss", "scale", scale, ("unit", "exact"))
+    _check_logits("attack_loss", "logits", logits, _LEAST_CLASSES.get(loss, 2), f"loss {loss!r}")
+    check_rows("attack_loss", "y", y, logits, torch.int64)
+    _check_taken("reference_logits", reference_logits, loss, loss == "kl")
+    _check_taken("target", target, loss, loss.endswith("_targeted"))
+    if reference_logits is not None:
+        check_like("attack_loss", "logits", logits, reference_logits=reference_logits)
+    if target is not None:
+        check_rows("attack_loss", "target", target, logits, torch.int64)
+    return AttackLoss(*_attack_loss(logits, y, loss, reference_logits, target, scale))
+
+
+def _check_taken(name: str, value: Tensor | None, loss: str, taken: bool) -> None:
+    if taken and value is None:
+        raise ValueError(f"attack_loss: loss {loss!r} needs {name}, got None")
+    if not taken and value is not None:
+        raise ValueError(f"attack_loss: loss {loss!r} takes no {name}, got one")
+
+
+def weighted_cross_entropy(
+    logits: Tensor, y: Tensor, weight: Tensor | None = None, ignore_index: int | None = None
+) -> Tensor:
+    """weight * cross-entropy, (B,), differentiable once with respect to logits and weight.
+
+    Hard labels: -weight log p_y. Soft labels: -weight sum_k y_k log p_k.
+
+    Args:
+        logits: (B, C).
+        y: (B,) int64 classes, or (B, C) floating-point soft labels, which are constants.
+        weight: (B,) floating-point, one weight per sample; None stands for ones.
+        ignore_index: rows with this label have value and gradient 0; for hard labels.
+
+    Returns:
+        (B,), float32 (float64 for float64). A row with a NaN or an infinite logit is NaN in value
+        and gradient; a logit of -inf is a masked class.
+
+    Raises:
+        TypeError: logits or weight not floating-point, y of another dtype.
+        ValueError: shapes or devices differ, fewer than 2 classes, `ignore_index` with soft labels,
+            soft labels that require grad.
+
+    Source: GAIRAT, Zhang et al. (ICLR 2021) and MAIL, Liu et al. (NeurIPS 2021) weigh cross-entropy
+    in this way.
+    """
+    op = "weighted_cross_entropy"
+    _check_logits(op, "logits", logits)
+    if isinstance(y, Tensor) and y.dim() == 2:
+        _check_soft_labels(op, y, logits, ignore_index)
+    else:
+        check_rows(op, "y", y, logits, torch.int64)
+    if weight is None:
+        return _WeightedCrossEntropy.apply(logits, y, None, ignore_index)
+    check_floating(op, weight=weight)
+    check_rows(op, "weight", weight, logits, weight.dtype)
+    if weight.requires_grad:  # rare: weights are constants in every published method
+        return weight * _WeightedCrossEntropy.apply(logits, y, None, ignore_index)
+    return _WeightedCrossEntropy.apply(logits, y, weight, ignore_index)
+
+
+def _check_soft_labels(op: str, y: Tensor, logits: Tensor, ignore_index: int | None) -> None:
+    check_floating(op, y=y)
+    if y.shape != logits.shape:
+        raise ValueError(
+            f"{op}: soft labels y must have the shape of logits, "
+            f"got {list(y.shape)} and {list(logits.shape)}"
+        )
+    check_device(op, "y", y, logits)
+    if ignore_index is not None:
+        raise ValueError(f"{op}: ignore_index is for hard labels, got soft ones")
+    if y.requires_grad:
+        raise ValueError(
+            f"{op}: soft labels are constants and must not require grad; detach them, "
+            f"or use pyadv.reference.{op}"
+        )
+
+
+def trades_kl(logits_adv: Tensor, logits: Tensor) -> Tensor:
+    """KL(q || p), q = softmax(logits), p = softmax(logits_adv): (B,), differentiable once with
+    respect to both.
+
+    Args:
+        logits_adv, logits: (B, C), of the same dtype.
+
+    Raises:
+        TypeError: not floating-point, or of different dtypes.
+        ValueError: not [B, C], or shapes or devices differ.
+
+    Source: TRADES, Zhang et al. (ICML 2019).
+    """
+    _check_logits("trades_kl", "logits_adv", logits_adv)
+    check_like("trades_kl", "logits_adv", logits_adv, logits=logits)
+    return _TradesKL.apply(logits_adv, logits)
+
+
+def mart_bce(logits_adv: Tensor, y: Tensor, exact: bool = False) -> Tensor:
+    """MART's boosted cross-entropy: (B,), differentiable once.
+
+    -log p_y - log(1.0001 - p_m + 1e-12), as the official code has it; `exact=True` is the formula
+    of the paper, -log p_y - log(1 - p_m), with 1 - p_m as the sum of the other probabilities.
+
+    Args:
+        logits_adv: (B, C), of the adversarial inputs.
+        y: (B,) int64.
+        exact: whether the constants of the official code are left out.
+
+    Raises:
+        TypeError: logits not floating-point, y not int64.
+        ValueError: shapes or devices differ, fewer than 2 classes.
+
+    Source: MART, Wang et al. (ICLR 2020).
+    """
+    _check_logits_and_labels("mart_bce", "logits_adv", logits_adv, y)
+    return _MartBCE.apply(logits_adv, y, exact)
+
+
+def mart_kl(
+    logits_adv: Tensor, logits: Tensor, y: Tensor, exact: bool = False, detach_weight: bool = False
+) -> Tensor:
+    """MART's weighted divergence: (B,), differentiable once with respect to both logits.
+
+    (1.0000001 - q_y) sum_k q_k (log q_k - log(p_k + 1e-12)), as the official code has it;
+    `exact=True` is the formula of the paper, (1 - q_y) KL(q || p). q = softmax(logits),
+    p = softmax(logits_adv).
+
+    Args:
+        logits_adv, logits: (B, C), of the adversarial and the clean inputs, of the same dtype.
+        y: (B,) int64.
+        exact: whether the constants of the official code are left out.
+        detach_weight: whether no gradient flows through 1 - q_y; it does in the official code.
+
+    Raises:
+        TypeError: logits not floating-point or of different dtypes, y not int64.
+        ValueError: shapes or devices differ, fewer than 2 classes.
+
+    Source: MART, Wang et al. (ICLR 2020).
+    """
+    _check_logits_and_labels("mart_kl", "logits_adv", logits_adv, y)
+    check_like("mart_kl", "logits_adv", logits_adv, logits=logits)
+    return _MartKL.apply(logits_adv, logits, y, exact, detach_weight)
+
+
+def row_square_sum(g: Tensor) -> Tensor:
+    """Sum of squares of each row, (B,), float32 (float64 for float64): differentiable once.
+
+    Args:
+        g: (B, ...), any memory layout.
+
+    Raises:
+        TypeError: not floating-point.
+        ValueError: no batch dimension.
+
+    Source: the penalty of EMR and of input-gradient regularisation, Ross and Doshi-Velez (AAAI
+    2018), is the mean of these rows.
+    """
+    check_like("row_square_sum", "g", g)
+    return _RowSquareSum.apply(g)
+
+
+def softmax_cotangent(logits: Tensor, temperature: float, center: bool = False) -> Tensor:
+    """softmax(logits / temperature), (B, C), which never requires grad: the cotangent whose product
+    with the Jacobian is EMR's penalised gradient.
+
+    Args:
+        logits: (B, C).
+        temperature: > 0; small values approach the one-hot argmax, large ones the uniform mean.
+        center: subtract the mean over the classes, so that the cotangent sums to 0 and a shift that
+            all logits share is not penalised.
+
+    Raises:
+        TypeError: logits not floating-point.
+        ValueError: not [B, C], or temperature not > 0.
+
+    Source: the regulariser for large-scale models of effective margin regularisation (EMR).
+    """
+    _check_logits("softmax_cotangent", "logits", logits, least=1)
+    if not temperature > 0 or math.isinf(temperature):
+        raise ValueError(
+            f"softmax_cotangent: temperature must be a finite number > 0, got {temperature}"
+        )
+    return _softmax_cotangent(logits, temperature, center)
+
+
+def row_stats(logits: Tensor, y: Tensor) -> RowStats:
+    """Runner-up, margins and the four largest logits of each row, in one pass.
+
+    Args:
+        logits: (B, C).
+        y: (B,) int64.
+
+    Returns:
+        runner_up: (B,) int64, m.
+        margin: (B,), z_y - z_m; positive where the row is classified as y.
+        prob_margin: (B,), p_y - p_m, in [-1, 1], without cancellation.
+        top4: (B, 4), the largest logits in falling order; -inf where C < 4.
+        top4_index: (B, 4) int64, their classes; -1 where C < 4.
+        Values are float32 (float64 for float64) and never require grad. Where y is no class, the
+        first three are -1, NaN and NaN; where a logit is not finite, all are.
+
+    Raises:
+        TypeError: logits not floating-point, y not int64.
+        ValueError: shapes or devices differ, fewer than 2 classes.
+    """
+    _check_logits_and_labels("row_stats", "logits", logits, y)
+    return RowStats(*_row_stats(logits, y))
