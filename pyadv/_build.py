@@ -253,7 +253,7 @@ def plan_cuda(csrc: Path, torch: Torch) -> Plan:
         # The library shares PyTorch's own CUDA runtime, which is one per major version.
         if torch.cuda and major and major[1] != torch.cuda.split(".")[0]:
             problem = f"{nvcc[0]} is CUDA {major[1]}, but PyTorch was built for CUDA {torch.cuda}"
-    host = ("-ccbin", compiler[-1]) if compiler else ()
+    host = [f"-ccbin={word}" for word in compiler if not word.startswith("-")][-1:]
     device = (*nvcc, *NVCC_FLAGS, f"-I{csrc}", *_gencode(names), *host)
     recipe = _recipe(csrc, files, torch)
     recipe |= {
@@ -317,17 +317,16 @@ def _units(files: Iterable[Path]) -> list[Path]:
 
 
 def _compiler() -> tuple[tuple[str, ...], str | None]:
-    """The compiler and the linker in one, and why there is none."""
+    """The compiler, which also links, and why nothing can be built here."""
     if not sys.platform.startswith("linux"):
         return (), f"native kernels are built on Linux only, not on {sys.platform}"
     command = find_compiler()
     if command is None:
         named = os.environ.get("CXX", "").strip()
-        looked = f"CXX={named} does not run" if named else "c++, g++ and clang++ are not on PATH"
-        return (
-            (),
-            f"no C++ compiler: {looked}; install one (Debian: apt-get install g++) or set CXX",
-        )
+        seen = f"CXX={named} does not run" if named else "c++, g++ and clang++ are not on PATH"
+        return (), f"no C++ compiler: {seen}; install one (Debian: apt-get install g++) or set CXX"
+    if find_ninja() is None:
+        return tuple(command), "ninja is missing: pip install ninja"
     return tuple(command), None
 
 
@@ -384,19 +383,13 @@ def build(
     for plan in plans:
         if plan.problem:
             raise BuildError(plan.problem)
-    ninja = find_ninja()
-    if ninja is None:
-        raise BuildError("ninja is missing: pip install ninja")
     work.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text(_ninja_file(plans))
-    jobs = os.environ.get("MAX_JOBS", "").strip()
-    command = [
-        *ninja,
-        "-C",
-        str(work),
-        *(["-j", jobs] if jobs else []),
-        *(["-v"] if verbose else []),
-    ]
+    command = [*(find_ninja() or ["ninja"]), "-C", str(work)]
+    if jobs := os.environ.get("MAX_JOBS", "").strip():
+        command += ["-j", jobs]
+    if verbose:
+        command += ["-v"]
     log = log or work / "build.log"
     tail: list[str] = []
     with (

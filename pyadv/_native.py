@@ -261,8 +261,10 @@ def _cache_roots() -> list[Path]:
             roots.append(Path.home() / ".cache" / "pyadv")
     if hasattr(os, "getuid"):
         shared = Path(tempfile.gettempdir()) / f"pyadv-{os.getuid()}"
-        if not shared.exists() or shared.stat().st_uid == os.getuid():  # else not ours to trust
-            roots.append(shared)
+        with contextlib.suppress(FileNotFoundError):
+            if shared.lstat().st_uid != os.getuid():  # another user could put libraries there
+                return roots
+        roots.append(shared)
     return roots
 
 
