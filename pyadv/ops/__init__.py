@@ -12,6 +12,7 @@ from pyadv.ops.losses import (
     weighted_cross_entropy,
 )
 from pyadv.ops.noise import keyed_normal, keyed_uniform, row_hash
+from pyadv.ops.norm_product import NormProduct
 from pyadv.ops.norms import log_norm_product, norms
 from pyadv.ops.projections import l1_project, l2_project, linf_project
 from pyadv.ops.steps import (
@@ -44,6 +45,7 @@ __all__ = [
     "track",
     "norms",
     "log_norm_product",
+    "NormProduct",
     "keyed_uniform",
     "keyed_normal",
     "row_hash",
