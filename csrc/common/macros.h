@@ -12,6 +12,13 @@
 #define PYADV_HD inline
 #endif
 
+// Goes between the parameters and the body of a lambda, for the same reason.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define PYADV_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define PYADV_INLINE_LAMBDA
+#endif
+
 // The next loop has no dependence between iterations. `out` may be the same pointer as an input
 // (in place), which the compiler's own alias check would send to the scalar version of the loop.
 #if defined(__clang__)

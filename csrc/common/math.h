@@ -1,6 +1,8 @@
 // min, max and sign with PyTorch's NaN rules: min and max keep a NaN, sign(NaN) is 0.
 #pragma once
 
+#include <cmath>
+
 #include "common/macros.h"
 
 namespace pyadv {
@@ -14,6 +16,11 @@ PYADV_HD C nan_max(C a, C b) {
 template <class C>
 PYADV_HD C nan_min(C a, C b) {
   return b <= a ? b : (b != b ? b : a);
+}
+
+template <class C>
+PYADV_HD C magnitude(C v) {
+  return std::fabs(v);
 }
 
 // alpha sign(g), 0 where g is 0 or NaN, also for an infinite alpha.

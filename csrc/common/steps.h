@@ -1,32 +1,158 @@
 // Steps: x_adv -> the next iterate, kept in the eps-ball around x and in the box [lo, hi].
-// Specification: pyadv/reference/steps.py.
+// Specification: pyadv/reference/steps.py. What a rule and a row are: projections.h.
 #pragma once
 
-#include "common/math.h"
-#include "common/types.h"
+#include "common/projections.h"
 
 namespace pyadv {
 
-// One fused step on `rows` x `n` elements that lie in the same dense order in every tensor.
-struct StepArgs {
-  DType dtype;
-  const void* x_adv;
-  const void* grad;
-  const void* x;
-  void* out;           // may be x_adv
-  Param alpha, eps, lo, hi;
-  bool elementwise;    // all four parameters hold one value per element, in the order of the data
-  const bool* active;  // [rows] or nullptr; rows that are not active are copied
-  int64_t rows, n;
+// Copies the rows of two pairs of tensors where the mask holds; any type, rows in bytes.
+struct KeepRowsArgs {
+  const bool* mask;
+  const void* from[2];
+  void* to[2];
+  int64_t rows, row_bytes;
 };
 
-// min(max(a + alpha sign(g), x - eps), x + eps), then the box: exact in any precision, unlike
-// x + clamp(delta).
+// momentum on the way from the iterate to z, the rest on the way of the last step.
 template <class C>
+PYADV_HD C mixed(const Element<C>& e, C z, C momentum) {
+  return e.a + momentum * (z - e.a) + (C(1) - momentum) * (e.a - e.prev);
+}
+
 struct LinfStep {
-  C alpha, eps, lo, hi;
-  PYADV_HD C operator()(C a, C g, C x) const {
-    return clip_to_ball_and_box(a + signed_step(g, alpha), x - eps, x + eps, lo, hi);
+  static constexpr bool kGrad = true, kPrev = false;
+  template <class C>
+  PYADV_HD static C apply(const Element<C>& e, const Sizes<C>& s) {
+    return linf_clip(e.a + signed_step(e.g, s.alpha), e, s.eps);
+  }
+};
+
+struct LinfMomentumStep {
+  static constexpr bool kGrad = true, kPrev = true;
+  template <class C>
+  PYADV_HD static C apply(const Element<C>& e, const Sizes<C>& s) {
+    return linf_clip(mixed(e, LinfStep::apply(e, s), s.momentum), e, s.eps);
+  }
+};
+
+// a + size (g scale): the scale brings tiny and huge gradients to ordinary size.
+template <class C>
+struct AlongGradient {
+  C scale, size;
+  PYADV_HD C operator()(const Element<C>& e) const { return e.a + e.g * scale * size; }
+};
+
+template <class C>
+struct Gradient {
+  PYADV_HD C operator()(const Element<C>& e) const { return e.g; }
+};
+
+template <class C>
+PYADV_HD AlongGradient<C> along_gradient(const Norm<C>& norm, C alpha) {
+  return {norm.scale, norm.value > 0 ? alpha / norm.value : C(0)};
+}
+
+struct L2Step {
+  static constexpr bool kGrad = true, kPrev = false;
+  template <class C, class Row>
+  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+    const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
+    if (!norm.finite()) return row.keep();
+    row.store(l2_clip<C>(row, along_gradient(norm, s.alpha), s.eps));
+  }
+};
+
+template <class C, class Z>
+struct Mixed {
+  Z z;
+  C momentum;
+  PYADV_HD C operator()(const Element<C>& e) const { return mixed(e, z(e), momentum); }
+};
+
+struct L2MomentumStep {
+  static constexpr bool kGrad = true, kPrev = true;
+  template <class C, class Row>
+  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+    const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
+    if (!norm.finite()) return row.keep();
+    const auto z = l2_clip<C>(row, along_gradient(norm, s.alpha), s.eps);
+    row.store(l2_clip<C>(row, Mixed<C, decltype(z)>{z, s.momentum}, s.eps));
+  }
+};
+
+// Moves the entries of at least `smallest`, which is not 0.
+template <class C>
+struct AlongLargest {
+  C smallest, size;
+  PYADV_HD C operator()(const Element<C>& e) const {
+    return e.a + (e.g >= smallest ? size : C(0)) - (e.g <= -smallest ? size : C(0));
+  }
+};
+
+template <class C>
+struct Bits {
+  using type = int32_t;
+};
+template <>
+struct Bits<double> {
+  using type = int64_t;
+};
+
+// How many |g| are at least `smallest`: no other threshold with `wanted` or more is larger. Bisects on
+// the bits of non-negative floats, which are in the order of the values, and by the share of the
+// entries in between, in turns.
+template <class C>
+struct Largest {
+  C smallest;
+  double count;
+};
+
+template <class C, class Row>
+PYADV_HD Largest<C> largest_gradients(const Row& row, double wanted, C largest) {
+  using B = typename Bits<C>::type;
+  const auto count = [&](C smallest) PYADV_INLINE_LAMBDA {
+    double total[1];
+    row.template sums<1, C>(
+        [&](const Element<C>& e, C(&t)[1]) PYADV_INLINE_LAMBDA {
+          t[0] = magnitude(e.g) >= smallest ? C(1) : C(0);
+        },
+        total);
+    return total[0];
+  };
+  // At least `wanted` entries reach `low`, fewer reach `high`.
+  B low = 0, high = bit_cast<B>(largest) + 1;
+  double at_low = row.size(), at_high = 0;
+  for (bool share = false; high - low > 1; share = !share) {
+    const C from = bit_cast<C>(low), to = bit_cast<C>(high);
+    const double part = (at_low - wanted) / (at_low - at_high);
+    B middle = share ? bit_cast<B>(static_cast<C>(from + (to - from) * part)) : low + (high - low) / 2;
+    if (!(middle > low)) middle = low + 1;
+    if (!(middle < high)) middle = high - 1;
+    const double reached = count(bit_cast<C>(middle));
+    if (reached == wanted) return {bit_cast<C>(middle), reached};
+    (reached > wanted ? low : high) = middle;
+    (reached > wanted ? at_low : at_high) = reached;
+  }
+  if (low == 0) return {bit_cast<C>(high), at_high};  // zeros do not move
+  return {bit_cast<C>(low), at_low};
+}
+
+struct L1Step {
+  static constexpr bool kGrad = true, kPrev = false;
+  template <class C, class Row>
+  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+    const C largest = row.maximum(
+        [&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
+    if (!(largest <= Range<C>::kLargest)) return row.keep();
+    // The rank in single precision, as in AutoAttack.
+    const float n = static_cast<float>(row.size());
+    const float below = (1.0f - static_cast<float>(s.keep)) * n;
+    const double rank = below > 0 ? (below < n - 1 ? floor(static_cast<double>(below)) : n - 1) : 0;
+    const Largest<C> kept = largest_gradients<C>(row, row.size() - rank, largest);
+    const AlongLargest<C> moved{kept.smallest,
+                                kept.count > 0 ? s.alpha / static_cast<C>(kept.count) : C(0)};
+    row.store(l1_box_clip<C>(row, moved, s.eps));
   }
 };
 

@@ -1,67 +1,38 @@
 #include "common/steps.h"
 
-#include <algorithm>
+#include <cstring>
 
-#include "cpu/clones.h"
+#include "cpu/elements.h"
 #include "cpu/kernels.h"
-#include "cpu/spans.h"
+#include "cpu/rows.h"
 
 namespace pyadv {
 namespace cpu {
-namespace {
 
-struct LinfLoop {
-  template <class T, class C>
-  PYADV_HD static void run(const T* a, const T* g, const T* x, T* out, int64_t n,
-                           LinfStep<C> step) {
-    PYADV_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = narrow<T>(step(widen(a[i]), widen(g[i]), widen(x[i])));
+void linf_step(const StepArgs& s, int64_t begin, int64_t end) {
+  run_elements<LinfStep>(s, begin, end);
+}
+
+void linf_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
+  run_elements<LinfMomentumStep>(s, begin, end);
+}
+
+void l2_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L2Step>(s, begin, end); }
+
+void l2_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
+  run_rows<L2MomentumStep>(s, begin, end);
+}
+
+void l1_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L1Step>(s, begin, end); }
+
+void keep_rows(const KeepRowsArgs& k, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    if (!k.mask[r]) continue;
+    for (int pair = 0; pair < 2; ++pair)
+      std::memcpy(static_cast<char*>(k.to[pair]) + r * k.row_bytes,
+                  static_cast<const char*>(k.from[pair]) + r * k.row_bytes,
+                  static_cast<size_t>(k.row_bytes));
   }
-};
-
-// Parameters that vary from element to element, materialised in the order of the data.
-struct LinfElementwiseLoop {
-  template <class T, class C>
-  PYADV_HD static void run(const T* a, const T* g, const T* x, T* out, int64_t n, const C* alpha,
-                           const C* eps, const C* lo, const C* hi) {
-    PYADV_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = narrow<T>(LinfStep<C>{alpha[i], eps[i], lo[i], hi[i]}(widen(a[i]), widen(g[i]),
-                                                                     widen(x[i])));
-  }
-};
-
-}  // namespace
-
-void linf_step(const StepArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using C = compute_t<T>;
-    const T* a = static_cast<const T*>(args.x_adv);
-    const T* g = static_cast<const T*>(args.grad);
-    const T* x = static_cast<const T*>(args.x);
-    T* out = static_cast<T*>(args.out);
-    const int64_t whole = args.active != nullptr ? args.n : end;
-    const int64_t length =
-        args.elementwise ? whole
-                         : span_length({&args.alpha, &args.eps, &args.lo, &args.hi}, whole);
-    for_spans(begin, end, length, [&](int64_t i, int64_t last) {
-      if (args.active != nullptr && !args.active[i / args.n]) {
-        if (out != a) std::copy(a + i, a + last, out + i);
-      } else if (args.elementwise) {
-        run<LinfElementwiseLoop>(a + i, g + i, x + i, out + i, last - i,
-                                 static_cast<const C*>(args.alpha.data) + i,
-                                 static_cast<const C*>(args.eps.data) + i,
-                                 static_cast<const C*>(args.lo.data) + i,
-                                 static_cast<const C*>(args.hi.data) + i);
-      } else {
-        run<LinfLoop>(a + i, g + i, x + i, out + i, last - i,
-                      LinfStep<C>{args.alpha.at<C>(i), args.eps.at<C>(i), args.lo.at<C>(i),
-                                  args.hi.at<C>(i)});
-      }
-    });
-  });
 }
 
 }  // namespace cpu

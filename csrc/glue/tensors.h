@@ -95,8 +95,11 @@ inline Tensor in_layout_of(const Tensor& like, const Tensor& t) {
 // Where a kernel writes: `out` itself if its rows are dense, else a block that is copied to it.
 class Output {
  public:
-  explicit Output(const Tensor& out)
-      : out_(out), direct_(has_dense_rows(out)), block_(direct_ ? out : fresh(out)) {}
+  enum class Content { Overwritten, Kept };  // Kept: the kernel does not write all of it
+  explicit Output(const Tensor& out, Content content = Content::Overwritten)
+      : out_(out), direct_(has_dense_rows(out)), block_(direct_ ? out : fresh(out)) {
+    if (!direct_ && content == Content::Kept) torch::stable::copy_(block_, out);
+  }
   const Tensor& block() const { return block_; }
   void* data() const { return block_.mutable_data_ptr(); }
   void finish() {
@@ -163,11 +166,23 @@ class Parameters {
 
   bool elementwise() const { return elementwise_; }
 
-  // One value per element, in the layout of the data: for parameters no shorter rule describes.
-  void expand(std::initializer_list<Param*> params, std::initializer_list<const OptionalTensor*> given) {
+  // The value is the same in all of a row (needed where rules work on whole rows).
+  bool constant_in_rows(const Param& p) const {
+    return p.period == 1 || p.inner == row_size(block_);
+  }
+
+  // One value per element, in the layout of the data, for parameters no shorter rule describes: of one
+  // row that all rows share, unless a parameter differs between rows.
+  void expand(std::initializer_list<Param*> params,
+              std::initializer_list<const OptionalTensor*> given) {
+    bool differs = false;
+    for (const OptionalTensor* t : given)
+      differs = differs || (t->has_value() && (*t)->numel() > 1 &&
+                            ((*t)->dim() == 1 || (*t)->dim() == block_.dim()) && (*t)->size(0) > 1);
+    const Tensor like = differs ? block_ : torch::stable::narrow(block_, 0, 0, 1);
     auto source = given.begin();
     for (Param* p : params) {
-      Tensor full = torch::stable::empty_like(block_);
+      Tensor full = torch::stable::empty_like(like);
       if (full.scalar_type() != type_) full = torch::stable::to(full, type_);
       const OptionalTensor& t = **source++;
       if (!t.has_value()) {

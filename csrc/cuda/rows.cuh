@@ -1,0 +1,145 @@
+// Runs a rule on rows (L2Step and the like; see common/projections.h): one block per row. A row that
+// fits is staged in shared memory, so that the rule's passes read global memory once.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/reduce.cuh"
+
+namespace pyadv {
+namespace cuda {
+
+constexpr int kRowThreads = 512;
+constexpr int64_t kStageBytes = 48 * 1024;  // what every card gives a block without asking
+
+// The row a rule walks over, in packs of V elements.
+template <class Rule, class T, int V>
+class Row {
+ public:
+  using C = compute_t<T>;
+  using Pack = Vec<T, V>;
+
+  __device__ __forceinline__ Row(const StepArgs& s, int64_t row) : s_(s), first_(row * s.n) {
+    a_ = static_cast<const T*>(s.x_adv) + first_;
+    g_ = static_cast<const T*>(s.grad) + (Rule::kGrad ? first_ : 0);
+    x_ = static_cast<const T*>(s.x) + first_;
+    prev_ = static_cast<const T*>(s.x_prev) + (Rule::kPrev ? first_ : 0);
+    lo_ = s.lo.at<C>(first_);
+    hi_ = s.hi.at<C>(first_);
+  }
+
+  __device__ __forceinline__ int64_t size() const { return s_.n; }
+
+  // Puts the row's tensors one after the other into shared memory.
+  __device__ __forceinline__ void stage(T* shared) {
+    a_ = copied(a_, shared, 0);
+    x_ = copied(x_, shared, 1);
+    if (Rule::kGrad) g_ = copied(g_, shared, 2);
+    if (Rule::kPrev) prev_ = copied(prev_, shared, 3);
+    __syncthreads();
+  }
+
+  template <int K, class L, class Term>
+  __device__ __forceinline__ void sums(const Term& term, double (&total)[K]) const {
+    L mine[K] = {};
+    each([&](const Element<C>& e, int64_t) {
+      L t[K];
+      term(e, t);
+#pragma unroll
+      for (int k = 0; k < K; ++k) mine[k] += t[k];
+    });
+#pragma unroll
+    for (int k = 0; k < K; ++k) total[k] = mine[k];
+    block_reduce(total, 0.0, Add{});
+  }
+
+  template <class Value>
+  __device__ __forceinline__ C maximum(const Value& value) const {
+    C most = 0;
+    each([&](const Element<C>& e, int64_t) { most = nan_max(most, value(e)); });
+    return block_reduce(most, C(0), Max{});
+  }
+
+  template <class Value>
+  __device__ __forceinline__ void store(const Value& value) const {
+    Pack result;
+    each([&](const Element<C>& e, int64_t i) {
+      result.v[i % V] = narrow<T>(value(e));
+      if (i % V == V - 1) out()[i / V] = result;
+    });
+  }
+
+  __device__ __forceinline__ void keep() const {
+    for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x)
+      out()[i] = reinterpret_cast<const Pack*>(a_)[i];
+  }
+
+ private:
+  // f(element, index) for this thread's elements, V neighbours at a time
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x) {
+      const Packs<Rule, T, V> packs(a_, g_, x_, prev_, i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const int64_t at = i * V + k;
+        f(packs.template element<C>(k, s_.elementwise ? s_.lo.at<C>(first_ + at) : lo_,
+                                    s_.elementwise ? s_.hi.at<C>(first_ + at) : hi_),
+          at);
+      }
+    }
+  }
+
+  __device__ __forceinline__ const T* copied(const T* from, T* shared, int slot) const {
+    T* to = shared + slot * s_.n;
+    for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x)
+      reinterpret_cast<Pack*>(to)[i] = reinterpret_cast<const Pack*>(from)[i];
+    return to;
+  }
+
+  __device__ __forceinline__ Pack* out() const {
+    return reinterpret_cast<Pack*>(static_cast<T*>(s_.out) + first_);
+  }
+
+  const StepArgs& s_;
+  int64_t first_;
+  const T *a_, *g_, *x_, *prev_;
+  C lo_, hi_;
+};
+
+template <class Rule, class T, int V>
+__global__ void __launch_bounds__(kRowThreads) rows_kernel(StepArgs s, bool staged) {
+  PYADV_DYNAMIC_SHARED(T, shared);
+  const int64_t r = blockIdx.x;
+  Row<Rule, T, V> row(s, r);
+  if (s.active != nullptr && !s.active[r]) return row.keep();
+  if (staged) row.stage(shared);
+  Rule::template run<compute_t<T>>(row, sizes_at<compute_t<T>>(s, r * s.n));
+}
+
+template <class Rule, class T, int V>
+int launch_rows(const StepArgs& s, void* stream) {
+  // Slot 2 is the gradient's, slot 3 that of x_prev.
+  const int64_t slots = Rule::kPrev ? 4 : Rule::kGrad ? 3 : 2;
+  const int64_t bytes = slots * s.n * static_cast<int64_t>(sizeof(T));
+  const bool staged = bytes <= kStageBytes;
+  const int64_t warps = (s.n / V + kWarp - 1) / kWarp;
+  const unsigned most = kRowThreads / kWarp;
+  const unsigned threads = kWarp * (warps < most ? static_cast<unsigned>(warps) : most);
+  PYADV_LAUNCH((rows_kernel<Rule, T, V>), static_cast<unsigned>(s.rows), threads,
+               staged ? static_cast<size_t>(bytes) : 0, stream, s, staged);
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <class Rule>
+int run_rows(const StepArgs& s, void* stream) {
+  return dispatch(s.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr int V = 16 / sizeof(T);
+    return aligned16(s.x_adv, s.grad, s.x, s.x_prev, s.out) && s.n % V == 0
+               ? launch_rows<Rule, T, V>(s, stream)
+               : launch_rows<Rule, T, 1>(s, stream);
+  });
+}
+
+}  // namespace cuda
+}  // namespace pyadv
