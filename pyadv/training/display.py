@@ -36,7 +36,8 @@ class Display:
         )
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        # Not wrapped: paths and commands in it are copied.
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         """The line that stays of an epoch."""

@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 
 class Diverged(ArithmeticError):
-    """The loss or a weight is no longer finite."""
+    """The loss or the network's output is no longer finite."""
 
 
 class Trainer:
@@ -134,9 +134,10 @@ class Trainer:
         try:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
         except ValueError as error:  # an attack refuses a network whose logits are NaN
-            if all(p.isfinite().all() for p in self.model.parameters()):
-                raise
-            self._diverged("a weight", error)
+            with torch.no_grad():
+                if self.model(x).isfinite().all():
+                    raise
+            self._diverged("the network's output", error)
         if not math.isfinite(loss.item()):
             self._diverged(f"the loss ({loss.item()})")
         return loss

@@ -1,0 +1,111 @@
+"""Reports on classifiers whose robust accuracy is known in closed form."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyadv.attacks import PGD
+from pyadv.evaluation import Report, Row, evaluate, standard_attacks
+
+
+def linear_problem(n: int = 60) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A linear two-class model, samples far from the box's walls, and each sample's exact Linf
+    distance to the boundary (negative when misclassified)."""
+    g = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(2, 12, generator=g))
+        model[1].bias.copy_(-model[1].weight.sum(1) / 2)
+    x = 0.2 + 0.6 * torch.rand(n, 3, 2, 2, generator=g)
+    z = model(x).detach()
+    y = z.argmax(1) ^ (torch.rand(n, generator=g) < 0.2)
+    margin = z.gather(1, y[:, None])[:, 0] - z.gather(1, 1 - y[:, None])[:, 0]
+    return model, x, y, margin / (model[1].weight[0] - model[1].weight[1]).norm(1).detach()
+
+
+def test_accuracy_is_exact_on_a_linear_model() -> None:
+    model, x, y, distance = linear_problem()
+    eps = 0.03
+    assert 0.2 < (distance > eps).float().mean() < (distance > 0).float().mean() - 0.1
+    report = evaluate(model, x, y, eps=eps, batch_size=13)
+    assert torch.equal(report["clean"].correct, distance > 0)
+    for name in ("PGD-20", "margin PGD", "worst case"):
+        row = report.worst if name == "worst case" else report[name]
+        assert torch.equal(row.correct, distance > eps), name
+
+
+def test_result_does_not_depend_on_the_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 3))
+    x, y = torch.rand(37, 3, 2, 2), torch.randint(3, (37,))
+    attacks = {"one": PGD(eps=0.1, alpha=0.01, steps=1, seed=5)}  # one step: the start decides
+    reports = [evaluate(model, x, y, eps=0.1, attacks=attacks, batch_size=b) for b in (37, 5)]
+    assert torch.equal(reports[0]["one"].correct, reports[1]["one"].correct)
+
+
+def test_model_and_generator_are_left_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model.train()
+    model[1].eval()  # a frozen layer stays frozen
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.rand(9, 3, 2, 2)
+    rng = torch.get_rng_state()
+    evaluate(model, x, torch.zeros(9).long(), eps=0.1)
+    assert model.training and model[0].training and not model[1].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_progress_and_descriptions() -> None:
+    model, x, y, _ = linear_problem(10)
+    seen = []
+    report = evaluate(model, x, y, eps=0.1, batch_size=4, progress=lambda *a: seen.append(a))
+    assert seen[:3] == [("clean", 4, 10), ("clean", 8, 10), ("clean", 10, 10)] and len(seen) == 9
+    assert report["margin PGD"].description == "40 steps of 0.025, loss margin, keyed start"
+    assert report.norm == "Linf" and report.n == 10
+
+
+def test_norms_and_own_attacks() -> None:
+    model, x, y, _ = linear_problem(10)
+    for norm, canonical in (("l2", "L2"), (1, "L1")):
+        report = evaluate(model, x, y, eps=0.5, norm=norm)
+        assert report.norm == canonical
+        assert {r.name for r in report.rows} == {"clean", *standard_attacks(0.5, norm)}
+        assert report["PGD-20"].accuracy <= report["clean"].accuracy
+    assert [r.name for r in evaluate(model, x, y, eps=0.1, attacks={}).rows] == ["clean"]
+
+
+def test_row_statistics_and_worst_case(tmp_path: Path) -> None:
+    a = Row("a", "first", torch.tensor([True, True, True, False]))
+    b = Row("b", "second", torch.tensor([True, False, True, True]))
+    report = Report(4, "Linf", 0.1, (a, b))
+    assert a.accuracy == 0.75 and a.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert report.worst.correct.tolist() == [True, False, True, False]
+    report.save(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert read["eps"] == 0.1 and read["n"] == 4
+    assert [r["accuracy"] for r in read["rows"]] == [0.75, 0.75, 0.5]
+    assert "worst case   50.00 +- 25.00 %" in str(report)
+    with pytest.raises(KeyError, match="no row 'c'; there are a, b"):
+        report["c"]
+
+
+def test_refusals() -> None:
+    model, x, y, _ = linear_problem(4)
+    with pytest.raises(ValueError, match="for N = 0 >= 1"):
+        evaluate(model, x[:0], y[:0], eps=0.1)
+    with pytest.raises(ValueError, match=r"N = 4 .* got shape \(3,\)"):
+        evaluate(model, x, y[:3], eps=0.1)
+    with pytest.raises(ValueError, match="batch_size must be >= 1"):
+        evaluate(model, x, y, eps=0.1, batch_size=0)
+    with pytest.raises(ValueError, match="labels"):
+        evaluate(model, x, y + 7, eps=0.1)
+    with pytest.raises(ValueError, match="box"):
+        evaluate(model, x * 9, y, eps=0.1)

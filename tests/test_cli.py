@@ -1,0 +1,136 @@
+"""The command line: it trains, resumes, evaluates, and turns mistakes into one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pyadv.cli import app
+from pyadv.data import load
+from pyadv.training import Config, checkpoint
+
+FAST = ["--epochs", "2", "--batch-size", "32", "--steps", "2", "--device", "cpu"]
+
+
+def pyadv(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set as a file."""
+    full = load()
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    arrays = {"x_train": full.train_x[:80], "y_train": full.train_y[:80]}
+    arrays |= {"x_test": full.test_x[:30], "y_test": full.test_y[:30]}
+    np.savez(path, **{name: value.numpy() for name, value in arrays.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    output = pyadv("train", "--data", source, "--eps", "8/255", *FAST, "--out", folder)
+    for row in ("clean", "PGD-20", "margin PGD", "worst case", "30 samples, Linf, eps 0.03137"):
+        assert row in output
+    return folder
+
+
+def test_train_writes_what_it_was_told(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert config["eps"] == pytest.approx(8 / 255) and config["alpha"] == pytest.approx(2 / 255)
+    assert config["epochs"] == 2 and config["method"] == "at" and config["model"] == "small-cnn"
+
+
+def test_evaluate(run: Path, source: Path, tmp_path: Path) -> None:
+    output = pyadv("evaluate", run, "--n", "20", "--bs", "7", "--device", "cpu")
+    assert "20 samples, Linf, eps 0.03137" in output
+    report = json.loads((run / "report.json").read_text())
+    assert report["n"] == 20 and [r["name"] for r in report["rows"]][0] == "clean"
+    out = tmp_path / "l2.json"
+    pyadv("evaluate", run / "checkpoint.pt", "--norm", "l2", "--eps", "0.5", "--out", out)
+    assert json.loads(out.read_text())["norm"] == "L2"
+
+
+def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
+    before = json.loads((run / "results.json").read_text())
+    pyadv("train", "--resume", run, "--device", "cpu")
+    assert json.loads((run / "results.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--method", "foo"], "pyadv: method must be one of standard, at, fat, gairat"),
+        (["train", "--data", "nowhere"], "pyadv: data: 'nowhere' is neither a path nor one of"),
+        (["train", "--model", "vgg"], "pyadv: model must be one of small-cnn"),
+        (["train", "--norm", "L2"], "pyadv: eps must be given for norm L2"),
+        (["train", "--resume", "x", "--lr", "1"], "--resume takes its settings .* drop lr"),
+        (["train", "--resume", "x"], "pyadv: no checkpoint at x/checkpoint.pt"),
+        (["evaluate", "x.pt"], "pyadv: no checkpoint at x.pt"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    out = [] if arguments[0] == "evaluate" or "--resume" in arguments else ["--out", tmp_path / "r"]
+    output = pyadv(*arguments, *out, code=1)
+    assert re.search(message, output) and output.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_mistakes_about_a_run(run: Path) -> None:
+    assert "holds a run already" in pyadv("train", "--out", run, code=1)
+    assert "--norm L2 needs --eps" in pyadv("evaluate", run, "--norm", "L2", code=1)
+    assert "--n must be >= 1" in pyadv("evaluate", run, "--n", "0", code=1)
+    assert "is not a number or a fraction" in pyadv("train", "--eps", "8/0", code=2)
+
+
+def test_help_states_the_defaults_that_hold() -> None:
+    """Help repeats the settings' defaults, since importing them would make it slow."""
+    text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", pyadv("train", "--help")))
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    stated = re.findall(
+        r"--([a-z-]+) (?:--no-[a-z-]+ )?(?:<\w+>|[A-Z]+) [^\[\]]*?\[([^\]]+)\]", text
+    )
+    checked = 0
+    for name, value in stated:
+        default = defaults.get(name.replace("-", "_"))
+        if default is not None:
+            assert value == str(default) or float(value) == default, name
+            checked += 1
+    assert checked >= 9
+    options = {o.replace("-", "_") for o in re.findall(r"--([a-z][a-z-]+)", text)}
+    assert set(defaults) - options == {"milestones", "momentum"}
+
+
+def test_info() -> None:
+    assert "backend" in pyadv("info")
+
+
+def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
+    """In a process of its own, stopped by a real signal."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pyadv", "train", "--data", source, *FAST, "--out", folder]
+    command += ["--epochs", "100000", "--schedule", "constant"]
+    process = subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert re.search(rf"stopped in epoch \d+ after step \d+; .*train --resume {folder}", output)
+    assert checkpoint.load(folder / "checkpoint.pt")["epoch"] >= 2

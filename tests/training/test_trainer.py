@@ -1,0 +1,222 @@
+"""Training: exact resumption, signals, divergence, what the run folder holds."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyadv import training
+from pyadv.data import ImageData
+from pyadv.evaluation import evaluate
+from pyadv.training import Config, Display, Diverged, Interrupted, Trainer, checkpoint, load_model
+
+QUIET = Display(quiet=True)
+FAST = {"epochs": 3, "batch_size": 32, "steps": 2, "lr": 0.05}  # 4 batches an epoch
+
+
+def train(data: ImageData, folder: Path, **settings: Any):
+    config = Config(**{**FAST, **settings})
+    return training.train(config, folder, data=data, device="cpu", display=QUIET)
+
+
+def resume(data: ImageData, folder: Path):
+    return training.resume(folder, data=data, device="cpu", display=QUIET)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGINT) -> None:
+    """Send ourselves a signal in the middle of step `steps`."""
+    original, done = Trainer._count, []
+
+    def count(self: Trainer, *args: Any) -> None:
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(number)
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_count", count)
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested states differ, wall-clock times aside."""
+    if isinstance(a, dict):
+        keys = (a.keys() | b.keys()) - {"seconds"}
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{path}: lengths {len(a)}, {len(b)}"]
+        return [
+            d for i, p in enumerate(zip(a, b, strict=True)) for d in differences(*p, f"{path}/{i}")
+        ]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"method": "at", "augment": True}, 6),
+        ({"method": "at", "val": 4}, 6),  # the last step of an epoch
+        ({"method": "gairat", "begin_epoch": 2, "emr": 0.01}, 5),
+        ({"method": "fat", "eps_warmup": 3}, 9),
+        ({"method": "standard"}, 1),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    small: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    steps: int,
+) -> None:
+    epoch, step = divmod(steps - 1, 3 if "val" in settings else 4)
+    whole = train(small, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(Interrupted, match=f"epoch {epoch + 1} after step {step + 1}"):
+            train(small, tmp_path / "cut", **settings)
+    torch.manual_seed(99)  # the process that resumes has another past
+    resumed = resume(small, tmp_path / "cut")
+
+    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
+    assert not differences(*states)
+    assert whole.to_dict() == resumed.to_dict()
+    lines = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "cut")]
+    assert not differences(*([json.loads(line) for line in part] for part in lines))
+
+
+def test_a_crash_costs_at_most_the_epoch(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small, tmp_path / "whole")
+
+    class Crash(Exception):
+        pass
+
+    def crash(self: Trainer, *_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        # After the record of epoch 2 is written and before its checkpoint is.
+        patch.setattr(Display, "epoch", lambda *_: patch.setattr(Trainer, "save", crash))
+        train(small, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        resume(small, tmp_path / "cut")
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        save = Trainer.save
+        patch.setattr(Trainer, "save", lambda self: crash(self) if self.epoch > 2 else save(self))
+        train(small, tmp_path / "cut2")
+    assert len((tmp_path / "cut2" / "metrics.jsonl").read_text().splitlines()) == 2
+    resume(small, tmp_path / "cut2")
+    epochs = (tmp_path / "cut2" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3]
+    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut2")]
+    assert not differences(*states)
+
+
+def test_signal_handlers_come_back(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(small, tmp_path / "run")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_run_folder(small: ImageData, tmp_path: Path) -> None:
+    report = train(small, tmp_path / "run", method="gairat", val=20)
+    folder = tmp_path / "run"
+    for picture in ("curves.png", "kappa.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "results.json").read_text()) == report.to_dict()
+    assert json.loads((folder / "config.json").read_text())["eps"] == 0.1
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        assert sum(record["kappa"]) == 80 and len(record["kappa"]) == FAST["steps"] + 1
+        assert all(0 <= record[k] <= 1 for k in ("train_clean", "train_robust", "val_robust"))
+    best = checkpoint.load(folder / "best.pt")
+    robust = [r["val_robust"] for r in records]
+    assert best["records"][-1]["epoch"] == 1 + robust.index(max(robust))
+
+    model, config = load_model(folder)
+    again = evaluate(model, small.test_x, small.test_y, eps=config.eps)
+    assert again.to_dict() == report.to_dict()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(small, folder)
+
+
+def test_standard_training_has_no_kappa(small: ImageData, tmp_path: Path) -> None:
+    train(small, tmp_path / "run", method="standard", epochs=1)
+    assert not (tmp_path / "run" / "kappa.png").exists()
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["kappa"] is None and json.loads(line)["train_robust"] is None
+
+
+def test_divergence_stops_the_run(small: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"not finite at epoch 1, step \d .*A lower lr"):
+        train(small, tmp_path / "run", lr=1e30, schedule="constant")
+    broken = checkpoint.load(tmp_path / "run" / "diverged.pt")
+    assert broken["epoch"] == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_eps_grows_over_the_warm_up(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, original = [], Trainer._end_epoch
+
+    def end_epoch(self: Trainer, seconds: float) -> None:
+        seen.append((self.objective.attack.settings.eps, self.objective.attack.settings.alpha))
+        original(self, seconds)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    train(small, tmp_path / "run", eps=0.2, eps_warmup=2)
+    assert seen == [(0.1, 0.025), (0.2, 0.05), (0.2, 0.05)]
+
+
+def test_samples_are_known_to_the_objective_by_their_index(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(**FAST, val=30).resolve(small)
+    trainer = Trainer(config, small, tmp_path, device="cpu", display=QUIET)
+    seen, call = [], type(trainer.objective).__call__
+
+    def spy(self: Any, model: Any, x: torch.Tensor, *args: Any, ids: torch.Tensor, **more: Any):
+        assert model.training and more["epoch"] == trainer.epoch
+        assert torch.equal(x, small.train_x[ids])
+        seen.extend(ids.tolist())
+        return call(self, model, x, *args, ids=ids, **more)
+
+    monkeypatch.setattr(type(trainer.objective), "__call__", spy)
+    trainer.fit()
+    held = {tuple(v.flatten().tolist()) for v in trainer.val_x}
+    assert len(seen) == 3 * 70 and len(set(seen)) == 70
+    assert not held & {tuple(small.train_x[i].flatten().tolist()) for i in set(seen)}
+
+
+def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:
+    train(small, tmp_path / "run", precision="bf16", epochs=1)
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert all(v.dtype == torch.float32 for v in state["model"].values())
+    (record,) = state["records"]
+    assert 0 < record["loss"] < 5
+
+
+@pytest.mark.slow
+def test_adversarial_training_pays(subset: Callable[[int, int], ImageData], tmp_path: Path) -> None:
+    """On 2,000 images AT is ahead of standard training under PGD by far more than noise."""
+    data, robust = subset(2000, 500), {}
+    for method in ("standard", "at"):
+        config = Config(method=method, epochs=8)
+        report = training.train(config, tmp_path / method, data=data, device="cpu", display=QUIET)
+        robust[method] = report["PGD-20"].accuracy
+    assert robust["at"] > robust["standard"] + 0.3
