@@ -95,12 +95,18 @@ PYADV_HD double sum_of_squares(const Row& row, const F& f, C scale) {
   return total[0];
 }
 
+// A float sum of n squares that lost nothing to under- or overflow.
+template <class C>
+PYADV_HD bool is_ordinary(double sum, int64_t n) {
+  return sum > 64.0 * static_cast<double>(Range<C>::kSmallest) * static_cast<double>(n) &&
+         sum <= Range<C>::kLargest;
+}
+
 // A second, scaled pass only for rows whose squares under- or overflow.
 template <class C, class Row, class F>
 PYADV_HD Norm<C> l2_norm(const Row& row, const F& f) {
   const double total = sum_of_squares<C>(row, f, C(1));
-  const double least = 64.0 * static_cast<double>(Range<C>::kSmallest) * static_cast<double>(row.size());
-  if (total > least && total <= Range<C>::kLargest) return {static_cast<C>(sqrt(total)), C(1)};
+  if (is_ordinary<C>(total, row.size())) return {static_cast<C>(sqrt(total)), C(1)};
   const C largest = row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(f(e)); });
   if (!(largest > 0 && largest <= Range<C>::kLargest)) return {largest, C(1)};
   const C scale = unit_scale(largest);

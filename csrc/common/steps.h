@@ -48,18 +48,45 @@ struct Gradient {
   PYADV_HD C operator()(const Element<C>& e) const { return e.g; }
 };
 
-template <class C>
-PYADV_HD AlongGradient<C> along_gradient(const Norm<C>& norm, C alpha) {
-  return {norm.scale, norm.value > 0 ? alpha / norm.value : C(0)};
+// Sets `z` to the point alpha along the gradient, in the ball and the box; false where the gradient has
+// an entry that is not finite. With d = a - x and the unit gradient u, one pass gives
+// ||d + alpha u||^2 = d.d + 2 alpha d.u + alpha^2. Three serve where a sum under- or overflows, or
+// where the terms cancel and the result matters.
+template <class C, class Row>
+PYADV_HD bool l2_along_gradient(const Row& row, const Sizes<C>& s, L2Clip<C, AlongGradient<C>>& z) {
+  double total[3];
+  row.template sums<3, C>(
+      [&](const Element<C>& e, C(&t)[3]) PYADV_INLINE_LAMBDA {
+        const C d = e.a - e.x;
+        t[0] = e.g * e.g;
+        t[1] = d * e.g;
+        t[2] = d * d;
+      },
+      total);
+  if (is_ordinary<C>(total[0], row.size())) {
+    const double alpha = s.alpha, eps = s.eps, size = alpha / sqrt(total[0]);
+    const double parts = total[2] + alpha * alpha, square = parts + 2.0 * size * total[1];
+    const bool cancels = !(4.0 * square > parts), far_inside = 2.0 * parts <= eps * eps;
+    if (!cancels || far_inside) {
+      const double length = far_inside ? 0.0 : sqrt(square);
+      z = {{C(1), static_cast<C>(size)}, length > eps, static_cast<C>(eps / length)};
+      return true;
+    }
+  }
+  const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
+  if (!norm.finite()) return false;
+  const C size = norm.value > 0 ? s.alpha / norm.value : C(0);
+  z = l2_clip<C>(row, AlongGradient<C>{norm.scale, size}, s.eps);
+  return true;
 }
 
 struct L2Step {
   static constexpr bool kGrad = true, kPrev = false;
   template <class C, class Row>
   PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
-    const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
-    if (!norm.finite()) return row.keep();
-    row.store(l2_clip<C>(row, along_gradient(norm, s.alpha), s.eps));
+    L2Clip<C, AlongGradient<C>> z;
+    if (!l2_along_gradient(row, s, z)) return row.keep();
+    row.store(z);
   }
 };
 
@@ -74,10 +101,9 @@ struct L2MomentumStep {
   static constexpr bool kGrad = true, kPrev = true;
   template <class C, class Row>
   PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
-    const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
-    if (!norm.finite()) return row.keep();
-    const auto z = l2_clip<C>(row, along_gradient(norm, s.alpha), s.eps);
-    row.store(l2_clip<C>(row, Mixed<C, decltype(z)>{z, s.momentum}, s.eps));
+    L2Clip<C, AlongGradient<C>> z;
+    if (!l2_along_gradient(row, s, z)) return row.keep();
+    row.store(l2_clip<C>(row, Mixed<C, L2Clip<C, AlongGradient<C>>>{z, s.momentum}, s.eps));
   }
 };
 

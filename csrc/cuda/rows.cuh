@@ -8,7 +8,7 @@
 namespace pyadv {
 namespace cuda {
 
-constexpr int kRowThreads = 512;
+constexpr int kRowThreads = 256;
 constexpr int64_t kStageBytes = 48 * 1024;  // what every card gives a block without asking
 
 // The row a rule walks over, in packs of V elements.
@@ -107,7 +107,7 @@ class Row {
 };
 
 template <class Rule, class T, int V>
-__global__ void __launch_bounds__(kRowThreads) rows_kernel(StepArgs s, bool staged) {
+__global__ void __launch_bounds__(kRowThreads, 2) rows_kernel(StepArgs s, bool staged) {
   PYADV_DYNAMIC_SHARED(T, shared);
   const int64_t r = blockIdx.x;
   Row<Rule, T, V> row(s, r);
