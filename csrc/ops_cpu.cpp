@@ -33,12 +33,14 @@ class Device {
 #include "glue/norms.h"
 #include "glue/projections.h"
 #include "glue/steps.h"
+#include "glue/weights.h"
 
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_steps(m);
   pyadv::register_projections(m);
   pyadv::register_losses(m);
   pyadv::register_geometry(m);
+  pyadv::register_weights(m);
   pyadv::register_norms(m);
   pyadv::register_noise(m);
 }

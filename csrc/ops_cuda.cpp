@@ -65,6 +65,7 @@ class Device {
 #include "glue/norms.h"
 #include "glue/projections.h"
 #include "glue/steps.h"
+#include "glue/weights.h"
 
 #if defined(PYADV_CUDA_ON_CPU)
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
@@ -74,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) {
   pyadv::register_steps(m);
   pyadv::register_projections(m);
   pyadv::register_geometry(m);
+  pyadv::register_weights(m);
   pyadv::register_norms(m);
   pyadv::register_noise(m);
 }

@@ -6,6 +6,7 @@
 #include "common/noise.h"
 #include "common/norms.h"
 #include "common/steps.h"
+#include "common/weights.h"
 
 namespace pyadv {
 namespace cpu {
@@ -34,8 +35,10 @@ void row_square_sum(const SquareArgs& args, int64_t begin, int64_t end);
 
 void track(const TrackArgs& args, int64_t begin, int64_t end);  // items: rows
 
-void norm_pieces(const NormArgs& args, int64_t begin, int64_t end);  // items: pieces
-void norm_roots(const NormArgs& args, int64_t begin, int64_t end);  // items: tensors
+void weights(const WeightArgs& args, int64_t begin, int64_t end);  // items: one, all rows
+
+void norm_pieces(const NormArgs& args, int64_t begin, int64_t end);     // items: pieces
+void norm_roots(const NormArgs& args, int64_t begin, int64_t end);      // items: tensors
 void norms_backward(const NormArgs& args, int64_t begin, int64_t end);  // items: pieces
 
 void keyed_uniform(const NoiseArgs& args, int64_t begin, int64_t end);  // items: Philox blocks

@@ -3,9 +3,11 @@
 #pragma once
 
 #include "common/geometry.h"
+#include "common/losses.h"
 #include "common/noise.h"
 #include "common/norms.h"
 #include "common/steps.h"
+#include "common/weights.h"
 
 namespace pyadv {
 namespace cuda {
@@ -22,7 +24,17 @@ int l2_project(const StepArgs& args, void* stream);
 int l2_box_project(const StepArgs& args, void* stream);
 int l1_project(const StepArgs& args, void* stream);
 
+int attack_loss(const AttackArgs& args, void* stream);
+int weighted_cross_entropy(const LossArgs& args, void* stream);
+int kl(const LossArgs& args, void* stream);  // trades_kl and mart_kl
+int mart_bce(const LossArgs& args, void* stream);
+int softmax_cotangent(const SoftmaxArgs& args, void* stream);
+int row_stats(const RowStatsArgs& args, void* stream);
+int row_square_sum(const SquareArgs& args, void* stream);
+
 int track(const TrackArgs& args, void* stream);
+
+int weights(const WeightArgs& args, void* stream);
 
 int norm_pieces(const NormArgs& args, void* stream);
 int norm_roots(const NormArgs& args, void* stream);

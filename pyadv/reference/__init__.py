@@ -23,6 +23,7 @@ from pyadv.reference.steps import (
     linf_momentum_step,
     linf_step,
 )
+from pyadv.reference.weights import gairat_weights, mail_weights, probabilistic_margin
 
 __all__ = [
     "linf_step",
@@ -44,6 +45,9 @@ __all__ = [
     "softmax_cotangent",
     "row_stats",
     "track",
+    "gairat_weights",
+    "probabilistic_margin",
+    "mail_weights",
     "norms",
     "log_norm_product",
     "keyed_uniform",

@@ -1,0 +1,51 @@
+// Instance weights: a function of each row's value, then one normaliser for the batch. Formulas:
+// pyadv/reference/weights.py. In double, since the batch is small and weights span many magnitudes.
+#pragma once
+
+#include "common/losses.h"
+#include "common/types.h"
+
+namespace pyadv {
+
+enum class WeightKind { Tanh, Sigmoid, Discrete, Mail };
+enum class Normalize { None, Mean, Sum, Times3 };
+
+struct WeightArgs {
+  WeightKind kind;
+  Normalize normalize;
+  DType dtype;           // of margin and out
+  const int64_t* kappa;  // [rows], or
+  const void* margin;    // [rows]
+  Param slope, centre;   // Mail: of the margin; Tanh, Sigmoid: centre is lambda
+  double half, steps;    // GAIRAT: the kappa with weight sigma(lambda), and K
+  void* out;             // [rows]
+  int64_t rows;
+
+  PYADV_HD double weight(int64_t row) const {
+    if (kind == WeightKind::Mail) {
+      const double m = dtype == DType::Double ? static_cast<const double*>(margin)[row]
+                                              : static_cast<const float*>(margin)[row];
+      return sigmoid(-slope.at<double>(0) * (m - centre.at<double>(0)));
+    }
+    const double k = static_cast<double>(kappa[row]);
+    if (kind == WeightKind::Discrete) return (steps + 1.0 - k) / (steps + 1.0);
+    const double a = centre.at<double>(0) + (half - k) * slope.at<double>(0);
+    return sigmoid(kind == WeightKind::Tanh ? 2.0 * a : a);  // (1 + tanh a) / 2 = sigma(2 a)
+  }
+
+  // `total` is the sum of the weights; where that is 0, all of them are taken to be 1.
+  PYADV_HD void write(int64_t row, double total) const {
+    const double count = static_cast<double>(rows);
+    const double share = total == 0.0 ? 1.0 / count : weight(row) / total;
+    const double w = normalize == Normalize::Mean   ? (total == 0.0 ? 1.0 : share * count)
+                     : normalize == Normalize::Sum  ? share
+                     : normalize == Normalize::None ? weight(row)
+                                                    : 3.0 * weight(row);
+    if (dtype == DType::Double)
+      static_cast<double*>(out)[row] = w;
+    else
+      static_cast<float*>(out)[row] = static_cast<float>(w);
+  }
+};
+
+}  // namespace pyadv

@@ -1,0 +1,27 @@
+#include "common/weights.h"
+
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+
+namespace pyadv {
+namespace cuda {
+namespace {
+
+// One block: a batch has few rows, and the normaliser needs all of them.
+__global__ void __launch_bounds__(kThreads) weights_kernel(WeightArgs args) {
+  double total = 0.0;
+  for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) total += args.weight(row);
+  total = block_reduce(total, 0.0, Add());
+  for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) args.write(row, total);
+}
+
+}  // namespace
+
+int weights(const WeightArgs& args, void* stream) {
+  PYADV_LAUNCH(weights_kernel, 1, kThreads, 0, stream, args);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace cuda
+}  // namespace pyadv

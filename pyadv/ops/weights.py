@@ -1,0 +1,144 @@
+"""Instance weights: how much each sample of a batch counts in the training loss. All are constants:
+no gradient passes through them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyadv import reference
+from pyadv.ops._arguments import check_choice, check_floating, check_like, check_rows, parameter
+from pyadv.ops._registry import register
+from pyadv.ops.losses import row_stats, weighted_cross_entropy
+from pyadv.reference._common import compute_dtype
+
+_gairat_weights = register(
+    "gairat_weights(Tensor kappa, int steps, Tensor lam, str kind, str normalize, float? slope,"
+    " bool int_half) -> Tensor",
+    reference.gairat_weights,
+    lambda kappa, *_: kappa.new_empty(kappa.shape, dtype=torch.float32),
+)
+_mail_weights = register(
+    "mail_weights(Tensor margin, Tensor slope, Tensor bias, str normalize) -> Tensor",
+    reference.mail_weights,
+    lambda margin, *_: margin.new_empty(margin.shape, dtype=compute_dtype(margin.dtype)),
+)
+
+
+def gairat_weights(
+    kappa: Tensor,
+    steps: int,
+    lam: float | Tensor = -1.0,
+    kind: str = "tanh",
+    normalize: str = "mean",
+    slope: float | None = None,
+    int_half: bool = False,
+) -> Tensor:
+    """Weights that fall with the geometry value, (B,) float32.
+
+    With a = lam + slope (1 - 2 kappa / K): "tanh" is (1 + tanh a) / 2, "sigmoid" 1 / (1 + exp(-a)),
+    "discrete" (K + 1 - kappa) / (K + 1). Finite for every lam, also infinite ones.
+
+    Args:
+        kappa: (B,) int64 in {0, ..., K}, see `track`.
+        steps: K >= 1, the steps of the attack that counted kappa.
+        lam: the paper's lambda, a float or a 0-dim tensor; +inf gives equal weights.
+        kind: "tanh" (the paper), "sigmoid" or "discrete" (which uses neither lam nor slope).
+        normalize: "mean" gives weights of mean 1 over this batch, "sum" of sum 1; where all
+            weights are 0 (lam = -inf) they count as equal. "none" leaves them in [0, 1].
+        slope: >= 0, by how much a falls from kappa = 0 to the centre K / 2; None is the paper's 5.
+            GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
+        int_half: the official code's centre floor(K / 2), with the slope reached there; for K = 1,
+            where that code divides by 0, the true half is used.
+
+    Raises:
+        TypeError: another dtype. ValueError: wrong shapes or devices, steps < 1, slope < 0, NaN, or
+            an unknown kind or normalize.
+
+    Source: Zhang et al., "Geometry-aware Instance-reweighted Adversarial Training" (ICLR 2021),
+    equation 6.
+    """
+    op = "gairat_weights"
+    check_rows(op, "kappa", kappa, kappa, torch.int64)
+    if steps < 1:
+        raise ValueError(f"{op}: steps must be >= 1, got {steps}")
+    check_choice(op, "kind", kind, ("tanh", "sigmoid", "discrete"))
+    check_choice(op, "normalize", normalize, ("mean", "sum", "none"))
+    if slope is not None and not slope >= 0:
+        raise ValueError(f"{op}: slope must be a number >= 0, got {slope}")
+    lam = _single(op, "lam", lam, kappa)
+    return _gairat_weights(kappa, steps, lam, kind, normalize, slope, int_half)
+
+
+def mail_weights(
+    margin: Tensor, slope: float | Tensor, bias: float | Tensor, normalize: str = "mean"
+) -> Tensor:
+    """sigma(-slope (margin - bias)), (B,) float32 (float64 for float64): weights that fall with the
+    probabilistic margin.
+
+    Args:
+        margin: (B,) floating-point, see `probabilistic_margin`.
+        slope, bias: a float or a 0-dim tensor, as the official code's options of these names.
+        normalize: "mean" gives weights of mean 1 over this batch (the paper; equal weights where
+            all are 0), "x3" multiplies by 3 (the official code), "none" leaves them in [0, 1].
+
+    Raises:
+        TypeError: another dtype. ValueError: wrong shapes or devices, NaN, or an unknown normalize.
+
+    Source: Liu et al., "Probabilistic Margins for Instance Reweighting in Adversarial Training"
+    (NeurIPS 2021), equation 7.
+    """
+    op = "mail_weights"
+    check_floating(op, margin=margin)
+    check_rows(op, "margin", margin, margin, margin.dtype)
+    check_choice(op, "normalize", normalize, ("mean", "x3", "none"))
+    slope, bias = _single(op, "slope", slope, margin), _single(op, "bias", bias, margin)
+    return _mail_weights(margin, slope, bias, normalize)
+
+
+def probabilistic_margin(
+    logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: str = "nat"
+) -> Tensor:
+    """MAIL's margin of each row, (B,) in [-1, 1], float32 (float64 for float64).
+
+    With p and q the softmax of `logits` and `logits_adv` and max over the classes j != y:
+    "nat": p_y - max p_j; "adv": q_y - max q_j (what the official code uses); "dif":
+    p_y - max q_j; "dif_conf": p_y - q_y, which grows with vulnerability, unlike the others. The
+    abstract fits "dif"; a third-party code implements "dif_conf" under that name.
+
+    Args:
+        logits: (B, C) finite logits of the clean inputs.
+        y: (B,) int64 labels. Rows with another value than a class are NaN, as are rows with a logit
+            that is not finite.
+        logits_adv: (B, C) logits of the perturbed inputs, for every kind but "nat".
+
+    Raises:
+        TypeError: another dtype. ValueError: wrong shapes or devices, an unknown kind, or
+            `logits_adv` missing.
+
+    Source: Liu et al., "Probabilistic Margins for Instance Reweighting in Adversarial Training"
+    (NeurIPS 2021), equations 4 to 6.
+    """
+    op = "probabilistic_margin"
+    check_choice(op, "kind", kind, ("nat", "adv", "dif", "dif_conf"))
+    if kind == "nat":
+        return row_stats(logits, y).prob_margin
+    if logits_adv is None:
+        raise ValueError(f"{op}: kind={kind!r} needs logits_adv")
+    check_like(op, "logits", logits, logits_adv=logits_adv)
+    if kind == "adv":
+        return row_stats(logits_adv, y).prob_margin
+    p_y, q_y = _probability(logits, y), _probability(logits_adv, y)
+    return p_y - q_y if kind == "dif_conf" else p_y - q_y + row_stats(logits_adv, y).prob_margin
+
+
+def _probability(logits: Tensor, y: Tensor) -> Tensor:
+    return torch.exp(-weighted_cross_entropy(logits.detach(), y))
+
+
+def _single(op: str, name: str, value: float | Tensor, rows: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.dim():
+        raise ValueError(
+            f"{op}: {name} must be a float or a 0-dim tensor, got shape {list(value.shape)}"
+        )
+    return parameter(op, name, value, rows)
