@@ -9,7 +9,7 @@
 
 #define PYADV_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define PYADV_DYNAMIC_SHARED(T, name)                    \
+#define PYADV_DYNAMIC_SHARED(T, name)                      \
   extern __shared__ __align__(16) unsigned char shared_[]; \
   T* name = reinterpret_cast<T*>(shared_)
 
@@ -36,12 +36,30 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
-// Enough blocks to fill the card a few times over; kernels stride over the rest.
+// Blocks of kThreads that the card holds at once; kernels stride over what is beyond.
+inline int64_t resident_blocks() { return static_cast<int64_t>(multiprocessors()) * 8; }
+
 inline unsigned elementwise_blocks(int64_t work) {
   const int64_t needed = (work + kThreads - 1) / kThreads;
-  const int64_t most = static_cast<int64_t>(multiprocessors()) * 8;
-  return static_cast<unsigned>(needed < most ? needed : most);
+  return static_cast<unsigned>(needed < resident_blocks() ? needed : resident_blocks());
 }
+
+// For kernels that work on rows: x runs over the `work` items of a row, y over the rows, so that no
+// thread has to divide. Short rows share a block. Kernels stride over both.
+struct RowGrid {
+  dim3 grid, block;
+
+  RowGrid(int64_t rows, int64_t work) {
+    block.x = 32;
+    while (block.x < kThreads && block.x < work) block.x *= 2;
+    block.y = kThreads / block.x;
+    const int64_t across = (work + block.x - 1) / block.x, down = (rows + block.y - 1) / block.y;
+    const int64_t most = 4 * resident_blocks();  // some to spare evens out the end
+    grid.x = static_cast<unsigned>(across < most ? across : most);
+    const int64_t left = most / grid.x < 65535 ? most / grid.x : 65535;
+    grid.y = static_cast<unsigned>(down < left ? down : left);
+  }
+};
 
 }  // namespace cuda
 }  // namespace pyadv

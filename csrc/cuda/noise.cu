@@ -18,21 +18,23 @@ struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Drawn {
 // One Philox block per thread and turn. kWhole: rows are whole blocks and the output is aligned.
 template <template <class> class Draw, class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads) noise_kernel(NoiseArgs args) {
-  const int64_t blocks = noise_blocks(args.n), count = args.rows * blocks;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    const int64_t row = i / blocks, block = i - row * blocks;
+  const int64_t blocks = noise_blocks(args.n);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < args.rows;
+       row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     const Philox words(args, row);
-    Drawn<T> drawn;
-    Draw<T>()(words(static_cast<uint32_t>(block)), drawn.v);
-    if (kWhole) {
-      static_cast<Drawn<T>*>(args.out)[i] = drawn;
-    } else {
-      T* out = static_cast<T*>(args.out) + row * args.n;
+    T* out = static_cast<T*>(args.out) + row * args.n;
+    for (int64_t block = first; block < blocks;
+         block += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      Drawn<T> drawn;
+      Draw<T>()(words(static_cast<uint32_t>(block)), drawn.v);
+      if (kWhole) {
+        reinterpret_cast<Drawn<T>*>(out)[block] = drawn;
+      } else {
 #pragma unroll
-      for (int k = 0; k < kBlockWords; ++k)
-        if (block * kBlockWords + k < args.n) out[block * kBlockWords + k] = drawn.v[k];
+        for (int k = 0; k < kBlockWords; ++k)
+          if (block * kBlockWords + k < args.n) out[block * kBlockWords + k] = drawn.v[k];
+      }
     }
   }
 }
@@ -41,11 +43,11 @@ template <template <class> class Draw>
 int noise(const NoiseArgs& args, void* stream) {
   return dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const unsigned grid = elementwise_blocks(args.rows * noise_blocks(args.n));
+    const RowGrid g(args.rows, noise_blocks(args.n));
     if (aligned16(args.out) && args.n % kBlockWords == 0)
-      PYADV_LAUNCH((noise_kernel<Draw, T, true>), grid, kThreads, 0, stream, args);
+      PYADV_LAUNCH((noise_kernel<Draw, T, true>), g.grid, g.block, 0, stream, args);
     else
-      PYADV_LAUNCH((noise_kernel<Draw, T, false>), grid, kThreads, 0, stream, args);
+      PYADV_LAUNCH((noise_kernel<Draw, T, false>), g.grid, g.block, 0, stream, args);
     return static_cast<int>(cudaGetLastError());
   });
 }
@@ -72,9 +74,8 @@ int keyed_normal(const NoiseArgs& args, void* stream) { return noise<Normal>(arg
 int row_hash(const HashArgs& args, void* stream) {
   return dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int64_t most = static_cast<int64_t>(multiprocessors()) * 8;
-    PYADV_LAUNCH((row_hash_kernel<T>), static_cast<unsigned>(args.rows < most ? args.rows : most),
-                 kThreads, 0, stream, args);
+    const int64_t blocks = args.rows < resident_blocks() ? args.rows : resident_blocks();
+    PYADV_LAUNCH((row_hash_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, stream, args);
     return static_cast<int>(cudaGetLastError());
   });
 }
