@@ -59,19 +59,17 @@ def report_table(report: Report, title: str) -> Table:
     """The table that ends a run."""
     table = Table(
         title=title,
-        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}",
+        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; ± standard error",
         title_justify="left",
     )
     table.add_column("")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("std. error", justify="right")
+    table.add_column("accuracy %")
     table.add_column("attack")
     for row in (*report.rows, report.worst):
         style = "bold" if row.name == report.worst.name else None
         table.add_row(
             row.name,
-            f"{100 * row.accuracy:.2f}",
-            f"{100 * row.standard_error:.2f}",
+            f"{100 * row.accuracy:6.2f} ± {100 * row.standard_error:.2f}",
             row.description,
             style=style,
         )

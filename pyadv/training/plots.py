@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.ticker import MaxNLocator
 
 _BLUE, _RED, _GREY = "#2b6cb0", "#c53030", "#4a5568"
 Records = list[dict[str, Any]]
@@ -20,7 +21,7 @@ def curves(records: Records, path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [r["loss"] for r in records], color=_GREY, marker=".")
-    left.set(xlabel="epoch", ylabel="training loss", title="What is minimised")
+    left.set(xlabel="epoch", ylabel="objective", title="Training loss")
     for name, colour, style, label in (
         ("train_clean", _BLUE, "-", "clean, training"),
         ("train_robust", _RED, "-", "under the training attack"),
@@ -34,7 +35,7 @@ def curves(records: Records, path: Path) -> None:
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         _plain(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(_whole_epochs())
     figure.savefig(path, dpi=150)
 
 
@@ -59,21 +60,25 @@ def kappa(records: Records, path: Path) -> None:
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, len(values) - 0.5),
     )
     left.set(xlabel="epoch", ylabel="kappa: steps survived", title="All epochs")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.set_major_locator(_whole_epochs())
     figure.colorbar(image, ax=left, label="% of training samples")
 
     right.bar(values, share[-1], color=_BLUE, width=0.85)
     right.set(xlabel="kappa: steps survived", ylabel="% of training samples")
     right.set_title(f"Epoch {epochs[-1]}")
     right.set_xticks(values if len(values) <= 21 else values[:: len(values) // 10])
-    right.text(0, share[-1, 0], "fooled at\nevery step", ha="center", va="bottom", fontsize="small")
-    right.text(
-        values[-1], share[-1, -1], "never\nfooled", ha="center", va="bottom", fontsize="small"
-    )
-    right.margins(y=0.18)
+    edges = (0, "left", "fooled at every step"), (values[-1], "right", "correct at every step")
+    for at, side, text in edges:
+        edge = at + (0.43 if side == "right" else -0.43)
+        right.text(edge, share[-1, at], f"{text}\n", ha=side, va="center", fontsize="small")
+    right.margins(y=0.1)
     _plain(right)
     figure.get_layout_engine().set(wspace=0.08)
     figure.savefig(path, dpi=150)
+
+
+def _whole_epochs() -> MaxNLocator:
+    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def _plain(axes: Axes) -> None:
