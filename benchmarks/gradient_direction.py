@@ -88,7 +88,7 @@ def plot(found: dict[float, dict[str, float]], path: Path) -> None:
     axes.set_ylim(-3, 104)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
 
