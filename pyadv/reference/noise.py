@@ -43,7 +43,7 @@ def keyed_normal(like: Tensor, ids: Tensor, seed: int | Tensor, stream: int | Te
 
 def row_hash(x: Tensor) -> Tensor:
     """mix(sum_i mix(bits_i + golden (i + 1))) modulo 2^64. See `ops.row_hash`."""
-    v = x.double().reshape(x.shape[0], -1)
+    v = x.double().reshape(x.shape[0], math.prod(x.shape[1:]))
     v = torch.where(v == 0, 0.0, torch.where(v.isnan(), math.nan, v))  # one zero, one NaN
     place = torch.arange(1, v.shape[1] + 1, device=x.device) * _signed(_GOLDEN)
     return _mix(_mix(v.view(torch.int64) + place).sum(1))
