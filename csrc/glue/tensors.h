@@ -210,15 +210,18 @@ class Parameters {
   }
   // (B, 1, ..., 1)
   bool by_row(const Tensor& t, Param& p) const {
+    if (t.dim() != block_.dim() || t.size(0) != p.period) return false;
     p.inner = row_size(block_);
-    return t.dim() == block_.dim() && t.size(0) == p.period;
+    return true;
   }
   // (1, C, 1, 1) or (C, 1, 1) where a channel is one block of each row
   bool by_channel(const Tensor& t, Param& p) const {
     const int64_t d = t.dim() - (block_.dim() - 1);  // index of dimension 1 of x in t
-    if (block_.dim() < 2 || d < 0 || t.size(d) != p.period || block_.size(1) != p.period) return false;
+    if (block_.dim() < 2 || d < 0 || t.size(d) != p.period || block_.size(1) != p.period ||
+        !block_.is_contiguous())
+      return false;
     p.inner = row_size(block_) / p.period;
-    return block_.is_contiguous();
+    return true;
   }
 
   const char* op_;
