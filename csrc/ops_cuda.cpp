@@ -61,6 +61,7 @@ class Device {
 }  // namespace pyadv
 
 #include "glue/geometry.h"
+#include "glue/losses.h"
 #include "glue/noise.h"
 #include "glue/norms.h"
 #include "glue/projections.h"
@@ -74,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) {
 #endif
   pyadv::register_steps(m);
   pyadv::register_projections(m);
+  pyadv::register_losses(m);
   pyadv::register_geometry(m);
   pyadv::register_weights(m);
   pyadv::register_norms(m);

@@ -34,14 +34,12 @@ PYADV_HD void load(const T* row, C* v, int64_t n) {
 
 template <class C>
 PYADV_HD C largest(const C* v, int64_t n) {
-  return maximum(
-      n, [v](int64_t k) { return v[k]; }, -kInf<C>);
+  return maximum(n, [v](int64_t k) { return v[k]; }, -kInf<C>);
 }
 
 template <class C>
 PYADV_HD bool all_finite(const C* v, int64_t n) {
-  return is_finite(maximum(
-      n, [v](int64_t k) { return C(std::fabs(v[k])); }, C(0)));
+  return is_finite(maximum(n, [v](int64_t k) { return C(std::fabs(v[k])); }, C(0)));
 }
 
 // The first class with this value, other than `skipped`; `skipped` itself if there is none.
@@ -179,8 +177,7 @@ struct AttackLoop {
     }
     z[top] = C(0);
     z[top] = -sum_of(z, n);
-    const C most = maximum(
-        n, [z](int64_t k) { return C(std::fabs(z[k])); }, C(0));
+    const C most = maximum(n, [z](int64_t k) { return C(std::fabs(z[k])); }, C(0));
     store_multiple(z, grad, n, a.unit && most > C(0) ? C(1) / most : C(1));
     return sum_of(u, n);
   }
@@ -367,13 +364,13 @@ struct SoftmaxLoop {
     const SoftmaxArgs& a = *args;
     C* v = (*room)[0];
     const int64_t n = a.classes;
-    const C temperature = static_cast<C>(a.temperature);
+    const C inverse = C(1) / static_cast<C>(a.temperature);
     const C mean = a.center ? C(1) / static_cast<C>(n) : C(0);
     for (int64_t i = begin; i < end; ++i) {
       load(a.logits.row<T>(i), v, n);
       const C base = largest(v, n);
       PYADV_INDEPENDENT
-      for (int64_t k = 0; k < n; ++k) v[k] = (v[k] - base) / temperature;
+      for (int64_t k = 0; k < n; ++k) v[k] = (v[k] - base) * inverse;
       exp_below(v, n, C(0));
       const C multiple = C(1) / sum_of(v, n);
       T* out = static_cast<T*>(a.out) + i * n;

@@ -294,7 +294,8 @@ def _mart_weight(q: Tensor, y: Tensor, exact: bool) -> Tensor:
 
 def row_square_sum(g: Tensor) -> Tensor:
     """Sum of squares of each row. See `ops.row_square_sum`."""
-    return widen(g).square().flatten(1).sum(1)
+    squares = widen(g).square()
+    return squares.sum(tuple(range(1, g.dim()))) if g.dim() > 1 else squares
 
 
 def row_square_sum_backward(grad: Tensor, g: Tensor) -> Tensor:
