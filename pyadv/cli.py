@@ -188,11 +188,11 @@ def _evaluate(
     device: str | None,
     out: Path | None,
 ) -> None:
-    import torch
     from rich.console import Console
 
     from pyadv import evaluation, training
     from pyadv.data import load
+    from pyadv.training import build
     from pyadv.training.display import report_table
 
     model, config = training.load_model(run)
@@ -203,7 +203,7 @@ def _evaluate(
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
     images = load(data or config.data)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(build.device(device))
     console = Console()
     with training.Display(console).progress() as bar:
         x, y = images.test_x[:n], images.test_y[:n]

@@ -76,6 +76,9 @@ def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
         (["train", "--method", "foo"], "pyadv: method must be one of standard, at, fat, gairat"),
         (["train", "--data", "nowhere"], "pyadv: data: 'nowhere' is neither a path nor one of"),
         (["train", "--model", "vgg"], "pyadv: model must be one of small-cnn"),
+        (["train", "--device", "gpu"], "pyadv: device must be one of cpu.*, got 'gpu'"),
+        (["train", "--device", "cuda:99"], "pyadv: device must be one of cpu.*, got 'cuda:99'"),
+        (["train", "--precision", "fp8"], "pyadv: precision must be one of fp32, bf16, fp16"),
         (["train", "--norm", "L2"], "pyadv: eps must be given for norm L2"),
         (["train", "--resume", "x", "--lr", "1"], "--resume takes its settings .* drop lr"),
         (["train", "--resume", "x"], "pyadv: no checkpoint at x/checkpoint.pt"),
@@ -111,7 +114,7 @@ def test_help_states_the_defaults_that_hold() -> None:
             checked += 1
     assert checked >= 9
     options = {o.replace("-", "_") for o in re.findall(r"--([a-z][a-z-]+)", text)}
-    assert set(defaults) - options == {"milestones", "momentum"}
+    assert set(defaults) - options == {"milestones", "momentum"}  # for Python
 
 
 def test_info() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from pyadv.attacks import PGD, FriendlyPGD
 from pyadv.data import ImageData
 from pyadv.objectives import AT, EMR, FAT, GAIRAT, Objective, Standard, fat_tau
@@ -21,6 +23,20 @@ def architecture(config: Config, data: ImageData) -> dict[str, Any]:
         "num_classes": len(data.classes),
         "image_size": tuple(size),
     }
+
+
+def device(name: str | None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1"); None: CUDA if it is there.
+
+    Raises ValueError for another name, or for a CUDA device that is not there.
+    """
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu"] + ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards)]
+    if name is None:
+        return torch.device("cuda" if cards else "cpu")
+    if name not in known:
+        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}")
+    return torch.device(name)
 
 
 def objective(config: Config) -> Objective:

@@ -25,12 +25,13 @@ _GREY = {
     "augment": False,
 }
 _DIGITS = {**_GREY, "eps": 0.3, "epochs": 20, "eps_warmup": 5}  # without it the loss stays at ln 10
-_COLOUR = {  # Rice et al. (2020), their best checkpoint's length
+_COLOUR = {  # Pang et al. (2021), "Bag of Tricks for Adversarial Training"
     "model": "preact-resnet-18",
     "eps": 8 / 255,
     "epochs": 110,
     "lr": 0.1,
     "schedule": "piecewise",
+    "milestones": (100 / 110, 105 / 110),
     "augment": True,
 }
 _BY_NAME = {"mnist": _DIGITS, "kmnist": _DIGITS, "svhn": {**_COLOUR, "lr": 0.01, "augment": False}}
@@ -57,7 +58,7 @@ class Config:
     batch_size: int = 128
     lr: float | None = None
     schedule: str | None = None
-    milestones: tuple[float, ...] = (0.5, 0.75)  # of "piecewise": shares of the run
+    milestones: tuple[float, ...] | None = None  # of "piecewise": shares of the run
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: bool | None = None  # random crop with a border of 4, and flip
@@ -82,10 +83,11 @@ class Config:
         norm = canonical_norm(self.norm)
         if norm != "Linf" and self.eps is None:
             raise ValueError(f"eps must be given for norm {norm}: the default is for Linf")
-        config = dataclasses.replace(self, norm=norm, milestones=tuple(self.milestones))
-        for name, value in {"eps_warmup": 0, **known}.items():
+        config = dataclasses.replace(self, norm=norm)
+        for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
+        config.milestones = tuple(config.milestones)  # JSON brings a list
         if config.alpha is None:
             config.alpha = config.eps / 4
         if config.begin_epoch is None:

@@ -46,7 +46,8 @@ class Trainer:
         data: the data set.
         folder: existing run folder; receives checkpoint.pt, metrics.jsonl and, with held-out data,
             best.pt.
-        device: "cpu", "cuda", "cuda:1"; None lets Accelerate choose.
+        device: "cpu", "cuda", "cuda:1"; None: CUDA if it is there, the process's own
+            card when there are several processes.
         display: where progress is shown.
     """
 
@@ -59,10 +60,11 @@ class Trainer:
         device: str | None = None,
         display: Display | None = None,
     ) -> None:
-        if device is not None and device.startswith("cuda:"):
-            torch.cuda.set_device(device)
+        place = build.device(device)
+        if place.index is not None:
+            torch.cuda.set_device(place)
         self.accelerator = Accelerator(
-            cpu=device == "cpu", mixed_precision=PRECISIONS[config.precision]
+            cpu=place.type == "cpu", mixed_precision=PRECISIONS[config.precision]
         )
         self.config, self.folder = config, folder
         main = self.accelerator.is_main_process

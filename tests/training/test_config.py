@@ -35,6 +35,7 @@ def test_defaults_follow_from_the_data(
     config = Config().resolve(images(name, channels))
     assert (config.model, config.eps, config.augment) == (model, eps, augment)
     assert config.alpha == eps / 4 and config.eps_warmup == warmup
+    assert config.milestones == ((0.5, 0.75) if channels == 1 else (100 / 110, 105 / 110))
     unset = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
     assert unset == ["tau"]
 
