@@ -203,9 +203,10 @@ def refuse_overlap(
     if torch.compiler.is_compiling() or _in_mode():
         return
     for other in others:
-        if other is t and same_allowed:
+        if not isinstance(other, Tensor) or (other is t and same_allowed):
             continue
-        if isinstance(other, Tensor) and _overlaps(t, other, same_allowed):
+        # CPU scalars are read before anything is written.
+        if (other.dim() or not other.is_cpu) and _overlaps(t, other, same_allowed):
             rule = " without being the same tensor" if same_allowed else ""
             raise ValueError(f"{op}: {name} shares memory with an input{rule}")
 
