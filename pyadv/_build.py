@@ -342,9 +342,10 @@ def _recipe(csrc: Path, files: list[Path], torch: Torch) -> dict[str, str]:
 
 
 def _host_flags(csrc: Path, torch: Torch) -> tuple[str, ...]:
-    # The prefix map keeps this machine's folders out of the library's error messages.
-    headers = f"-isystem{torch.root / 'include'}"
-    return (*HOST_FLAGS, torch.standard, f"-I{csrc}", f"-ffile-prefix-map={csrc}/=", headers)
+    # The prefix maps keep this machine's folders out of the library and its error messages.
+    headers = torch.root / "include"
+    maps = (f"-ffile-prefix-map={folder}/=" for folder in (csrc, headers))
+    return (*HOST_FLAGS, torch.standard, f"-I{csrc}", f"-isystem{headers}", *maps)
 
 
 def _link_flags(torch: Torch) -> tuple[str, ...]:
