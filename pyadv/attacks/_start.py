@@ -7,6 +7,7 @@ alone. "uniform" and "normal_small" draw from that generator, as the official co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from pyadv import ops
 from pyadv.reference._common import parameter, per_row, widen
 
 STARTS = ("keyed", "uniform", "normal_small", "none")
+Start = str | Callable[[Tensor], Tensor]
 SMALL = 0.001  # standard deviation of "normal_small", in units of x (TRADES, MART, MAIL)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that draws 0, 1, 2, ... give 2^64 different keys
@@ -64,7 +66,7 @@ class GeneratorNoise:
 
 
 def start(
-    kind: str,
+    kind: Start,
     norm: str,
     x: Tensor,
     eps: float | Tensor,
@@ -73,6 +75,13 @@ def start(
     noise: Noise,
 ) -> Tensor:
     """The first iterate, a new tensor with the layout of x."""
+    if callable(kind):
+        first = kind(x)
+        if first.shape != x.shape:
+            raise ValueError(
+                f"attack: start must return the shape of x, {list(x.shape)}, got {list(first.shape)}"
+            )
+        return torch.empty_like(x).copy_(first.detach())
     if kind == "none":
         return torch.empty_like(x).copy_(x)
     if kind == "normal_small":  # not projected: the official codes leave that to the first step

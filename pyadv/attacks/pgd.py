@@ -17,7 +17,7 @@ from pyadv.attacks._engine import Parameter, Settings, judge, search
 from pyadv.attacks._losses import Loss, LossFunction
 from pyadv.attacks._model import Output
 from pyadv.attacks._result import AttackResult, Perturbed
-from pyadv.attacks._start import STARTS, Noise
+from pyadv.attacks._start import STARTS, Noise, Start
 
 
 class PGD:
@@ -40,7 +40,7 @@ class PGD:
             (B,), differentiated by autograd.
         start: "keyed" (uniform in the ball, the same for a sample whatever batch it comes in),
             "uniform" and "normal_small" (x + 0.001 N(0, 1)) from torch's generator as the official
-            codes draw them, or "none".
+            codes draw them, "none", or a callable x -> first iterate, taken as it is.
         restarts: independent starts, run as one batch; the best end point of each sample is kept.
         targeted: y is the class to reach.
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps.
@@ -73,7 +73,7 @@ class PGD:
         alpha: Parameter = 2 / 255,
         steps: int = 10,
         loss: str | LossFunction = "ce",
-        start: str = "keyed",
+        start: Start = "keyed",
         restarts: int = 1,
         targeted: bool = False,
         lo: Parameter | None = 0.0,
@@ -91,7 +91,8 @@ class PGD:
         _checks.size("eps", eps)
         _checks.size("alpha", alpha)
         _checks.count("steps", steps, 0)
-        _checks.choice("start", start, STARTS)
+        if not callable(start):
+            _checks.choice("start", start, STARTS)
         _checks.choice("bn", bn, ("eval", "train"))
         _checks.choice("compact", compact, ("auto", True, False))
         _checks.choice("validate", validate, ("auto", True, False))
