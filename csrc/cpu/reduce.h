@@ -48,15 +48,17 @@ PYADV_HD double sum(int64_t n, const Value& value) {
 // Largest value(i) over i in [0, n), at least `least`; NaN if one is NaN.
 template <class C, class Value>
 PYADV_HD C maximum(int64_t n, const Value& value, C least) {
-  C lane[kLanes];
-  for (int k = 0; k < kLanes; ++k) lane[k] = least;
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    PYADV_INDEPENDENT
-    for (int k = 0; k < kLanes; ++k) lane[k] = nan_max(lane[k], value(i + k));
-  }
   C most = least;
-  for (int k = 0; k < kLanes; ++k) most = nan_max(most, lane[k]);
+  const int64_t whole = n - n % kLanes;
+  if (whole > 0) {  // a short row would pay for empty lanes
+    C lane[kLanes];
+    for (int k = 0; k < kLanes; ++k) lane[k] = least;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      PYADV_INDEPENDENT
+      for (int k = 0; k < kLanes; ++k) lane[k] = nan_max(lane[k], value(i + k));
+    }
+    for (int k = 0; k < kLanes; ++k) most = nan_max(most, lane[k]);
+  }
   for (int64_t i = whole; i < n; ++i) most = nan_max(most, value(i));
   return most;
 }
