@@ -16,7 +16,10 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.reference._common import parameter, per_row, widen
 
+PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
+
 STARTS = ("keyed", "uniform", "normal_small", "none")
+SPHERE_STARTS = ("keyed", "generator", "none")  # of APGD
 Start = str | Callable[[Tensor], Tensor]
 SMALL = 0.001  # standard deviation of "normal_small", in units of x (TRADES, MART, MAIL)
 
@@ -79,7 +82,8 @@ def start(
         first = kind(x)
         if first.shape != x.shape:
             raise ValueError(
-                f"attack: start must return the shape of x, {list(x.shape)}, got {list(first.shape)}"
+                f"attack: start must return the shape of x, {list(x.shape)}, "
+                f"got {list(first.shape)}"
             )
         return torch.empty_like(x).copy_(first.detach())
     if kind == "none":
@@ -94,7 +98,7 @@ def start(
             delta = torch.empty_like(wide).uniform_(-eps, eps)
         else:
             delta = (2 * source.uniform(wide) - 1) * radius
-        return ops.linf_project((wide + delta).to(x.dtype), x, eps, lo, hi)
+        return PROJECT[norm]((wide + delta).to(x.dtype), x, eps, lo, hi)
     # Uniform in the ball: a direction, and a radius r with (r / eps)^n uniform.
     if norm == "L2":
         direction = source.normal(wide)
@@ -105,9 +109,31 @@ def start(
         length = _row_norm(direction, 1)
     share = source.uniform(wide.flatten(1)[:, :1], kind=1) ** (1.0 / max(x[:1].numel(), 1))
     unit = direction / length.clamp_min(torch.finfo(length.dtype).tiny)
-    project = ops.l2_project if norm == "L2" else ops.l1_project
-    return project((wide + unit * per_row(share[:, 0], wide) * radius).to(x.dtype), x, eps, lo, hi)
+    point = wide + unit * per_row(share[:, 0], wide) * radius
+    return PROJECT[norm](point.to(x.dtype), x, eps, lo, hi)
 
 
-def _row_norm(t: Tensor, p: int) -> Tensor:
+def start_on_sphere(
+    kind: Start,
+    norm: str,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+    noise: Noise,
+) -> Tensor:
+    """The first iterate of APGD, on the border of the ball: a uniform point of the cube scaled up
+    to its faces (Linf), a normal direction (L2), a normal point projected (L1)."""
+    if callable(kind) or kind == "none":
+        return start(kind, norm, x, eps, lo, hi, noise)
+    source = noise if kind == "keyed" else GeneratorNoise()
+    wide = widen(x)
+    offset = 2 * source.uniform(wide) - 1 if norm == "Linf" else source.normal(wide)
+    if norm != "L1":
+        length = _row_norm(offset, 2 if norm == "L2" else torch.inf)
+        offset = offset / length.clamp_min(torch.finfo(length.dtype).tiny) * parameter(eps, wide)
+    return PROJECT[norm]((wide + offset).to(x.dtype), x, eps, lo, hi)
+
+
+def _row_norm(t: Tensor, p: float) -> Tensor:
     return per_row(torch.linalg.vector_norm(t.flatten(1), p, dim=1), t)
