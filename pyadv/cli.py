@@ -195,7 +195,8 @@ def _evaluate(
     from pyadv.training import build
     from pyadv.training.display import report_table
 
-    model, config = training.load_model(run)
+    trained = training.load_model(run)
+    model, config = trained.model, trained.config
     if norm is not None and norm.lower() != config.norm.lower() and eps is None:
         raise ValueError(
             f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
@@ -203,6 +204,7 @@ def _evaluate(
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
     images = load(data or config.data)
+    trained.check(images)
     model.to(build.device(device))
     console = Console()
     with training.Display(console).progress() as bar:

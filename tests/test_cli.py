@@ -92,9 +92,13 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "r").exists()
 
 
-def test_mistakes_about_a_run(run: Path) -> None:
+def test_mistakes_about_a_run(run: Path, tmp_path: Path) -> None:
     assert "holds a run already" in pyadv("train", "--out", run, code=1)
     assert "--norm L2 needs --eps" in pyadv("evaluate", run, "--norm", "L2", code=1)
+    x = np.zeros((10, 3, 32, 32), np.uint8)
+    np.savez(tmp_path / "colour.npz", x=x, y=np.arange(10))
+    output = pyadv("evaluate", run, "--data", tmp_path / "colour.npz", code=1)
+    assert "has (3, 32, 32) images of 10 classes, the network takes (1, 28, 28)" in output
     assert "--n must be >= 1" in pyadv("evaluate", run, "--n", "0", code=1)
     assert "is not a number or a fraction" in pyadv("train", "--eps", "8/0", code=2)
 

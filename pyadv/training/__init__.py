@@ -1,6 +1,6 @@
 """The training loop on Accelerate, and the run folder it fills. Needs the extra `train`."""
 
-from pyadv.training.checkpoint import load_model
+from pyadv.training.checkpoint import Trained, load_model
 from pyadv.training.config import Config
 from pyadv.training.display import Display
 from pyadv.training.run import resume, train
@@ -11,6 +11,7 @@ __all__ = [
     "Display",
     "Diverged",
     "Interrupted",
+    "Trained",
     "Trainer",
     "load_model",
     "resume",

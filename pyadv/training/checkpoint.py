@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from pyadv import models
+from pyadv.data import ImageData
 from pyadv.training.config import Config
 
 FORMAT = 1
@@ -41,12 +43,33 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: Path) -> tuple[nn.Module, Config]:
-    """The trained model of a run folder or checkpoint, in eval mode, and the run's settings."""
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint is good for besides resuming: the network in eval mode, on the CPU; the
+    run's settings; and the arguments of `pyadv.models.create` that made the network."""
+
+    model: nn.Module
+    config: Config
+    architecture: dict[str, Any]
+
+    def check(self, data: ImageData) -> None:
+        """Raise ValueError unless the network takes these images and knows their classes."""
+        a = self.architecture
+        takes = (a["in_channels"], *a["image_size"])
+        if data.shape != takes or len(data.classes) > a["num_classes"]:
+            raise ValueError(
+                f"{data.name} has {data.shape} images of {len(data.classes)} classes, the network "
+                f"takes {takes} and knows {a['num_classes']}"
+            )
+
+
+def load_model(path: str | Path) -> Trained:
+    """The trained network of a run folder or checkpoint file."""
+    path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
     model = models.create(**state["architecture"])
     model.load_state_dict(state["model"])
-    return model.eval(), Config.from_dict(state["config"])
+    return Trained(model.eval(), Config.from_dict(state["config"]), state["architecture"])
 
 
 def rng_state() -> dict[str, Any]:

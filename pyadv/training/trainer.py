@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pyadv.training.config import PRECISIONS, Config
 from pyadv.training.display import Display, percent
 from pyadv.training.records import Records
 from pyadv.training.schedules import lr_factor
+from pyadv.training.stop import StopSignal
 
 _PROBE = 1000  # training images on which clean accuracy is measured after each epoch
 
@@ -103,13 +103,13 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end. Raises Interrupted on SIGINT or SIGTERM, after saving; Diverged when
         the loss is not finite."""
-        with _StopSignal(self.accelerator) as stop:
+        with StopSignal(self.accelerator) as stop:
             while self.epoch <= self.config.epochs:
                 started = time.perf_counter()
                 self._train_epoch(stop)
                 self._end_epoch(time.perf_counter() - started)
 
-    def _train_epoch(self, stop: _StopSignal) -> None:
+    def _train_epoch(self, stop: StopSignal) -> None:
         self._warm_up()
         total = len(self.batches)
         with self.display.progress() as progress:
@@ -137,7 +137,7 @@ class Trainer:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
         except ValueError as error:  # an attack refuses a network whose logits are NaN
             with torch.no_grad():
-                if self.model(x).isfinite().all():
+                if self.accelerator.unwrap_model(self.model)(x).isfinite().all():
                     raise
             self._diverged("the network's output", error)
         if not math.isfinite(loss.item()):
@@ -145,7 +145,7 @@ class Trainer:
         return loss
 
     def _diverged(self, what: str, cause: Exception | None = None) -> None:
-        self.save("diverged.pt", self.totals)  # no collective: other processes may be elsewhere
+        self.save("diverged.pt", self.totals)
         raise Diverged(
             f"{what} is not finite at epoch {self.epoch}, step {self.step + 1} (learning rate "
             f"{self.lr:.3g}); state saved to {self.folder / 'diverged.pt'}. "
@@ -160,7 +160,7 @@ class Trainer:
         self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
         self.save()
         if best:
-            self.save("best.pt")
+            self.save("best.pt", self.totals)
 
     # -- what changes with progress ------------------------------------------------------------
 
@@ -235,7 +235,10 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self, name: str = "checkpoint.pt", totals: Tensor | None = None) -> None:
-        """Write the whole state, from the main process."""
+        """Write the whole state, from the main process.
+
+        All processes call this together, unless `totals` are given: then none waits for another,
+        which matters where they may disagree (on divergence, on the best epoch)."""
         if totals is None:
             totals = self.accelerator.reduce(self.totals, "sum")
         if not self.accelerator.is_main_process:
@@ -257,7 +260,12 @@ class Trainer:
         checkpoint.save(self.folder / name, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote."""
+        """Continue from what `save` wrote. Raises ValueError if it is from other data."""
+        if state["architecture"] != self.architecture:
+            raise ValueError(
+                f"the run's network, {state['architecture']}, does not fit the data: "
+                f"they need {self.architecture}"
+            )
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
@@ -268,41 +276,3 @@ class Trainer:
             self.totals.copy_(state["totals"])
         self.records.restore(state["records"])
         checkpoint.set_rng_state(state["rng"])
-
-
-class _StopSignal:
-    """Turns the first SIGINT or SIGTERM into a question asked between steps, where the state is
-    whole; the second one does what it always did."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignal:
-        try:
-            self.previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            self.previous = {}
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._restore()
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-    def requested(self) -> bool:
-        """Whether any process got a signal: they all stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0

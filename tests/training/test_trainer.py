@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -121,6 +122,15 @@ def test_a_crash_costs_at_most_the_epoch(
     assert not differences(*states)
 
 
+def test_resume_needs_the_data_of_the_run(small: ImageData, tmp_path: Path) -> None:
+    train(small, tmp_path / "run", epochs=1)
+    other = dataclasses.replace(
+        small, train_x=small.train_x[..., :24], test_x=small.test_x[..., :24]
+    )
+    with pytest.raises(ValueError, match="does not fit the data: they need .*28, 24"):
+        resume(other, tmp_path / "run")
+
+
 def test_signal_handlers_come_back(
     small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,8 +157,8 @@ def test_run_folder(small: ImageData, tmp_path: Path) -> None:
     robust = [r["val_robust"] for r in records]
     assert best["records"][-1]["epoch"] == 1 + robust.index(max(robust))
 
-    model, config = load_model(folder)
-    again = evaluate(model, small.test_x, small.test_y, eps=config.eps)
+    run = load_model(folder)
+    again = evaluate(run.model, small.test_x, small.test_y, eps=run.config.eps)
     assert again.to_dict() == report.to_dict()
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(small, folder)
