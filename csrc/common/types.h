@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
 
 #include "common/macros.h"
 
@@ -38,7 +39,9 @@ PYADV_HD To bit_cast(From value) {
 PYADV_HD float widen(float v) { return v; }
 PYADV_HD double widen(double v) { return v; }
 
-PYADV_HD float widen(const BFloat16& v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+PYADV_HD float widen(const BFloat16& v) {
+  return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
+}
 
 PYADV_HD float widen(const Half& v) {
 #if defined(__CUDA_ARCH__)
@@ -46,7 +49,8 @@ PYADV_HD float widen(const Half& v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
   return f;
 #else
-  // Branch-free, so that the loop vectorises: normal numbers by exponent re-bias, the rest by magic.
+  // Branch-free, so that the loop vectorises: normal numbers by exponent re-bias, the rest by
+  // magic.
   const uint32_t w = static_cast<uint32_t>(v.bits) << 16;
   const uint32_t sign = w & 0x80000000u;
   const uint32_t two_w = w + w;
@@ -108,8 +112,8 @@ auto dispatch(DType dtype, F&& f) -> decltype(f(Tag<float>{})) {
   }
 }
 
-// A scalar or a tensor parameter (alpha, eps, lo, hi) in the arithmetic type of the op. Element i of
-// the flat data reads data[(i / inner) % period]; data == nullptr means the host value for all.
+// A scalar or a tensor parameter (alpha, eps, lo, hi) in the arithmetic type of the op. Element i
+// of the flat data reads data[(i / inner) % period]; data == nullptr means the host value for all.
 struct Param {
   const void* data = nullptr;
   double value = 0.0;
@@ -118,9 +122,20 @@ struct Param {
 
   template <class C>
   PYADV_HD C at(int64_t i) const {
-    return data == nullptr ? static_cast<C>(value)
-                           : static_cast<const C*>(data)[period == 1 ? 0 : (i / inner) % period];
+    if (data == nullptr) return static_cast<C>(value);
+    if (period == 1) return *static_cast<const C*>(data);
+    const int64_t k = inner == 1 ? i : i / inner;  // divisions only where needed: they are slow
+    return static_cast<const C*>(data)[k < period ? k : k % period];
   }
 };
+
+// The longest span with constant parameters, at most `whole`. The `inner` of parameters nest
+// (pixels of a channel, elements of a row), so the smallest divides the others.
+inline int64_t span_length(std::initializer_list<const Param*> params, int64_t whole) {
+  int64_t length = whole;
+  for (const Param* p : params)
+    if (p->data != nullptr && p->period > 1 && p->inner < length) length = p->inner;
+  return length > 1 ? length : 1;
+}
 
 }  // namespace pyadv

@@ -1,5 +1,5 @@
-// Runs an elementwise rule (LinfStep and the like): V elements per thread and turn, one 16-byte access
-// per tensor, or one element (V = 1).
+// Runs an elementwise rule (LinfStep and the like): V elements per thread and turn, one 16-byte
+// access per tensor, or one element (V = 1).
 #pragma once
 
 #include "common/projections.h"
@@ -8,6 +8,8 @@
 
 namespace pyadv {
 namespace cuda {
+
+constexpr int64_t kShortSpan = 64;  // on shorter ones most of a warp would be idle
 
 // V neighbouring elements of the tensors a rule reads, with all loads issued before the arithmetic.
 template <class Rule, class T, int V>
@@ -25,38 +27,49 @@ struct Packs {
 
   template <class C>
   __device__ __forceinline__ Element<C> element(int k, C lo, C hi) const {
-    return {widen(a.v[k]), Rule::kGrad ? widen(g.v[k]) : C(0), widen(x.v[k]),
-            Rule::kPrev ? widen(prev.v[k]) : C(0), lo, hi};
+    return {widen(a.v[k]),
+            Rule::kGrad ? widen(g.v[k]) : C(0),
+            widen(x.v[k]),
+            Rule::kPrev ? widen(prev.v[k]) : C(0),
+            lo,
+            hi};
   }
 };
 
-// kUniform: the parameters are the same everywhere, so they are read once.
-template <class Rule, class T, int V, bool kUniform>
-__global__ void __launch_bounds__(kThreads) elements_kernel(StepArgs s) {
+// A span is `length` elements with one row of the mask and one value of every parameter. Where V =
+// 1 each element looks up its own, so that spans may be as long as the mask allows.
+template <class Rule, class T, int V>
+__global__ void __launch_bounds__(kThreads) elements_kernel(StepArgs s, int64_t length) {
   using C = compute_t<T>;
   using Pack = Vec<T, V>;
-  const int64_t count = s.rows * s.n / V;
-  Sizes<C> sizes = sizes_at<C>(s, 0);
-  C lo = s.lo.at<C>(0), hi = s.hi.at<C>(0);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    Pack result;
-    if (s.active == nullptr || s.active[i * V / s.n]) {
-      const Packs<Rule, T, V> packs(s.x_adv, s.grad, s.x, s.x_prev, i);
+  const int64_t spans = s.rows * s.n / length, packs = length / V;
+  for (int64_t span = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; span < spans;
+       span += static_cast<int64_t>(gridDim.y) * blockDim.y) {
+    const int64_t first = span * length;
+    const bool active = s.active == nullptr || s.active[first / s.n];
+    if (!active && s.out == s.x_adv) continue;
+    Sizes<C> sizes = sizes_at<C>(s, first);
+    C lo = s.lo.at<C>(first), hi = s.hi.at<C>(first);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < packs;
+         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      const int64_t at = span * packs + i;
+      Pack result;
+      if (active) {
+        const Packs<Rule, T, V> pack(s.x_adv, s.grad, s.x, s.x_prev, at);
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (!kUniform) {
-          sizes = sizes_at<C>(s, i * V + k);
-          lo = s.lo.at<C>(i * V + k);
-          hi = s.hi.at<C>(i * V + k);
+        for (int k = 0; k < V; ++k) {
+          if (V == 1) {
+            sizes = sizes_at<C>(s, at);
+            lo = s.lo.at<C>(at);
+            hi = s.hi.at<C>(at);
+          }
+          result.v[k] = narrow<T>(Rule::apply(pack.template element<C>(k, lo, hi), sizes));
         }
-        result.v[k] = narrow<T>(Rule::apply(packs.template element<C>(k, lo, hi), sizes));
+      } else {
+        result = static_cast<const Pack*>(s.x_adv)[at];
       }
-    } else {
-      result = static_cast<const Pack*>(s.x_adv)[i];
+      static_cast<Pack*>(s.out)[at] = result;
     }
-    static_cast<Pack*>(s.out)[i] = result;
   }
 }
 
@@ -65,19 +78,17 @@ int run_elements(const StepArgs& s, void* stream) {
   return dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int V = 16 / sizeof(T);
-    const bool uniform = s.alpha.period == 1 && s.eps.period == 1 && s.momentum.period == 1 &&
-                         s.lo.period == 1 && s.hi.period == 1;
-    const int64_t total = s.rows * s.n;
-    // A vector must not straddle two rows of the mask. Absent tensors are null, and so aligned.
-    const bool vectors = aligned16(s.x_adv, s.grad, s.x, s.x_prev, s.out) && total % V == 0 &&
-                         (s.active == nullptr || s.n % V == 0);
-    const unsigned blocks = elementwise_blocks(vectors ? total / V : total);
-    if (vectors && uniform)
-      PYADV_LAUNCH((elements_kernel<Rule, T, V, true>), blocks, kThreads, 0, stream, s);
-    else if (vectors)
-      PYADV_LAUNCH((elements_kernel<Rule, T, V, false>), blocks, kThreads, 0, stream, s);
+    const int64_t total = s.rows * s.n, whole = s.active != nullptr ? s.n : total;
+    const int64_t span = span_length({&s.alpha, &s.eps, &s.momentum, &s.lo, &s.hi}, whole);
+    // Absent tensors are null, and so aligned.
+    const bool vectors = span % V == 0 && (span == whole || span >= kShortSpan) &&
+                         aligned16(s.x_adv, s.grad, s.x, s.x_prev, s.out);
+    const int64_t length = vectors ? span : whole;
+    const RowGrid g(total / length, vectors ? length / V : length);
+    if (vectors)
+      PYADV_LAUNCH((elements_kernel<Rule, T, V>), g.grid, g.block, 0, stream, s, length);
     else
-      PYADV_LAUNCH((elements_kernel<Rule, T, 1, false>), blocks, kThreads, 0, stream, s);
+      PYADV_LAUNCH((elements_kernel<Rule, T, 1>), g.grid, g.block, 0, stream, s, length);
     return static_cast<int>(cudaGetLastError());
   });
 }

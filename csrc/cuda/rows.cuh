@@ -1,5 +1,5 @@
-// Runs a rule on rows (L2Step and the like; see common/projections.h): one block per row. A row that
-// fits is staged in shared memory, so that the rule's passes read global memory once.
+// Runs a rule on rows (L2Step and the like; see common/projections.h): one block per row. A row
+// that fits is staged in shared memory, so that the rule's passes read global memory once.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -8,7 +8,7 @@
 namespace pyadv {
 namespace cuda {
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 512;
 constexpr int64_t kStageBytes = 48 * 1024;  // what every card gives a block without asking
 
 // The row a rule walks over, in packs of V elements.
@@ -29,13 +29,22 @@ class Row {
 
   __device__ __forceinline__ int64_t size() const { return s_.n; }
 
-  // Puts the row's tensors one after the other into shared memory.
+  // Puts the row's tensors one after the other into shared memory. No barrier: `each` gives every
+  // thread the packs that it has put there itself.
   __device__ __forceinline__ void stage(T* shared) {
-    a_ = copied(a_, shared, 0);
-    x_ = copied(x_, shared, 1);
-    if (Rule::kGrad) g_ = copied(g_, shared, 2);
-    if (Rule::kPrev) prev_ = copied(prev_, shared, 3);
-    __syncthreads();
+    Pack* to = reinterpret_cast<Pack*>(shared);
+    const int64_t packs = s_.n / V;
+    for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
+      const Packs<Rule, T, V> pack(a_, g_, x_, prev_, i);
+      to[i] = pack.a;
+      to[packs + i] = pack.x;
+      if (Rule::kGrad) to[2 * packs + i] = pack.g;
+      if (Rule::kPrev) to[3 * packs + i] = pack.prev;
+    }
+    a_ = shared;
+    x_ = shared + s_.n;
+    if (Rule::kGrad) g_ = shared + 2 * s_.n;
+    if (Rule::kPrev) prev_ = shared + 3 * s_.n;
   }
 
   template <int K, class L, class Term>
@@ -89,13 +98,6 @@ class Row {
     }
   }
 
-  __device__ __forceinline__ const T* copied(const T* from, T* shared, int slot) const {
-    T* to = shared + slot * s_.n;
-    for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x)
-      reinterpret_cast<Pack*>(to)[i] = reinterpret_cast<const Pack*>(from)[i];
-    return to;
-  }
-
   __device__ __forceinline__ Pack* out() const {
     return reinterpret_cast<Pack*>(static_cast<T*>(s_.out) + first_);
   }
@@ -107,7 +109,7 @@ class Row {
 };
 
 template <class Rule, class T, int V>
-__global__ void __launch_bounds__(kRowThreads, 2) rows_kernel(StepArgs s, bool staged) {
+__global__ void __launch_bounds__(kRowThreads, 1) rows_kernel(StepArgs s, bool staged) {
   PYADV_DYNAMIC_SHARED(T, shared);
   const int64_t r = blockIdx.x;
   Row<Rule, T, V> row(s, r);
@@ -122,11 +124,12 @@ int launch_rows(const StepArgs& s, void* stream) {
   const int64_t slots = Rule::kPrev ? 4 : Rule::kGrad ? 3 : 2;
   const int64_t bytes = slots * s.n * static_cast<int64_t>(sizeof(T));
   const bool staged = bytes <= kStageBytes;
-  const int64_t warps = (s.n / V + kWarp - 1) / kWarp;
-  const unsigned most = kRowThreads / kWarp;
-  const unsigned threads = kWarp * (warps < most ? static_cast<unsigned>(warps) : most);
-  PYADV_LAUNCH((rows_kernel<Rule, T, V>), static_cast<unsigned>(s.rows), threads,
-               staged ? static_cast<size_t>(bytes) : 0, stream, s, staged);
+  // As many threads as give each the same number of turns.
+  const int64_t packs = s.n / V, turns = (packs + kRowThreads - 1) / kRowThreads;
+  const int64_t warps = (packs + turns * kWarp - 1) / (turns * kWarp);
+  PYADV_LAUNCH((rows_kernel<Rule, T, V>), static_cast<unsigned>(s.rows),
+               static_cast<unsigned>(warps * kWarp), staged ? static_cast<size_t>(bytes) : 0,
+               stream, s, staged);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -8,14 +8,19 @@ namespace pyadv {
 namespace cuda {
 namespace {
 
-// One block per row and pair of tensors; units of U, 16 bytes or 1.
+// z: the pair of tensors; units of U, 16 bytes or 1.
 template <class U>
 __global__ void __launch_bounds__(kThreads) keep_rows_kernel(KeepRowsArgs k) {
-  const int64_t row = blockIdx.x, units = k.row_bytes / static_cast<int64_t>(sizeof(U));
-  if (!k.mask[row]) return;
-  const U* from = static_cast<const U*>(k.from[blockIdx.y]) + row * units;
-  U* to = static_cast<U*>(k.to[blockIdx.y]) + row * units;
-  for (int64_t i = threadIdx.x; i < units; i += kThreads) to[i] = from[i];
+  const int64_t units = k.row_bytes / static_cast<int64_t>(sizeof(U));
+  const U* from = static_cast<const U*>(blockIdx.z == 0 ? k.from[0] : k.from[1]);
+  U* to = static_cast<U*>(blockIdx.z == 0 ? k.to[0] : k.to[1]);
+  for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < k.rows;
+       row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
+    if (!k.mask[row]) continue;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < units;
+         i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+      to[row * units + i] = from[row * units + i];
+  }
 }
 
 }  // namespace
@@ -36,11 +41,13 @@ int l1_step(const StepArgs& s, void* stream) { return run_rows<L1Step>(s, stream
 
 int keep_rows(const KeepRowsArgs& k, void* stream) {
   using Wide = Vec<unsigned char, 16>;
-  const dim3 blocks(static_cast<unsigned>(k.rows), 2);
-  if (aligned16(k.from[0], k.from[1], k.to[0], k.to[1]) && k.row_bytes % 16 == 0)
-    PYADV_LAUNCH((keep_rows_kernel<Wide>), blocks, kThreads, 0, stream, k);
+  const bool wide = aligned16(k.from[0], k.from[1], k.to[0], k.to[1]) && k.row_bytes % 16 == 0;
+  RowGrid g(k.rows, wide ? k.row_bytes / 16 : k.row_bytes);
+  g.grid.z = 2;
+  if (wide)
+    PYADV_LAUNCH((keep_rows_kernel<Wide>), g.grid, g.block, 0, stream, k);
   else
-    PYADV_LAUNCH((keep_rows_kernel<unsigned char>), blocks, kThreads, 0, stream, k);
+    PYADV_LAUNCH((keep_rows_kernel<unsigned char>), g.grid, g.block, 0, stream, k);
   return static_cast<int>(cudaGetLastError());
 }
 
