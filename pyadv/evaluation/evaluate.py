@@ -34,8 +34,8 @@ def describe(attack: PGD) -> str:
     s = attack.settings
     restarts = f", {attack.restarts} restarts" if attack.restarts > 1 else ""
     alpha = f"{s.alpha:.4g}" if isinstance(s.alpha, float) else "a size per sample"
-    loss = s.loss.loss if isinstance(s.loss.loss, str) else s.loss.loss.__name__
-    return f"{s.steps} steps of {alpha}, loss {loss}, {s.start} start{restarts}"
+    loss, start = (v if isinstance(v, str) else v.__name__ for v in (s.loss.loss, s.start))
+    return f"{s.steps} steps of {alpha}, loss {loss}, {start} start{restarts}"
 
 
 def evaluate(
