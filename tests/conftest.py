@@ -28,7 +28,9 @@ def pytest_report_header() -> list[str]:
         return ["pyadv backend: CUDA kernels on the CPU shim, sanitized"]
     now = _native.status()
     rows = [("CPU", now.cpu), ("CUDA", now.cuda)]
-    return [f"pyadv backend: {now.backend}, torch {torch.__version__}"] + [
+    found = "CPU and CUDA" if torch.cuda.is_available() else "CPU (no CUDA device here)"
+    first = f"pyadv backend: {now.backend}, torch {torch.__version__}, tested on: {found}"
+    return [first] + [
         f"pyadv {name} kernels: {_native.describe(kernels)}" for name, kernels in rows
     ]
 
@@ -41,9 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+_DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    _DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+@pytest.fixture(params=_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that there is; the CUDA tests are skipped where there is none."""
+    """Every device that there is; the header of the run names them."""
     return torch.device(request.param)
 
 
