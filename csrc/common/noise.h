@@ -94,7 +94,7 @@ struct Uniform {
   }
 };
 
-// cos and sin of t in [-pi/4, pi/4]: the polynomials of Cephes' cosf and sinf.
+// cos and sin of t in [-pi/4, pi/4]: the polynomials of Cephes.
 PYADV_HD void small_turn(float t, float& cosine, float& sine) {
   const float s = t * t;
   cosine =
@@ -103,8 +103,25 @@ PYADV_HD void small_turn(float t, float& cosine, float& sine) {
   sine = ((-1.9515295891e-4f * s + 8.3321608736e-3f) * s - 1.6666654611e-1f) * s * t + t;
 }
 PYADV_HD void small_turn(double t, double& cosine, double& sine) {
-  cosine = cos(t);
-  sine = sin(t);
+  const double s = t * t;
+  const double c = ((((-1.13585365213876817300e-11 * s + 2.08757008419747316778e-9) * s -
+                      2.75573141792967388112e-7) *
+                         s +
+                     2.48015872888517045348e-5) *
+                        s -
+                    1.38888888888730564116e-3) *
+                       s +
+                   4.16666666666665929218e-2;
+  const double d = ((((1.58962301576546568060e-10 * s - 2.50507477628578072866e-8) * s +
+                      2.75573136213857245213e-6) *
+                         s -
+                     1.98412698295895385996e-4) *
+                        s +
+                    8.33333333332211858878e-3) *
+                       s -
+                   1.66666666666666307295e-1;
+  cosine = c * (s * s) - 0.5 * s + 1.0;
+  sine = d * s * t + t;
 }
 
 template <class T>
