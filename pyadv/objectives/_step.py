@@ -3,12 +3,14 @@ the objective asks for them, each at most once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pyadv.attacks import PGD, Perturbed
 from pyadv.attacks._model import Output, pick_logits
@@ -29,15 +31,27 @@ class Step:
     x: Tensor
     y: Tensor
     epoch: int
-    ids: Tensor | None
-    attack: PGD | None
+    ids: Tensor | None = None
+    attack: PGD | None = None
     output: Output = None
+    ignore_index: int | None = None  # the label of samples that have none
+    total: int | None = None  # samples of the batch that x is a part of; None: x is all of it
+    weights: Tensor | None = None  # (B,), where they are known before the step
+    draw: int | None = None  # of the keyed noise; None: the attack's own counter
 
     @cached_property
     def perturbed(self) -> Perturbed | None:
         if self.attack is None:
             return None
-        return self.attack.perturb(self.x, self.y, self.ids, model=self.model)
+        if self.ignore_index is None:
+            return self.perturb(self.attack, self.y)
+        labelled = self.y != self.ignore_index
+        y = self.y.where(labelled, 0)  # any class: what attacks these does not look at it
+        found = self.perturb(self.attack, y)
+        return replace(found, kappa=found.kappa.where(labelled, 0))
+
+    def perturb(self, attack: PGD, y: Tensor) -> Perturbed:
+        return attack.perturb(self.x, y, self.ids, self.draw, self.model)
 
     @property
     def x_train(self) -> Tensor:
@@ -51,15 +65,40 @@ class Step:
     @cached_property
     def logits(self) -> Tensor:
         """Of the clean batch, in the model's own mode."""
-        return pick_logits(self.model(self.x), self.output)
+        return self.forward(self.x)
 
     @cached_property
     def logits_adv(self) -> Tensor:
         """Of `x_train`, in the model's own mode."""
-        if self.perturbed is None:
-            return self.logits
-        return pick_logits(self.model(self.perturbed.x_adv), self.output)
+        return self.logits if self.perturbed is None else self.forward(self.perturbed.x_adv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pick_logits(self.model(x), self.output)
+
+    @property
+    def samples(self) -> int:
+        """Of the whole batch."""
+        return len(self.x) if self.total is None else self.total
 
     def made(self, name: str) -> Any:
         """`logits` or `logits_adv` if a part of the objective asked for it, else None."""
         return self.__dict__.get(name)
+
+    def again(self, model: Callable[..., Any] | None = None) -> Step:
+        """The same step with the same adversarial examples, and forward passes still to come."""
+        step = replace(self, model=self.model if model is None else model)
+        step.__dict__["perturbed"] = self.perturbed
+        return step
+
+
+@contextlib.contextmanager
+def kept_buffers(model: Callable[..., Any]) -> Iterator[None]:
+    """Running statistics are afterwards as they were."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    saved = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)

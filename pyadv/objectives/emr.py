@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyadv import ops
 from pyadv.attacks import _checks
-from pyadv.attacks._model import borrowed, gradients_on, pick_logits, uncompiled
+from pyadv.attacks._model import borrowed, gradients_on, pick_logits, uncompiled, unwrap
 from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.reference._common import per_row
+
+DERIVATIVES = ("double", "tangent", "difference")
 
 
 class EMR:
     """lam * R with R = mean_b || sum_k p_bk grad_x z_bk ||^2, p = softmax(z / temperature) held
-    fixed: a penalty on the effective weight norm, by double backward through the network in eval
-    mode.
+    fixed: a penalty on the effective weight norm, with the network in eval mode.
 
     Cross-entropy rewards larger logits, so it can be driven to zero without moving the decision
     boundary away from any sample; R grows with the square of the logits' scale and stops that.
 
     `objective + EMR(lam)` adds it to any objective, on the adversarial examples, or on x where
-    there is no attack. A compiled model is run uncompiled here, since compiled graphs have no
-    second derivative.
+    there is no attack.
 
     Args:
         lam: strength, a number or a function of the epoch (from 1). With reduction="mean" it does
@@ -30,6 +34,26 @@ class EMR:
         temperature: T; towards 0 the gradient of the largest logit, for large T of the mean logit.
         center: subtract the mean logit, so that a change common to all logits costs nothing.
         reduction: "mean" over samples, or "official": divided by B once more.
+        of: which gradient is penalised.
+            "softmax": the one above, of the official code.
+            "pairwise": sum_{j != y} q_j || grad_x (z_y - z_j) ||^2, q the softmax at temperature T
+            over the classes other than y (ours).
+            "jacobian": || grad_x z ||_F^2, all classes alike (ours).
+        samples: "pairwise" and "jacobian" sum over C classes, a backward pass each; a number
+            estimates that sum without bias from as many random ones (torch's generator).
+        derivative: how the parameters' gradient of R, which is a second derivative, is made.
+            "double": backward through the backward pass.
+            "tangent": backward through a forward-mode derivative along g = grad_x, since
+            d||g||^2 = 2 p . dJ g with g and p held fixed. The same numbers; the model's operations
+            need forward-mode formulas instead of double-backward ones.
+            "difference": that derivative by a central difference, for any model, compiled ones
+            included. The value is exact. The gradient of a network linear in pieces also has the
+            effect of the kinks between the two points, which the other two leave out.
+        radius: L2 distance of the two points of the difference from x; by default the square root
+            of the dtype's epsilon (0.0003 in float32): smaller ones round, larger ones meet more
+            kinks. A network in half precision rounds too much for it.
+
+    A compiled model is run uncompiled for "double" and "tangent": compiled graphs have neither.
 
     Source: Liu and Chan, "Boosting Adversarial Robustness From The Perspective of Effective Margin
     Regularization", BMVC 2022, and its official code.
@@ -41,28 +65,94 @@ class EMR:
         temperature: float = 1.0,
         center: bool = False,
         reduction: str = "mean",
+        of: str = "softmax",
+        samples: int | None = None,
+        derivative: str = "double",
+        radius: float | None = None,
     ):
         if not callable(lam):
             _checks.size("lam", lam)
         _checks.choice("reduction", reduction, ("mean", "official"))
+        _checks.choice("of", of, ("softmax", "pairwise", "jacobian"))
+        _checks.choice("derivative", derivative, DERIVATIVES)
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
+        if samples is not None:
+            _checks.count("samples", samples, 1)
+        if radius is not None and not radius > 0:
+            raise ValueError(f"radius must be > 0, got {radius}")
         self.lam = lam
         self.temperature = temperature
         self.center = center
         self.reduction = reduction
+        self.of = of
+        self.samples = samples
+        self.derivative = derivative
+        self.radius = radius
 
     def __call__(self, step: Step) -> Tensor:
-        rows = self.rows(step)
+        mean = self.rows(step).mean()
         lam = at_epoch(self.lam, step.epoch)
-        return lam * (rows.mean() if self.reduction == "mean" else rows.mean() / rows.shape[0])
+        return lam * (mean if self.reduction == "mean" else mean / step.samples)
 
     def rows(self, step: Step) -> Tensor:
         """R_b (B,), differentiable with respect to the parameters."""
-        model = uncompiled(step.model)
+        compiled = self.derivative == "difference"
+        model = unwrap(step.model) if compiled else uncompiled(step.model)
+
+        def logits_at(x: Tensor) -> Tensor:
+            return pick_logits(model(x), step.output)
+
         with gradients_on(), borrowed(model):
             x = step.x_train.detach().requires_grad_()
-            logits = pick_logits(model(x), step.output)
-            p = ops.softmax_cotangent(logits.detach(), self.temperature, self.center)
-            (gradient,) = torch.autograd.grad(logits, x, p, create_graph=True)
-        return ops.row_square_sum(gradient)
+            logits = logits_at(x)
+            cotangents = self._cotangents(logits.detach(), step.y)
+            double = self.derivative == "double"
+            gradients = [
+                torch.autograd.grad(logits, x, c, retain_graph=True, create_graph=double)[0]
+                for c in cotangents
+            ]
+            rows = sum(ops.row_square_sum(g) for g in gradients)
+            if not double:
+                along = self._tangent if self.derivative == "tangent" else self._difference
+                pairs = zip(cotangents, gradients, strict=True)
+                with torch.autocast(x.device.type, enabled=False):  # too coarse for derivatives
+                    twin = 2 * sum((c * along(logits_at, x.detach(), g)).sum(1) for c, g in pairs)
+                rows = rows + (twin - twin.detach())
+        return rows
+
+    def _cotangents(self, logits: Tensor, y: Tensor) -> list[Tensor]:
+        """c_i (B, C), constants, with R_b = sum_i || J^T c_i ||^2."""
+        classes = logits.shape[1]
+        eye = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+        if self.of == "softmax":
+            return [ops.softmax_cotangent(logits, self.temperature, self.center)]
+        if self.of == "jacobian":
+            if self.samples is None:
+                columns = list(eye)
+            else:
+                drawn = [torch.randn_like(logits) for _ in range(self.samples)]
+                root = (classes / self.samples) ** 0.5
+                columns = [root * v / v.norm(dim=1, keepdim=True) for v in drawn]
+            rows = [c.expand_as(logits) for c in columns]
+            return [c - c.mean(1, keepdim=True) for c in rows] if self.center else rows
+        others = logits.scatter(1, y[:, None], -torch.inf)
+        q = ops.softmax_cotangent(others, self.temperature)
+        if self.samples is None:
+            return [q[:, j : j + 1].sqrt() * (eye[y] - eye[j]) for j in range(classes)]
+        drawn = torch.multinomial(q.float(), self.samples, replacement=True)
+        return [(eye[y] - eye[j]) / self.samples**0.5 for j in drawn.unbind(1)]
+
+    @staticmethod
+    def _tangent(logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
+        """J g (B, C)."""
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(logits_at(forward_ad.make_dual(x, g))).tangent
+
+    def _difference(self, logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
+        """J g (B, C) by a central difference, in one forward pass of 2 B rows."""
+        radius = self.radius or torch.finfo(x.dtype).eps ** 0.5
+        length = torch.linalg.vector_norm(g.flatten(1), dim=1)
+        unit = g / per_row(length.clamp_min(torch.finfo(g.dtype).tiny), g)
+        ahead, behind = logits_at(torch.cat([x + radius * unit, x - radius * unit])).chunk(2)
+        return (ahead - behind) * (length / (2 * radius))[:, None]

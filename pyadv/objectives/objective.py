@@ -3,28 +3,24 @@
     objective = Objective(attack, base, weighting) + regulariser + ...
     loss = objective(model, x, y, epoch=e)
 
-`base(step)` gives one loss per sample (B,), `weighting(step)` one weight per sample with mean 1, a
-regulariser one number that is added. AT, FAT and GAIRAT below are such combinations.
+`base(step)` gives one loss per sample (B,), `weighting` one weight per sample with mean 1 (see
+`weighting.py`), a regulariser one number that is added. The methods of the papers are such
+combinations, see `methods.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pyadv import ops
 from pyadv.attacks import PGD, FriendlyPGD
-from pyadv.objectives._step import Schedule, Step, at_epoch
-
-Rows = Callable[[Step], Tensor]
-
-
-def cross_entropy(step: Step) -> Tensor:
-    """Cross-entropy (B,) on what the step trains on."""
-    return ops.weighted_cross_entropy(step.logits_adv, step.y)
+from pyadv.objectives._step import Schedule, Step, at_epoch, kept_buffers
+from pyadv.objectives.rows import Rows, cross_entropy
+from pyadv.objectives.weighting import Weighting, batch_weights
 
 
 class Objective:
@@ -35,23 +31,50 @@ class Objective:
     needs. `ids` (B,) int64 are the samples' indices in the training set: with them, keyed noise
     follows the sample. `objective + regulariser` is a new objective.
 
+    Weights have mean 1 over the whole batch: over the batches of all processes where the model is
+    a DistributedDataParallel one, and over micro-batches by `prepare`.
+
+    Args:
+        attack: what makes the adversarial examples; None trains on x.
+        base: one loss per sample.
+        weighting: one weight per sample; None weighs all the same.
+        tau: of a `FriendlyPGD`, a number or a function of the epoch; None keeps the attack's own.
+        clean_first: the clean forward pass comes first and always, as in the official codes: the
+            order shows in the running statistics of BatchNorm.
+        ignore_index: label of samples that have none. They need an attack with loss="kl", which
+            does not look at labels.
+
     Attributes:
         last: detached parts of the last step: x_adv, kappa (B,), logits, logits_adv, weights (B,),
             rows (B,), loss; None for what the objective did not need.
     """
 
     def __init__(
-        self, attack: PGD | None, base: Rows = cross_entropy, weighting: Rows | None = None
+        self,
+        attack: PGD | None,
+        base: Rows = cross_entropy,
+        weighting: Weighting | None = None,
+        *,
+        tau: Schedule | None = None,
+        clean_first: bool = False,
+        ignore_index: int | None = None,
     ):
         if attack is not None and not isinstance(attack, PGD):
             raise TypeError(f"attack must be a pyadv attack, got {type(attack).__name__}")
+        if tau is not None and not isinstance(attack, FriendlyPGD):
+            raise TypeError(f"tau is for a FriendlyPGD, got {type(attack).__name__}")
+        if ignore_index is not None and not ascends_kl(attack):
+            raise ValueError('ignore_index needs an attack with loss="kl"')
         self.attack = attack
         self.base = base
         self.weighting = weighting
-        self.regularisers: tuple[Rows, ...] = ()
+        self.tau = tau
+        self.clean_first = clean_first
+        self.ignore_index = ignore_index
+        self.regularisers: tuple[Callable[[Step], Tensor], ...] = ()
         self.last: dict[str, Any] = {}
 
-    def __add__(self, regulariser: Rows) -> Objective:
+    def __add__(self, regulariser: Callable[[Step], Tensor]) -> Objective:
         if not callable(regulariser) or isinstance(regulariser, (Objective, nn.Module)):
             raise TypeError(
                 "an objective adds regularisers such as EMR(lam=...), "
@@ -69,14 +92,52 @@ class Objective:
         epoch: int = 1,
         ids: Tensor | None = None,
     ) -> Tensor:
-        self.prepare(epoch)
-        output = None if self.attack is None else self.attack.settings.output
-        step = Step(model, x, y, epoch, ids, self.attack, output)
+        return self.evaluate(self._step(model, x, y, epoch, ids))
+
+    def prepare(
+        self, model: Callable[..., Any], batches: Sequence[Sequence[Tensor]], epoch: int = 1
+    ) -> MicroBatches:
+        """A batch in parts, for gradient accumulation:
+
+            parts = objective.prepare(model, [(x0, y0), (x1, y1), ...], epoch=e)
+            for i in range(len(parts)):
+                parts.loss(i).backward()
+
+        The losses and gradients add up to those of the whole batch, instance weights included
+        (BatchNorm layers in train mode still see the micro-batches). The attacks run here. Weights
+        that depend on the network's output of the step (MAIL's) cost one forward pass more.
+
+        Args:
+            batches: (x, y) or (x, y, ids), not empty.
+        """
+        total = sum(len(batch[0]) for batch in batches)
+        steps = [self._step(model, *batch[:2], epoch, *batch[2:], total=total) for batch in batches]
+        if not steps:
+            raise ValueError("prepare: batches must not be empty")
+        if self.attack is not None:  # one draw of the noise, as for one batch
+            for step in steps:
+                step.draw = self.attack.draw
+                step.perturbed  # noqa: B018
+            self.attack.draw += 1
+        if self.weighting is not None:
+            with torch.no_grad(), kept_buffers(model):
+                values = [self.weighting.values(step.again()) for step in steps]
+            if values[0] is not None:
+                weights = batch_weights(self.weighting, torch.cat(values), steps[0])
+                for step, part in zip(steps, weights.split([len(v) for v in values]), strict=True):
+                    step.weights = part
+        return MicroBatches(self, steps)
+
+    def evaluate(self, step: Step) -> Tensor:
+        """The loss of a step; of a part of a batch, its part of the whole batch's loss."""
+        if self.clean_first:
+            step.logits  # noqa: B018
         rows = self.base(step)
-        weights = None if self.weighting is None else self.weighting(step)
+        weights = self._weights(step)
         loss = rows.mean() if weights is None else (weights * rows).mean()
         for regulariser in self.regularisers:
             loss = loss + regulariser(step)
+        loss = loss * (len(step.x) / step.samples)
         self.last = {
             "x_adv": None if step.attack is None else step.x_train,
             "kappa": step.kappa,
@@ -88,127 +149,59 @@ class Objective:
         }
         return loss
 
-    def prepare(self, epoch: int) -> None:
-        """What changes with the epoch, before its step."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
-            raise ValueError(f"epoch counts from 1, got {epoch!r}")
-
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.attack is None else {"attack": self.attack.state_dict()}
+        """Of the parts that have one: attacks' draw counters, vectors of power iteration."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.attack is not None:
-            self.attack.load_state_dict(state["attack"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
 
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"attack": self.attack, "base": self.base, "weighting": self.weighting}
+        parts |= {f"regulariser{i}": r for i, r in enumerate(self.regularisers)}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
-class Standard(Objective):
-    """Cross-entropy on the clean batch."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-
-
-class AT(Objective):
-    """Adversarial training: mean cross-entropy on the attack's examples.
-
-    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
-    2018.
-    """
-
-    def __init__(self, attack: PGD):
-        super().__init__(_needed(attack))
-
-
-def fat_tau(epoch: int) -> int:
-    """The tau of FAT's official code over its 120 epochs: 0 to epoch 50, 1 to 90, then 2."""
-    return 0 if epoch <= 50 else 1 if epoch <= 90 else 2
-
-
-class FAT(Objective):
-    """Friendly adversarial training: cross-entropy on examples whose attack stopped tau fooled
-    iterates after the first.
-
-    Args:
-        attack: a `FriendlyPGD`; its `tau` is set at each step.
-        tau: a number, or a function of the epoch (from 1); None keeps the attack's own.
-            `fat_tau` is the official schedule.
-
-    Source: Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger",
-    ICML 2020. The official code adds 0.001 N(0, 1) after each step: FriendlyPGD(omega=0.001).
-    """
-
-    def __init__(self, attack: FriendlyPGD, tau: int | Callable[[int], int] | None = None):
-        if not isinstance(attack, FriendlyPGD):
-            raise TypeError(f"FAT needs a FriendlyPGD, got {type(attack).__name__}")
-        super().__init__(attack)
-        self.tau = tau
-
-    def prepare(self, epoch: int) -> None:
-        super().prepare(epoch)
+    def _step(
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        y: Tensor,
+        epoch: int,
+        ids: Tensor | None = None,
+        total: int | None = None,
+    ) -> Step:
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
+            raise ValueError(f"epoch counts from 1, got {epoch!r}")
         if self.tau is not None:
             self.attack.tau = at_epoch(self.tau, epoch)
+        output = None if self.attack is None else self.attack.settings.output
+        return Step(model, x, y, epoch, ids, self.attack, output, self.ignore_index, total)
+
+    def _weights(self, step: Step) -> Tensor | None:
+        if self.weighting is None or step.weights is not None:
+            return step.weights
+        values = self.weighting.values(step)
+        return None if values is None else batch_weights(self.weighting, values, step)
 
 
-class GAIRATWeights:
-    """w(kappa) with mean 1 over the batch from `begin_epoch` on, no weights before (the burn-in).
-    See `ops.gairat_weights`."""
+class MicroBatches:
+    """What `Objective.prepare` returns: `loss(i)` of each part, once each."""
 
-    def __init__(
-        self, lam: Schedule = -1.0, kind: str = "tanh", begin_epoch: int = 1, int_half: bool = False
-    ):
-        self.lam = lam
-        self.kind = kind
-        self.begin_epoch = begin_epoch
-        self.int_half = int_half
+    def __init__(self, objective: Objective, steps: list[Step]):
+        self.objective, self.steps = objective, steps
 
-    def __call__(self, step: Step) -> Tensor | None:
-        if step.epoch < self.begin_epoch:
-            return None
-        return ops.gairat_weights(
-            step.kappa,
-            step.attack.settings.steps,
-            at_epoch(self.lam, step.epoch),
-            self.kind,
-            int_half=self.int_half,
-        )
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def loss(self, i: int) -> Tensor:
+        """Part i of the whole batch's loss, to call `.backward()` on."""
+        return self.objective.evaluate(self.steps[i].again())  # forward passes are not kept
 
 
-class GAIRAT(Objective):
-    """Geometry-aware instance-reweighted adversarial training: samples that few PGD steps fool
-    count more.
-
-    Args:
-        attack: a `PGD` whose kappa is the geometry value; a `FriendlyPGD` makes it GAIR-FAT.
-        lam: the paper's lambda, a number or a function of the epoch; +inf gives every sample the
-            same weight (AT).
-        kind: "tanh" (the paper), "sigmoid" or "discrete".
-        begin_epoch: first epoch (from 1) with weights; equal weights before. The paper begins after
-            a burn-in of 30 of 100 epochs (ResNet-18) or 60 of 120 (WRN-32-10).
-        int_half: the official code's integer K/2, which moves the centre for odd K.
-
-    Robustness to PGD alone is no evidence for a reweighted model: evaluate it with the margin loss
-    and AutoAttack too.
-
-    Source: Zhang et al., "Geometry-aware Instance-reweighted Adversarial Training", ICLR 2021,
-    equation 6 and algorithms 1 and 2.
-    """
-
-    def __init__(
-        self,
-        attack: PGD,
-        lam: Schedule = -1.0,
-        kind: str = "tanh",
-        begin_epoch: int = 1,
-        int_half: bool = False,
-    ):
-        weighting = GAIRATWeights(lam, kind, begin_epoch, int_half)
-        super().__init__(_needed(attack), weighting=weighting)
-
-
-def _needed(attack: PGD | None) -> PGD:
-    if attack is None:
-        raise TypeError("this objective needs an attack, got None")
-    return attack
+def ascends_kl(attack: PGD | None) -> bool:
+    """Whether the attack leads away from the natural prediction, as TRADES' does."""
+    return attack is not None and attack.settings.loss.needs_reference_logits
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
