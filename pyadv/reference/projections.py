@@ -128,7 +128,9 @@ def l1_box_clip(
     sign = torch.where(order < d.shape[1], 1.0, -1.0).to(knots.dtype)
     count, total = sign.cumsum(1), (sign * knots).cumsum(1)
     last = (total - count * knots < radius).sum(1, keepdim=True).sub(1).clamp(min=0)
-    threshold = (total.gather(1, last) - radius) / count.gather(1, last)
+    slope, knot = count.gather(1, last), knots.gather(1, last)
+    on_piece = (total.gather(1, last) - radius) / slope
+    threshold = torch.where(slope > 0, on_piece, knot).clamp(min=0)  # rounding may miss eps
     outside = torch.minimum(d, room).sum(1, keepdim=True) > radius
     offset = v - x
     shrunk = (offset.abs() - per_row(threshold[:, 0].to(v.dtype), v)).clamp(min=0)

@@ -178,6 +178,19 @@ def test_feasible_and_idempotent(seed, n, eps, spread, name):
     torch.testing.assert_close(project(name)(z, x, eps), z, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l1_projection_of_a_sparse_point_on_the_sphere(module, dtype, device):
+    """Whether it lies inside is then decided by rounding; nothing else may move."""
+    x = torch.rand(5000, 30, dtype=dtype, device=device)
+    x[:, :3] = 0.0  # where the smallest change shows
+    v = x + torch.randn_like(x) * (torch.rand_like(x) < 0.2)
+    for _ in range(3):
+        before, v = v, module.l1_project(v, x, 1.5)
+        assert (v - x).abs().sum(1).max() <= 1.5 * (1 + 1e-6)
+        assert torch.equal((v != x) & (before == x), torch.zeros_like(x, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
 def test_l2_norm_of_any_size(size, device):
     x = torch.zeros(2, 40, device=device)
