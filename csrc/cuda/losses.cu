@@ -194,7 +194,7 @@ __device__ __forceinline__ void write_value(const AttackArgs& a, int64_t i, C va
 
 // "ce", "slm", "ce_targeted"
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) others_kernel(AttackArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) others_kernel(AttackArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) others_kernel(AttackArgs a) {
 
 // The margins and DLR.
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) sparse_kernel(AttackArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) sparse_kernel(AttackArgs a) {
   using C = compute_t<T>;
   using Loss = SparseLoss<C>;
   const int64_t n = a.classes;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) sparse_kernel(AttackArgs a) {
 // KL(q || p) and p - q, with the entry of the natural prediction as minus the sum of the others:
 // where both are confident of it, the difference there is lost in rounding.
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) attack_kl_kernel(AttackArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) attack_kl_kernel(AttackArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -310,7 +310,7 @@ __device__ __forceinline__ void write_instead(const LossArgs& a, int64_t i, C va
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LossArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(LossArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LossArgs a) {
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) soft_cross_entropy_kernel(LossArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) soft_cross_entropy_kernel(LossArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads) soft_cross_entropy_kernel(LossArgs a
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) mart_bce_kernel(LossArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) mart_bce_kernel(LossArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(kThreads) mart_bce_kernel(LossArgs a) {
 
 // trades_kl and mart_kl.
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) kl_kernel(LossArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) kl_kernel(LossArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   const bool tiny = a.y != nullptr && !a.exact;
@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(kThreads) kl_kernel(LossArgs a) {
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) softmax_kernel(SoftmaxArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) softmax_kernel(SoftmaxArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   const C inverse = C(1) / static_cast<C>(a.temperature);
@@ -505,7 +505,7 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(SoftmaxArgs a) {
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) row_stats_kernel(RowStatsArgs a) {
   using C = compute_t<T>;
   const int64_t n = a.classes;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs a) {
 }
 
 template <class T, bool kBlock>
-__global__ void __launch_bounds__(kThreads) square_kernel(SquareArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) square_kernel(SquareArgs a) {
   using C = compute_t<T>;
   for (int64_t i = Team<kBlock>::first_row(); i < a.rows; i += Team<kBlock>::row_step()) {
     const T* g = static_cast<const T*>(a.data) + i * a.n;
