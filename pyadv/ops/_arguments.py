@@ -78,7 +78,8 @@ def parameter(
     A float becomes a 0-dim tensor; 1-D means per sample; anything else must broadcast to x. Values
     of tensors are not read here: that would wait for the device.
     """
-    if type(value) is float and value in _scalars and (value >= 0 or not nonnegative):
+    known = not torch.compiler.is_compiling() and type(value) is float and value in _scalars
+    if known and (value >= 0 or not nonnegative):  # a compiled graph must not depend on the cache
         return scalar(value, x)
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
