@@ -130,6 +130,7 @@ class Objective:
 
     def evaluate(self, step: Step) -> Tensor:
         """The loss of a step; of a part of a batch, its part of the whole batch's loss."""
+        step.perturbed  # noqa: B018  (before a pass in train mode moves the running statistics)
         if self.clean_first:
             step.logits  # noqa: B018
         rows = self.base(step)
