@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -17,10 +17,13 @@ from pyadv import _build
 from pyadv._version import __version__
 
 ROOT = Path(_build.__file__).parent.parent
+# Not find_spec("pip"): that makes setuptools hand distutils back to the standard library, which
+# torch.compile then refuses, in every test after it.
+HAS_PIP = any(importlib.metadata.distributions(name="pip"))
 pytestmark = [
     pytest.mark.build,
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a checkout"),
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip"),
+    pytest.mark.skipif(not HAS_PIP, reason="needs pip"),
 ]
 
 
