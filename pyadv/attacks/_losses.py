@@ -4,6 +4,7 @@ and which rows are still classified as y."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,49 +17,58 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 FUSED = ("ce", "margin", "dlr", "kl", "slm")
 
 
-def check(loss: str | LossFunction, grad_mode: str) -> None:
+def check(loss: str | LossFunction) -> str | LossFunction:
     if not callable(loss) and loss not in FUSED:
         raise ValueError(f"loss must be one of {', '.join(FUSED)} or a callable, got {loss!r}")
-    if grad_mode not in ("fused", "autograd"):
-        raise ValueError(f"grad_mode must be fused or autograd, got {grad_mode!r}")
+    return loss
 
 
+@dataclass(frozen=True)
 class Loss:
-    """loss (B,), maximised by the attack; `sign` is -1 for a targeted attack, which lowers the loss
-    of its target."""
+    """loss (B,), maximised by the attack. A targeted attack lowers the loss of its target, which is
+    y; "dlr_targeted" and "margin_targeted" lead away from y, to a target of their own."""
 
-    def __init__(self, loss: str | LossFunction, targeted: bool, grad_mode: str, scale: str):
-        check(loss, grad_mode)
-        self.loss = loss
-        self.sign = -1.0 if targeted else 1.0
-        self.targeted = targeted
-        self.by_autograd = callable(loss) or grad_mode == "autograd"
-        self.scale = scale
+    loss: str | LossFunction
+    targeted: bool
+    grad_mode: str
+    scale: str
+
+    def __post_init__(self) -> None:
+        if self.grad_mode not in ("fused", "autograd"):
+            raise ValueError(f"grad_mode must be fused or autograd, got {self.grad_mode!r}")
+
+    @property
+    def by_autograd(self) -> bool:
+        return callable(self.loss) or self.grad_mode == "autograd"
 
     @property
     def needs_reference_logits(self) -> bool:
         return self.loss == "kl"
 
     def at(
-        self, logits: Tensor, y: Tensor, reference_logits: Tensor | None
+        self,
+        logits: Tensor,
+        y: Tensor,
+        reference_logits: Tensor | None,
+        target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss (B,), gradient (B, C), still (B,) bool): the rows the attack has not fooled yet."""
         if self.by_autograd:
-            rows, grad, correct = self._differentiate(logits, y, reference_logits)
+            rows, grad, correct = self._differentiate(logits, y, reference_logits, target)
         else:
             rows, grad, correct = ops.attack_loss(
-                logits.detach(), y, self.loss, reference_logits, scale=self.scale
+                logits.detach(), y, self.loss, reference_logits, target, scale=self.scale
             )
         if self.targeted:
             return -rows, -grad, ~correct
         return rows, grad, correct
 
     def _differentiate(
-        self, logits: Tensor, y: Tensor, reference_logits: Tensor | None
+        self, logits: Tensor, y: Tensor, reference_logits: Tensor | None, target: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
-            rows = self._rows(leaf, y, reference_logits)
+            rows = self._rows(leaf, y, reference_logits, target)
             if not isinstance(rows, Tensor) or rows.shape != y.shape:
                 got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise ValueError(
@@ -68,7 +78,9 @@ class Loss:
             (grad,) = torch.autograd.grad(rows.sum(), leaf)
         return rows.detach(), grad, logits.detach().argmax(1) == y
 
-    def _rows(self, logits: Tensor, y: Tensor, reference_logits: Tensor | None) -> Tensor:
+    def _rows(
+        self, logits: Tensor, y: Tensor, reference_logits: Tensor | None, target: Tensor | None
+    ) -> Tensor:
         if callable(self.loss):
             return self.loss(logits, y)
         if self.loss == "ce":  # as the official codes write it, rounding of 1 - p_y included
@@ -76,4 +88,4 @@ class Loss:
         if self.loss == "kl":
             q = reference_logits.softmax(1)
             return F.kl_div(logits.log_softmax(1), q, reduction="none").sum(1)
-        return reference.attack_loss_value(logits, y, self.loss)
+        return reference.attack_loss_value(logits, y, self.loss, target=target)

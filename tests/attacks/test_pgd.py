@@ -5,34 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import ConvNet, RowLinear
 from torch import nn
 
-from pyadv.attacks import PGD, FriendlyPGD, pgd
-
-
-class RowLinear(nn.Module):
-    """Logits whose every row is computed by itself, in the same order whatever the batch."""
-
-    def __init__(self, n: int, classes: int = 3, seed: int = 0, dtype=torch.float32):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(classes, n, generator=generator, dtype=dtype))
-
-    def forward(self, x):
-        rows = x.flatten(1)
-        return torch.stack([(rows * w).sum(1) for w in self.weight], 1)
-
-
-class ConvNet(nn.Module):
-    def __init__(self, classes: int = 4):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3)
-        )
-        self.head = nn.Linear(6, classes)
-
-    def forward(self, x):
-        return self.head(self.body(x).mean((2, 3)))
+from pyadv.attacks import PGD, FriendlyPGD, PGDPlus, pgd
 
 
 @pytest.fixture
@@ -437,6 +413,8 @@ class TestRefuses:
             (dict(restarts=0), "restarts must be an integer >= 1"),
             (dict(loss="kl", start="none"), "exactly zero at x"),
             (dict(bn="train", scale="unit"), "rows mix"),
+            (dict(best="first"), "best must be one of last, loss, fooled"),
+            (dict(eot=0), "eot must be an integer >= 1"),
         ],
     )
     def test_settings(self, settings, message):
@@ -575,3 +553,111 @@ def test_compaction_shrinks_the_batch(batch):
 
     FriendlyPGD(model, tau=0, eps=0.3, alpha=0.02, steps=30, compact=True)(x, y)
     assert sizes[0] == 6 and sizes[-1] < 6 and sizes == sorted(sizes, reverse=True)
+
+
+def test_friendly_refuses_another_result():
+    with pytest.raises(ValueError, match="best must be \"last\", got 'loss'"):
+        FriendlyPGD(best="loss")
+
+
+class TestBest:
+    def test_highest_loss_of_all_iterates(self, net, batch):
+        """The last one counts, and no step is lost for looking at it."""
+        x, y = batch
+        settings = dict(eps=0.2, alpha=0.15, start="none")  # steps that overshoot
+        result = PGD(net, steps=5, best="loss", **settings).run(x, y)
+        losses = torch.stack([PGD(net, steps=k, **settings).run(x, y).loss for k in range(6)])
+        torch.testing.assert_close(result.loss, losses.amax(0))
+        assert (losses.argmax(0) < 5).any(), "no test of best if the last is always the best"
+        assert result.queries.tolist() == [7] * 6 and result.steps.tolist() == [5] * 6
+        one = PGD(net, steps=1, best="loss", **settings)(x, y)
+        assert torch.equal(one, PGD(net, steps=1, **settings)(x, y))
+
+    @pytest.mark.parametrize("compact", [True, False])
+    def test_first_fooled_iterate_else_highest_loss(self, batch, compact):
+        x, y = batch
+        model = RowLinear(75, classes=4).to(x.device)
+        y = model(x).argmax(1)
+        eps = torch.tensor([0.3, 0.3, 0.3, 1e-5, 1e-5, 0.3], device=x.device)
+        settings = dict(eps=eps, alpha=0.02, steps=30, start="none", compact=compact)
+        result = PGD(model, best="fooled", **settings).run(x, y)
+        friendly = FriendlyPGD(model, tau=0, **settings).run(x, y)
+        broken = ~friendly.correct
+        assert result.correct.tolist() == [False] * 3 + [True] * 2 + [False]
+        assert torch.equal(result.x_adv[broken], friendly.x_adv[broken])
+        assert torch.equal(result.steps, friendly.steps)
+        highest = PGD(model, best="loss", **settings).run(x, y)
+        assert torch.equal(result.x_adv[~broken], highest.x_adv[~broken])
+
+    def test_nan_loss_is_never_the_best(self, batch):
+        x, y = batch
+        inner = RowLinear(75, classes=4).to(x.device)
+        calls = []
+
+        def model(v):
+            calls.append(1)
+            return inner(v) * (float("nan") if len(calls) > 2 else 1.0)
+
+        x_adv = PGD(model, best="loss", eps=0.1, alpha=0.05, steps=4, start="none")(x, y)
+        assert torch.equal(x_adv, PGD(inner, eps=0.1, alpha=0.05, steps=1, start="none")(x, y))
+
+
+class TestPGDPlus:
+    def test_every_iterate_of_every_restart_counts(self, device):
+        torch.manual_seed(2)
+        rough = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)).to(device)
+        with torch.no_grad():
+            rough[0].weight *= 60
+        x = torch.rand(40, 20, device=device)
+        y = rough(x).argmax(1)
+        settings = dict(eps=0.05, alpha=0.1, seed=0, restarts=2)
+        result = PGDPlus(rough, steps=6, **settings).run(x, y, draw=0)
+        ends = [PGD(rough, steps=k, **settings).run(x, y, draw=0).correct for k in range(7)]
+        assert torch.equal(result.correct, torch.stack(ends).all(0))
+        assert 0 < result.correct.sum() < ends[-1].sum(), "nothing to tell the two rules apart"
+
+    def test_defaults(self):
+        s = PGDPlus().settings
+        assert (s.eps, s.alpha, s.steps, PGDPlus().restarts) == (0.031, 0.01, 40, 5)
+
+    def test_a_sample_leaves_with_all_its_restarts(self, batch):
+        x, y = batch
+        inner = RowLinear(75, classes=4).to(x.device)
+        y = inner(x).argmax(1)
+        sizes = []
+
+        def model(v):
+            sizes.append(len(v))
+            return inner(v)
+
+        result = PGDPlus(model, eps=0.3, steps=30, seed=0, compact=True).run(x, y)
+        assert not result.correct.any()
+        assert sizes[0] == 30 and min(sizes) % 5 == 0 and sizes[-1] == 30  # the judge's
+        masked = PGDPlus(inner, eps=0.3, steps=30, seed=0, compact=False).run(x, y)
+        assert torch.equal(masked.x_adv, result.x_adv)
+        assert torch.equal(masked.queries, result.queries)
+
+
+class Noisy(nn.Module):
+    """Adds noise of its own to the logits."""
+
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner, self.size = inner, size
+
+    def forward(self, x):
+        return self.inner(x + self.size * torch.randn_like(x))
+
+
+def test_eot_averages_gradients(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(75, 30), nn.Tanh(), nn.Linear(30, 4)).to(x.device)
+    clean = PGD(inner, eps=0.1, alpha=0.1, steps=1, start="none")(x, y)
+    noisy = Noisy(inner, 0.3)
+    settings = dict(eps=0.1, alpha=0.1, steps=1, start="none")
+    agreement = [
+        (PGD(noisy, eot=n, **settings)(x, y) == clean).float().mean().item() for n in (1, 100)
+    ]
+    assert agreement[1] > max(agreement[0], 0.9)
+    assert PGD(noisy, eot=5, **settings).run(x, y).queries.tolist() == [6] * 6
