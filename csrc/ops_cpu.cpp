@@ -19,8 +19,8 @@ class Device {
   void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items,
            int64_t grain) const {
     if (items <= grain) return kernel(args, 0, items);
-    torch::stable::parallel_for(
-        0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    torch::stable::parallel_for(0, items, grain,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 

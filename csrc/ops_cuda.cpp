@@ -1,5 +1,6 @@
-// The CUDA kernels of the ops whose schemas pyadv/ops defines. Needs no CUDA header: the stream is a
-// void*. With PYADV_CUDA_ON_CPU the kernels were compiled by the tests' shim and serve CPU tensors.
+// The CUDA kernels of the ops whose schemas pyadv/ops defines. Needs no CUDA header: the stream is
+// a void*. With PYADV_CUDA_ON_CPU the kernels were compiled by the tests' shim and serve CPU
+// tensors.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,9 +33,9 @@ class Device {
     using Getter = AOTITorchError (*)(int32_t, void**);
     static const Getter getter = [] {
       void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-      return library == nullptr ? nullptr
-                                : reinterpret_cast<Getter>(
-                                      dlsym(library, "aoti_torch_get_current_cuda_stream"));
+      return library == nullptr
+                 ? nullptr
+                 : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
     }();
     STD_TORCH_CHECK(getter != nullptr, "pyadv: this PyTorch has no CUDA");
     void* stream = nullptr;

@@ -34,9 +34,9 @@ PYADV_HD C clip(C v, C low, C high) {
   return nan_min(nan_max(v, low), high);
 }
 
-// clip(clip(v, low, high), lo, hi) for low and high that are NaN together. Each line is one max or min
-// instruction, which returns its second operand when one is NaN: the order keeps the NaN of low, and
-// comparisons put back those of lo and hi (outside the loop for a scalar box) and of v.
+// clip(clip(v, low, high), lo, hi) for low and high that are NaN together. Each line is one max or
+// min instruction, which returns its second operand when one is NaN: the order keeps the NaN of
+// low, and comparisons put back those of lo and hi (outside the loop for a scalar box) and of v.
 template <class C>
 PYADV_HD C clip_to_ball_and_box(C v, C low, C high, C lo, C hi) {
   C r = v > low ? v : low;

@@ -1,15 +1,17 @@
 // Projections onto a norm ball around x and onto the box. Specification:
 // pyadv/reference/projections.py.
 //
-// The L2 and L1 rules work on whole rows, in passes. They are written once, against a `Row` that each
-// device brings, which walks over the elements:
+// The L2 and L1 rules work on whole rows, in passes. They are written once, against a `Row` that
+// each device brings, which walks over the elements:
 //   row.size()                            number of elements
-//   row.sums<K, L>(term, double total[K]) term(element, L t[K]) gives the terms of one element; L is
+//   row.sums<K, L>(term, double total[K]) term(element, L t[K]) gives the terms of one element; L
+//   is
 //                                         the type they are added up in
 //   row.maximum(value)                    largest value(element), at least 0; NaN if one is NaN
 //   row.store(value)                      out = value(element), rounded
 //   row.keep()                            out = x_adv
-// A point on the way to the result is a function of the element, so that nothing is stored in between.
+// A point on the way to the result is a function of the element, so that nothing is stored in
+// between.
 #pragma once
 
 #include <cmath>
@@ -30,8 +32,8 @@ struct StepArgs {
   const void* x_prev = nullptr;
   void* out;  // may be one of the inputs
   Param alpha, eps, momentum, keep, lo, hi;
-  // The parameters that differ within a row hold one value per element, in the order of the data: all
-  // of alpha, eps, lo and hi for elementwise rules, lo and hi for rules on rows.
+  // The parameters that differ within a row hold one value per element, in the order of the data:
+  // all of alpha, eps, lo and hi for elementwise rules, lo and hi for rules on rows.
   bool elementwise = false;
   const bool* active = nullptr;  // [rows] or nullptr; rows that are not active are copied
   int64_t rows, n;
@@ -107,7 +109,8 @@ template <class C, class Row, class F>
 PYADV_HD Norm<C> l2_norm(const Row& row, const F& f) {
   const double total = sum_of_squares<C>(row, f, C(1));
   if (is_ordinary<C>(total, row.size())) return {static_cast<C>(sqrt(total)), C(1)};
-  const C largest = row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(f(e)); });
+  const C largest =
+      row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(f(e)); });
   if (!(largest > 0 && largest <= Range<C>::kLargest)) return {largest, C(1)};
   const C scale = unit_scale(largest);
   return {static_cast<C>(sqrt(sum_of_squares<C>(row, f, scale))), scale};
@@ -141,13 +144,13 @@ PYADV_HD C room(const Element<C>& e, C d) {
 }
 
 // The nearest point of ball and box: x + t (v - x) in the box, for the largest t <= 1 in the ball.
-// t grows towards it from where only the ball binds: with the entries that the box holds at t fixed,
-// the others give the next t. The held entries only become more, so this ends, and exactly.
+// t grows towards it from where only the ball binds: with the entries that the box holds at t
+// fixed, the others give the next t. The held entries only become more, so this ends, and exactly.
 template <class C, class Row, class V>
 PYADV_HD L2Clip<C, V> l2_box_clip(const Row& row, const V& v, C eps) {
-  const auto pass = [&](double t, double(&total)[3]) PYADV_INLINE_LAMBDA {
+  const auto pass = [&](double t, double (&total)[3]) PYADV_INLINE_LAMBDA {
     row.template sums<3, double>(
-        [&](const Element<C>& e, double(&s)[3]) PYADV_INLINE_LAMBDA {
+        [&](const Element<C>& e, double (&s)[3]) PYADV_INLINE_LAMBDA {
           const C offset = v(e) - e.x;
           const double d = offset, most = room(e, offset);
           const bool held = t * magnitude(d) >= most;
@@ -172,8 +175,8 @@ PYADV_HD L2Clip<C, V> l2_box_clip(const Row& row, const V& v, C eps) {
   return {v, true, static_cast<C>(t)};
 }
 
-// The point `v` of a row, its distance from x lowered by `threshold` entry by entry and limited to the
-// room in the box; a row inside the ball has the threshold 0.
+// The point `v` of a row, its distance from x lowered by `threshold` entry by entry and limited to
+// the room in the box; a row inside the ball has the threshold 0.
 template <class C, class V>
 struct L1Clip {
   V v;
@@ -187,9 +190,10 @@ struct L1Clip {
   }
 };
 
-// The nearest point of ball and box. The L1 norm of the result falls with the threshold, piece by linear
-// piece. Newton's step, the root of the piece at hand, ends the search where it stays on the piece; it
-// is replaced by a bisection where it leaves the bracket, or where the last one did not halve it.
+// The nearest point of ball and box. The L1 norm of the result falls with the threshold, piece by
+// linear piece. Newton's step, the root of the piece at hand, ends the search where it stays on the
+// piece; it is replaced by a bisection where it leaves the bracket, or where the last one did not
+// halve it.
 template <class C, class Row, class V>
 PYADV_HD L1Clip<C, V> l1_box_clip(const Row& row, const V& v, C eps) {
   double total[2];  // |d| of the free entries and the room of the held ones; number of free ones
@@ -206,7 +210,8 @@ PYADV_HD L1Clip<C, V> l1_box_clip(const Row& row, const V& v, C eps) {
   C threshold = 0;
   pass(threshold);
   if (!(total[0] > eps)) return {v, threshold};
-  C low = 0, high = row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(v(e) - e.x); });
+  C low = 0, high = row.maximum([&](const Element<C>& e)
+                                    PYADV_INLINE_LAMBDA { return magnitude(v(e) - e.x); });
   for (bool bisect = false;;) {
     const C root = static_cast<C>((total[0] - eps) / total[1]);
     if (root == threshold) break;

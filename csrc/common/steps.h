@@ -48,8 +48,8 @@ struct Gradient {
   PYADV_HD C operator()(const Element<C>& e) const { return e.g; }
 };
 
-// Sets `z` to the point alpha along the gradient, in the ball and the box; false where the gradient has
-// an entry that is not finite. With d = a - x and the unit gradient u, one pass gives
+// Sets `z` to the point alpha along the gradient, in the ball and the box; false where the gradient
+// has an entry that is not finite. With d = a - x and the unit gradient u, one pass gives
 // ||d + alpha u||^2 = d.d + 2 alpha d.u + alpha^2. Three serve where a sum under- or overflows, or
 // where the terms cancel and the result matters.
 template <class C, class Row>
@@ -125,8 +125,8 @@ struct Bits<double> {
   using type = int64_t;
 };
 
-// How many |g| are at least `smallest`: no other threshold with `wanted` or more is larger. Bisects on
-// the bits of non-negative floats, which are in the order of the values, and by the share of the
+// How many |g| are at least `smallest`: no other threshold with `wanted` or more is larger. Bisects
+// on the bits of non-negative floats, which are in the order of the values, and by the share of the
 // entries in between, in turns.
 template <class C>
 struct Largest {
@@ -140,9 +140,8 @@ PYADV_HD Largest<C> largest_gradients(const Row& row, double wanted, C largest) 
   const auto count = [&](C smallest) PYADV_INLINE_LAMBDA {
     double total[1];
     row.template sums<1, C>(
-        [&](const Element<C>& e, C(&t)[1]) PYADV_INLINE_LAMBDA {
-          t[0] = magnitude(e.g) >= smallest ? C(1) : C(0);
-        },
+        [&](const Element<C>& e, C(&t)[1])
+            PYADV_INLINE_LAMBDA { t[0] = magnitude(e.g) >= smallest ? C(1) : C(0); },
         total);
     return total[0];
   };
@@ -152,7 +151,8 @@ PYADV_HD Largest<C> largest_gradients(const Row& row, double wanted, C largest) 
   for (bool share = false; high - low > 1; share = !share) {
     const C from = bit_cast<C>(low), to = bit_cast<C>(high);
     const double part = (at_low - wanted) / (at_low - at_high);
-    B middle = share ? bit_cast<B>(static_cast<C>(from + (to - from) * part)) : low + (high - low) / 2;
+    B middle =
+        share ? bit_cast<B>(static_cast<C>(from + (to - from) * part)) : low + (high - low) / 2;
     if (!(middle > low)) middle = low + 1;
     if (!(middle < high)) middle = high - 1;
     const double reached = count(bit_cast<C>(middle));
@@ -168,8 +168,8 @@ struct L1Step {
   static constexpr bool kGrad = true, kPrev = false;
   template <class C, class Row>
   PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
-    const C largest = row.maximum(
-        [&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
+    const C largest =
+        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
     if (!(largest <= Range<C>::kLargest)) return row.keep();
     // The rank in single precision, as in AutoAttack.
     const float n = static_cast<float>(row.size());

@@ -19,13 +19,19 @@ struct StepPointers {
 // Element i of a rule's tensors; those it does not read are not touched.
 template <class Rule, class T, class C = compute_t<T>>
 PYADV_HD Element<C> element_at(const StepPointers<T>& p, int64_t i, C lo, C hi) {
-  return {widen(p.a[i]), Rule::kGrad ? widen(p.g[i]) : C(0), widen(p.x[i]),
-          Rule::kPrev ? widen(p.prev[i]) : C(0), lo, hi};
+  return {widen(p.a[i]),
+          Rule::kGrad ? widen(p.g[i]) : C(0),
+          widen(p.x[i]),
+          Rule::kPrev ? widen(p.prev[i]) : C(0),
+          lo,
+          hi};
 }
 
 template <class T>
 StepPointers<T> pointers_at(const StepArgs& s, int64_t i) {
-  const auto at = [i](const void* p) { return p == nullptr ? nullptr : static_cast<const T*>(p) + i; };
+  const auto at = [i](const void* p) {
+    return p == nullptr ? nullptr : static_cast<const T*>(p) + i;
+  };
   return {at(s.x_adv), at(s.grad), at(s.x), at(s.x_prev), static_cast<T*>(s.out) + i};
 }
 
@@ -71,7 +77,8 @@ void run_elements(const StepArgs& s, int64_t begin, int64_t end) {
         if (p.out != p.a) std::copy(p.a, p.a + (last - i), p.out);
       } else if (s.elementwise) {
         run<VaryingLoop<Rule>>(p, last - i, s.momentum.at<C>(i), values_at<C>(s.alpha, i),
-                               values_at<C>(s.eps, i), values_at<C>(s.lo, i), values_at<C>(s.hi, i));
+                               values_at<C>(s.eps, i), values_at<C>(s.lo, i),
+                               values_at<C>(s.hi, i));
       } else {
         run<ElementLoop<Rule>>(p, last - i, sizes_at<C>(s, i), s.lo.at<C>(i), s.hi.at<C>(i));
       }

@@ -36,14 +36,12 @@ class Row {
 
   template <int K, class L, class Term>
   PYADV_HD void sums(const Term& term, double (&total)[K]) const {
-    cpu::sums<K, L>(
-        n_, [&](int64_t i, L(&t)[K]) PYADV_INLINE_LAMBDA { term(at(i), t); }, total);
+    cpu::sums<K, L>(n_, [&](int64_t i, L(&t)[K]) PYADV_INLINE_LAMBDA { term(at(i), t); }, total);
   }
 
   template <class Value>
   PYADV_HD C maximum(const Value& value) const {
-    return cpu::maximum<C>(
-        n_, [&](int64_t i) PYADV_INLINE_LAMBDA { return value(at(i)); }, C(0));
+    return cpu::maximum<C>(n_, [&](int64_t i) PYADV_INLINE_LAMBDA { return value(at(i)); }, C(0));
   }
 
   template <class Value>

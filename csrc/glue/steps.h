@@ -64,9 +64,9 @@ void run_step(Rule rule, Kernel kernel, const StepInputs& in) {
   args.lo = parameters.add(in.lo, -kInfinity);
   args.hi = parameters.add(in.hi, kInfinity);
   for (const Param* p : {&args.momentum, &args.keep, &args.alpha, &args.eps})
-    STD_TORCH_CHECK(parameters.constant_in_rows(*p) ||
-                        (rule == Rule::Elements && p != &args.momentum),
-                    in.op, ": a parameter must be one number or hold one per sample");
+    STD_TORCH_CHECK(
+        parameters.constant_in_rows(*p) || (rule == Rule::Elements && p != &args.momentum), in.op,
+        ": a parameter must be one number or hold one per sample");
   if (rule == Rule::Rows) {
     args.elementwise =
         !parameters.constant_in_rows(args.lo) || !parameters.constant_in_rows(args.hi);
@@ -203,7 +203,8 @@ inline void keep_rows(const Tensor& mask, const Tensor& x, const Tensor& grad, T
   args.to[1] = best_grad.data();
   args.rows = rows_of(x);
   args.row_bytes = row_size(x) * static_cast<int64_t>(x.element_size());
-  device.run(backend::keep_rows, args, args.rows, std::max<int64_t>(1, kElementGrain / row_size(x)));
+  device.run(backend::keep_rows, args, args.rows,
+             std::max<int64_t>(1, kElementGrain / row_size(x)));
   best.finish();
   best_grad.finish();
 }

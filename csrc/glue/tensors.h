@@ -123,7 +123,8 @@ class Mask {
     if (!given.has_value()) return;
     STD_TORCH_CHECK(given->scalar_type() == ScalarType::Bool && given->dim() == 1 &&
                         given->numel() == rows_of(like) && given->is_cuda() == like.is_cuda(),
-                    op, ": active must be a bool tensor with one value per row, on the same device");
+                    op,
+                    ": active must be a bool tensor with one value per row, on the same device");
     kept_ = torch::stable::contiguous(*given);
   }
   const bool* data() const { return kept_.has_value() ? kept_->const_data_ptr<bool>() : nullptr; }
@@ -155,7 +156,8 @@ class Parameters {
     if (p.period == 1) {
       // one live value on the device
     } else if (t.dim() == 1) {
-      STD_TORCH_CHECK(p.period == rows_of(block_), op_, ": a 1-D parameter needs one value per row");
+      STD_TORCH_CHECK(p.period == rows_of(block_), op_,
+                      ": a 1-D parameter needs one value per row");
       p.inner = row_size(block_);
     } else if (!by_row(t, p) && !by_channel(t, p)) {
       elementwise_ = true;
@@ -171,8 +173,8 @@ class Parameters {
     return p.period == 1 || p.inner == row_size(block_);
   }
 
-  // One value per element, in the layout of the data, for parameters no shorter rule describes: of one
-  // row that all rows share, unless a parameter differs between rows.
+  // One value per element, in the layout of the data, for parameters no shorter rule describes: of
+  // one row that all rows share, unless a parameter differs between rows.
   void expand(std::initializer_list<Param*> params,
               std::initializer_list<const OptionalTensor*> given) {
     bool differs = false;
