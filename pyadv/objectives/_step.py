@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyadv.attacks import PGD, Perturbed
@@ -37,6 +38,7 @@ class Step:
     ignore_index: int | None = None  # the label of samples that have none
     total: int | None = None  # samples of the batch that x is a part of; None: x is all of it
     weights: Tensor | None = None  # (B,), where they are known before the step
+    group: Any = None  # of the processes that train the model together, if there are several
     draw: int | None = None  # of the keyed noise; None: the attack's own counter
 
     @cached_property
@@ -102,3 +104,11 @@ def kept_buffers(model: Callable[..., Any]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, saved, strict=True):
                 buffer.copy_(value)
+
+
+def process_group(model: Callable[..., Any]) -> Any:
+    """Of a DistributedDataParallel model with more than one process, else None."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return None
+    return model.process_group if dist.get_world_size(model.process_group) > 1 else None

@@ -14,7 +14,6 @@ from pyadv.attacks import _checks
 from pyadv.attacks._model import uncompiled, unwrap
 from pyadv.objectives._step import Step, kept_buffers
 from pyadv.objectives.objective import Objective
-from pyadv.objectives.weighting import process_group
 
 _TINY = 1e-20  # of the official code: a zero gradient moves nothing
 
@@ -67,10 +66,9 @@ class AWP(Objective):
     @staticmethod
     def _averaged(grads: tuple[Tensor | None, ...], step: Step) -> tuple[Tensor | None, ...]:
         """Over processes: all of them move the weights alike."""
-        group = process_group(step.model)
         for g in grads:
-            if group is not None and g is not None:
-                dist.all_reduce(g, group=group)
+            if step.group is not None and g is not None:
+                dist.all_reduce(g, group=step.group)
         return grads
 
 

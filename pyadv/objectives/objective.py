@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import PGD, FriendlyPGD
-from pyadv.objectives._step import Schedule, Step, at_epoch, kept_buffers
+from pyadv.objectives._step import Schedule, Step, at_epoch, kept_buffers, process_group
 from pyadv.objectives.rows import Rows, cross_entropy
 from pyadv.objectives.weighting import Weighting, batch_weights
 
@@ -32,7 +32,8 @@ class Objective:
     follows the sample. `objective + regulariser` is a new objective.
 
     Weights have mean 1 over the whole batch: over the batches of all processes where the model is
-    a DistributedDataParallel one, and over micro-batches by `prepare`.
+    a DistributedDataParallel one, and over micro-batches by `prepare`. Terms without weights are
+    means over a process's batch, which DDP averages: they want batches of one size.
 
     Args:
         attack: what makes the adversarial examples; None trains on x.
@@ -177,7 +178,18 @@ class Objective:
         if self.tau is not None:
             self.attack.tau = at_epoch(self.tau, epoch)
         output = None if self.attack is None else self.attack.settings.output
-        return Step(model, x, y, epoch, ids, self.attack, output, self.ignore_index, total)
+        return Step(
+            model,
+            x,
+            y,
+            epoch,
+            ids,
+            self.attack,
+            output,
+            self.ignore_index,
+            total,
+            group=process_group(model),
+        )
 
     def _weights(self, step: Step) -> Tensor | None:
         if self.weighting is None or step.weights is not None:

@@ -8,12 +8,11 @@ A weighting has two methods, so that what is normalised need not be what one for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks import _checks
@@ -86,20 +85,11 @@ def batch_weights(weighting: Weighting, values: Tensor, step: Step) -> Tensor:
     DDP averages the gradients of W processes; so that a process with more samples than others
     counts for more, its weights are multiplied by its share of the samples times W.
     """
-    group = process_group(step.model)
-    if group is None:
+    if step.group is None:
         return weighting.weights(values, step)
-    everywhere, first = _gathered(values, group)
+    everywhere, first = _gathered(values, step.group)
     mine = weighting.weights(everywhere, step)[first : first + len(values)]
-    return mine * (dist.get_world_size(group) * len(values) / len(everywhere))
-
-
-def process_group(model: Callable[..., Any]) -> Any:
-    """Of a DistributedDataParallel model with more than one process, else None."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return None
-    return model.process_group if dist.get_world_size(model.process_group) > 1 else None
+    return mine * (dist.get_world_size(step.group) * len(values) / len(everywhere))
 
 
 def _gathered(values: Tensor, group: Any) -> tuple[Tensor, int]:
