@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyadv.attacks import PGD, Perturbed
+from pyadv.attacks import Perturbed
+from pyadv.attacks._attack import GradientAttack
 from pyadv.attacks._model import Output, pick_logits
 
 Schedule = float | Callable[[int], float]
@@ -33,7 +34,7 @@ class Step:
     y: Tensor
     epoch: int
     ids: Tensor | None = None
-    attack: PGD | None = None
+    attack: GradientAttack | None = None
     output: Output = None
     ignore_index: int | None = None  # the label of samples that have none
     total: int | None = None  # samples of the batch that x is a part of; None: x is all of it
@@ -52,7 +53,7 @@ class Step:
         found = self.perturb(self.attack, y)
         return replace(found, kappa=found.kappa.where(labelled, 0))
 
-    def perturb(self, attack: PGD, y: Tensor) -> Perturbed:
+    def perturb(self, attack: GradientAttack, y: Tensor) -> Perturbed:
         return attack.perturb(self.x, y, self.ids, self.draw, self.model)
 
     @property

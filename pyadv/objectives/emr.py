@@ -97,7 +97,8 @@ class EMR:
 
     def rows(self, step: Step) -> Tensor:
         """R_b (B,), differentiable with respect to the parameters."""
-        compiled = self.derivative == "difference"
+        # A compiled backward pass runs once: several cotangents need several.
+        compiled = self.derivative == "difference" and self.of == "softmax"
         model = unwrap(step.model) if compiled else uncompiled(step.model)
 
         def logits_at(x: Tensor) -> Tensor:
@@ -108,10 +109,12 @@ class EMR:
             logits = logits_at(x)
             cotangents = self._cotangents(logits.detach(), step.y)
             double = self.derivative == "double"
-            gradients = [
-                torch.autograd.grad(logits, x, c, retain_graph=True, create_graph=double)[0]
-                for c in cotangents
-            ]
+            gradients = []
+            for i, c in enumerate(cotangents):
+                retain = double or i + 1 < len(cotangents)
+                gradients += torch.autograd.grad(
+                    logits, x, c, retain_graph=retain, create_graph=double
+                )
             rows = sum(ops.row_square_sum(g) for g in gradients)
             if not double:
                 along = self._tangent if self.derivative == "tangent" else self._difference

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import PGD, FriendlyPGD, _checks
+from pyadv.attacks import FriendlyPGD, _checks
+from pyadv.attacks._attack import GradientAttack
 from pyadv.objectives._step import Schedule, Step, at_epoch
 from pyadv.objectives.objective import Objective, ascends_kl
 from pyadv.objectives.rows import (
@@ -37,7 +38,7 @@ class AT(Objective):
     2018.
     """
 
-    def __init__(self, attack: PGD):
+    def __init__(self, attack: GradientAttack):
         super().__init__(_needed(attack))
 
 
@@ -80,7 +81,7 @@ class TRADES(Objective):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         beta: Schedule = 6.0,
         tau: Schedule | None = None,
         any_attack: bool = False,
@@ -112,7 +113,7 @@ class MART(Objective):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         beta: Schedule = 5.0,
         tau: Schedule | None = None,
         exact: bool = False,
@@ -150,7 +151,7 @@ class MAIL(Objective):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         base: str = "at",
         margin: str = "adv",
         slope: float = 10.0,
@@ -198,7 +199,7 @@ class GAIRAT(Objective):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         lam: Schedule = -1.0,
         kind: str = "tanh",
         begin_epoch: int = 1,
@@ -222,7 +223,7 @@ class GAIRTRADES(Objective):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         beta: Schedule = 6.0,
         weight_on: str = "kl",
         lam: Schedule = -1.0,
@@ -257,7 +258,7 @@ class GAIRMART(MART):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: GradientAttack,
         beta: Schedule = 5.0,
         lam: Schedule = -1.0,
         kind: str = "tanh",
@@ -286,7 +287,13 @@ class GAIRRST(Objective):
     Source: Zhang et al., ICLR 2021, the official code for 500K unlabelled images.
     """
 
-    def __init__(self, attack: PGD, margin_attack: PGD, beta: Schedule = 6.0, lam: Schedule = 3.0):
+    def __init__(
+        self,
+        attack: GradientAttack,
+        margin_attack: GradientAttack,
+        beta: Schedule = 6.0,
+        lam: Schedule = 3.0,
+    ):
         base = _MixedKL(_kl_attack(attack), _needed(margin_attack), beta, lam)
         super().__init__(attack, base, clean_first=True, ignore_index=-1)
         self.regularisers = (Mean(clean_cross_entropy),)
@@ -297,7 +304,9 @@ class _MixedKL:
 
     PLAIN = 10.0  # lambda above which w = 1
 
-    def __init__(self, attack: PGD, margin_attack: PGD, beta: Schedule, lam: Schedule):
+    def __init__(
+        self, attack: GradientAttack, margin_attack: GradientAttack, beta: Schedule, lam: Schedule
+    ):
         self.attack, self.margin_attack = attack, margin_attack
         self.beta, self.lam = beta, lam
 
@@ -322,13 +331,13 @@ class _MixedKL:
         self.margin_attack.load_state_dict(state)
 
 
-def _needed(attack: PGD | None) -> PGD:
+def _needed(attack: GradientAttack | None) -> GradientAttack:
     if attack is None:
         raise TypeError("this objective needs an attack, got None")
     return attack
 
 
-def _kl_attack(attack: PGD | None, any_attack: bool = False) -> PGD:
+def _kl_attack(attack: GradientAttack | None, any_attack: bool = False) -> GradientAttack:
     if not any_attack and not ascends_kl(_needed(attack)):
         raise ValueError(
             'this objective needs an attack with loss="kl"; any_attack=True allows another, where '

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyadv.attacks import PGD, FriendlyPGD
+from pyadv.attacks import FriendlyPGD
+from pyadv.attacks._attack import GradientAttack
 from pyadv.objectives._step import Schedule, Step, at_epoch, kept_buffers, process_group
 from pyadv.objectives.rows import Rows, cross_entropy
 from pyadv.objectives.weighting import Weighting, batch_weights
@@ -52,7 +53,7 @@ class Objective:
 
     def __init__(
         self,
-        attack: PGD | None,
+        attack: GradientAttack | None,
         base: Rows = cross_entropy,
         weighting: Weighting | None = None,
         *,
@@ -60,8 +61,13 @@ class Objective:
         clean_first: bool = False,
         ignore_index: int | None = None,
     ):
-        if attack is not None and not isinstance(attack, PGD):
+        if attack is not None and not isinstance(attack, GradientAttack):
             raise TypeError(f"attack must be a pyadv attack, got {type(attack).__name__}")
+        if weighting is not None and not hasattr(weighting, "values"):
+            raise TypeError(
+                "weighting must have the methods values(step) and weights(values, step), "
+                f"got {type(weighting).__name__}"
+            )
         if tau is not None and not isinstance(attack, FriendlyPGD):
             raise TypeError(f"tau is for a FriendlyPGD, got {type(attack).__name__}")
         if ignore_index is not None and not ascends_kl(attack):
@@ -212,7 +218,7 @@ class MicroBatches:
         return self.objective.evaluate(self.steps[i].again())  # forward passes are not kept
 
 
-def ascends_kl(attack: PGD | None) -> bool:
+def ascends_kl(attack: GradientAttack | None) -> bool:
     """Whether the attack leads away from the natural prediction, as TRADES' does."""
     return attack is not None and attack.settings.loss.needs_reference_logits
 

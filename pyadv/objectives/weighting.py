@@ -38,6 +38,8 @@ class GAIRATWeights:
         self.int_half = int_half
 
     def values(self, step: Step) -> Tensor | None:
+        if step.attack is None:
+            raise TypeError("GAIRATWeights needs an attack, whose kappa it weighs by")
         return None if step.epoch < self.begin_epoch else step.kappa
 
     def weights(self, values: Tensor, step: Step) -> Tensor:
