@@ -1,6 +1,7 @@
 """Attacks in the shape of torchattacks: `atk = PGD(model, eps=8/255); x_adv = atk(images, labels)`.
 
-Starts come from torch's generator and gradients from the plain cross-entropy, as there.
+PGD, PGDL2 and FGSM give its numbers: starts from torch's generator, gradients of the plain
+cross-entropy. APGD has its arguments.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks
+from pyadv.attacks._attack import GradientAttack
 from pyadv.attacks._start import Start
 
 
 class _Attack:
+    attack: type[GradientAttack] = attacks.PGD
+
     def __init__(self, model: Callable[..., Any], **settings: Any):
         self.model = model
-        self._settings = {"grad_mode": "autograd", "scale": "exact", **settings}
+        self._settings = settings
         self.targeted = False
 
     def set_mode_targeted_by_label(self, quiet: bool = True) -> None:
@@ -30,7 +34,10 @@ class _Attack:
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Adversarial examples for inputs in [0, 1]."""
-        return attacks.PGD(self.model, targeted=self.targeted, **self._settings)(inputs, labels)
+        attack = self.attack(
+            self.model, targeted=self.targeted, grad_mode="autograd", **self._settings
+        )
+        return attack(inputs, labels)
 
 
 class PGD(_Attack):
@@ -45,14 +52,14 @@ class PGD(_Attack):
         random_start: bool = True,
     ):
         start = "uniform" if random_start else "none"
-        super().__init__(model, eps=eps, alpha=alpha, steps=steps, start=start)
+        super().__init__(model, eps=eps, alpha=alpha, steps=steps, start=start, scale="exact")
 
 
 class FGSM(_Attack):
     """One step of size eps from the inputs."""
 
     def __init__(self, model: Callable[..., Any], eps: float = 8 / 255):
-        super().__init__(model, eps=eps, alpha=eps, steps=1, start="none")
+        super().__init__(model, eps=eps, alpha=eps, steps=1, start="none", scale="exact")
 
 
 class PGDL2(_Attack):
@@ -67,7 +74,9 @@ class PGDL2(_Attack):
         random_start: bool = True,
     ):
         start: Start = self._start if random_start else "none"
-        super().__init__(model, norm="L2", eps=eps, alpha=alpha, steps=steps, start=start)
+        super().__init__(
+            model, norm="L2", eps=eps, alpha=alpha, steps=steps, start=start, scale="exact"
+        )
         self.eps = eps
 
     def _start(self, x: Tensor) -> Tensor:
@@ -75,3 +84,38 @@ class PGDL2(_Attack):
         norms = delta.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.dim() - 1))
         share = torch.zeros_like(norms).uniform_(0, 1)
         return (x + delta * (share / norms * self.eps)).clamp(0, 1)
+
+
+class APGD(_Attack):
+    """Auto-PGD, started from noise of this seed alone: each call gives the same examples, and
+    torch's generator, which torchattacks seeds anew at each call, stays as it is.
+
+    Args:
+        loss: "ce" or "dlr".
+    """
+
+    attack = attacks.APGD
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        loss: str = "ce",
+        eot_iter: int = 1,
+        rho: float = 0.75,
+    ):
+        super().__init__(
+            model,
+            norm=norm,
+            eps=eps,
+            steps=steps,
+            restarts=n_restarts,
+            seed=seed,
+            loss=loss,
+            eot=eot_iter,
+            rho=rho,
+        )

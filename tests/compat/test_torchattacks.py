@@ -82,3 +82,18 @@ def test_without_a_random_start():
     net, (x, y) = make_net().eval(), make_batch()
     attack = torchattacks.PGD(net, EPS, EPS, 1, random_start=False)
     assert torch.equal(attack(x, y), torchattacks.FGSM(net, EPS)(x, y))
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("norm, eps", [("Linf", 0.05), ("L2", 0.3)])
+def test_apgd(norm, eps, loss):
+    net, (x, y) = make_net().eval(), make_batch()
+    state = torch.get_rng_state()
+    attack = torchattacks.APGD(net, norm, eps, steps=8, n_restarts=2, seed=3, loss=loss)
+    x_adv = attack(x, y)
+    assert torch.equal(attack(x, y), x_adv) and torch.equal(torch.get_rng_state(), state)
+    other = torchattacks.APGD(net, norm, eps, steps=8, n_restarts=2, seed=4, loss=loss)
+    assert not torch.equal(other(x, y), x_adv)
+    size = torch.linalg.vector_norm((x_adv - x).flatten(1), 2 if norm == "L2" else torch.inf, dim=1)
+    assert (size <= eps + 1e-6).all() and size.max() > 0.9 * eps
+    assert (net(x_adv).argmax(1) == y).sum() <= (net(x).argmax(1) == y).sum()
