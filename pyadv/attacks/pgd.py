@@ -108,6 +108,8 @@ class PGD(GradientAttack):
             raise ValueError('loss="kl" has no target: it leads away from the natural prediction')
         if bn == "train" and scale == "unit":
             raise ValueError('scale="unit" needs bn="eval": with batch statistics rows mix')
+        if eot != 1 and scale == "unit":
+            raise ValueError('scale="unit" needs eot=1: a mean needs gradients of one scale')
         scale = scale or ("exact" if bn == "train" or eot != 1 else "unit")
         settings = Settings(
             norm=_checks.canonical_norm(norm),

@@ -273,6 +273,26 @@ def test_restarts_are_one_batch_and_keep_the_best(net, batch):
     assert torch.equal(attack.run(x, y, draw=9).x_adv, attack.run(x, y, draw=9).x_adv)
 
 
+@pytest.mark.parametrize("best", ["last", "fooled"])
+def test_restarts_one_by_one_where_memory_is_short(best, batch):
+    x, y = batch
+    inner = RowLinear(75, classes=4).to(x.device)
+    y = inner(x).argmax(1)
+
+    def small(v):
+        if len(v) > 6:
+            raise torch.OutOfMemoryError
+        return inner(v)
+
+    settings = dict(eps=0.03, alpha=0.01, steps=4, restarts=3, seed=0, best=best)
+    whole, parts = PGD(inner, **settings).run(x, y), PGD(small, **settings).run(x, y)
+    assert torch.equal(whole.correct, parts.correct)
+    robust = whole.correct
+    assert 0 < robust.sum() < 6
+    kept = robust if best == "fooled" else torch.ones_like(robust)
+    assert torch.equal(whole.x_adv[kept], parts.x_adv[kept])
+
+
 def test_per_sample_radius_and_step(batch):
     x, y = batch
     model = RowLinear(75, classes=4).to(x.device)
@@ -415,6 +435,7 @@ class TestRefuses:
             (dict(bn="train", scale="unit"), "rows mix"),
             (dict(best="first"), "best must be one of last, loss, fooled"),
             (dict(eot=0), "eot must be an integer >= 1"),
+            (dict(eot=2, scale="unit"), "gradients of one scale"),
         ],
     )
     def test_settings(self, settings, message):
