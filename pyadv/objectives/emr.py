@@ -97,6 +97,8 @@ class EMR:
 
     def rows(self, step: Step) -> Tensor:
         """R_b (B,), differentiable with respect to the parameters."""
+        if self.of == "pairwise" and step.ignore_index is not None:
+            raise ValueError('EMR(of="pairwise") needs a label for every sample')
         # A compiled backward pass runs once: several cotangents need several.
         compiled = self.derivative == "difference" and self.of == "softmax"
         model = unwrap(step.model) if compiled else uncompiled(step.model)

@@ -17,6 +17,7 @@ from pyadv.objectives.rows import (
     MARTKL,
     Mean,
     Scaled,
+    Sum,
     clean_cross_entropy,
     cross_entropy,
     trades_kl,
@@ -233,14 +234,10 @@ class GAIRTRADES(Objective):
     ):
         _checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
         kl = Scaled(trades_kl, beta)
-
-        def both(step: Step) -> Tensor:
-            return clean_cross_entropy(step) + kl(step)
-
         rows, added = {
             "kl": (kl, (Mean(clean_cross_entropy),)),
             "ce": (clean_cross_entropy, (Mean(kl),)),
-            "both": (both, ()),
+            "both": (Sum(clean_cross_entropy, kl), ()),
         }[weight_on]
         weighting = GAIRATWeights(lam, kind, begin_epoch)
         super().__init__(_kl_attack(attack), rows, weighting, tau=tau, clean_first=True)

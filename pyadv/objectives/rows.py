@@ -57,6 +57,16 @@ class Scaled:
         return at_epoch(self.factor, step.epoch) * self.rows(step)
 
 
+class Sum:
+    """The sum of several rows, to be weighted together."""
+
+    def __init__(self, *rows: Rows):
+        self.rows = rows
+
+    def __call__(self, step: Step) -> Tensor:
+        return sum(rows(step) for rows in self.rows)
+
+
 class Mean:
     """The mean of rows, to add to an objective: a term that is not weighted by sample."""
 

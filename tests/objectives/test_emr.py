@@ -9,7 +9,7 @@ import torch
 from objective_parts import attack, gradients
 from torch import nn
 
-from pyadv.objectives import AT, EMR, Standard
+from pyadv.objectives import AT, EMR, TRADES, Standard
 from pyadv.objectives._step import Step
 
 
@@ -213,3 +213,9 @@ def test_with_a_compiled_model(derivative, net, batch):
 def test_refuses_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_pairs_need_labels(net, batch):
+    objective = TRADES(attack(loss="kl"), ignore_index=-1) + EMR(1.0, of="pairwise")
+    with pytest.raises(ValueError, match="needs a label for every sample"):
+        objective(net, *batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -260,6 +261,13 @@ def test_tau_follows_the_official_schedules():
     }
     for schedule, values in changes.items():
         assert {e: schedule(e) for e in values} == values
+
+
+def test_objectives_can_be_pickled(net, batch):
+    """Processes that are spawned get them so."""
+    for make, _ in FORMULAS.values():
+        again = pickle.loads(pickle.dumps(make()))
+        assert again.state_dict() == make().state_dict()
 
 
 def test_tau_is_set_before_the_attack(net, batch):
