@@ -1,6 +1,6 @@
 """How close is one Linf step to the cost of copying the tensor?
 
-    python benchmarks/linf_step.py [--threads 1] [--out benchmarks/results/linf_step.json]
+    python benchmarks/linf_step.py [--threads 1] [--out benchmarks/results/linf_step-1-thread.json]
 
 Providers: copy_ (the yardstick), the expression everybody writes (eager, on a tuned heap, also in
 place), torch.compile of it (also in place), and pyadv.ops.linf_step (also in place).
@@ -78,7 +78,9 @@ def main() -> None:
             rows += harness.measure(case, calls, expected, runs=options.runs)
     print(harness.table(rows))
     if options.out:
-        harness.save(options.out, rows)
+        command = f"python benchmarks/linf_step.py --threads {options.threads}"
+        title = f"One Linf step, {options.threads} thread(s)"
+        harness.save(options.out, rows, title=title, command=command)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,38 @@ template <class Loop, class... Args>
 void run(Args... args) {
   has_avx2() ? run_avx2<Loop>(args...) : run_baseline<Loop>(args...);
 }
+
+#if defined(__clang__)
+#define PYADV_AVX512 "avx512f,avx512dq,avx512vl,avx512bw"
+#else  // gcc prefers 256 bits unless told otherwise
+#define PYADV_AVX512 "avx512f,avx512dq,avx512vl,avx512bw,prefer-vector-width=512"
+#endif
+
+inline bool has_avx512() {
+  static const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  return yes;
+}
+
+template <class Loop, class... Args>
+__attribute__((target(PYADV_AVX512))) void run_avx512(Args... args) {
+  Loop::run(args...);
+}
+
+// With an AVX-512 clone besides, for loops that arithmetic limits while the data are in cache: a
+// fifth faster for the Linf step of 128x3x32x32. Every clone costs compile time.
+template <class Loop, class... Args>
+void run_wide(Args... args) {
+  has_avx512() ? run_avx512<Loop>(args...) : run<Loop>(args...);
+}
 #else
 template <class Loop, class... Args>
 void run(Args... args) {
+  Loop::run(args...);
+}
+
+template <class Loop, class... Args>
+void run_wide(Args... args) {
   Loop::run(args...);
 }
 #endif

@@ -80,7 +80,7 @@ void run_elements(const StepArgs& s, int64_t begin, int64_t end) {
                                values_at<C>(s.eps, i), values_at<C>(s.lo, i),
                                values_at<C>(s.hi, i));
       } else {
-        run<ElementLoop<Rule>>(p, last - i, sizes_at<C>(s, i), s.lo.at<C>(i), s.hi.at<C>(i));
+        run_wide<ElementLoop<Rule>>(p, last - i, sizes_at<C>(s, i), s.lo.at<C>(i), s.hi.at<C>(i));
       }
     });
   });
