@@ -25,7 +25,8 @@ class AWP(Objective):
     examples, which are found at w. The loss returned is that at the moved weights. They are
     moved for the forward pass alone: `.backward()` puts the gradient taken there on the
     parameters, which keep their values, so that nothing has to be undone after the optimiser's
-    step. One forward and backward pass more than without.
+    step. One forward and backward pass more than without. Of micro-batches, each moves the weights
+    along its own gradient.
 
     Args:
         objective: what is minimised; this takes over its parts.
@@ -51,6 +52,8 @@ class AWP(Objective):
         if step.epoch < self.begin_epoch:
             return super().evaluate(step)
         module = uncompiled(step.model)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"AWP needs a torch.nn.Module, got {type(module).__name__}")
         with kept_buffers(module):
             loss = super().evaluate(step.again(unwrap(step.model)))
             weights = _weights(module)

@@ -682,3 +682,16 @@ def test_eot_averages_gradients(batch):
     ]
     assert agreement[1] > max(agreement[0], 0.9)
     assert PGD(noisy, eot=5, **settings).run(x, y).queries.tolist() == [6] * 6
+
+
+def test_a_start_of_the_callers_own_is_taken_as_it_is(net, batch):
+    x, y = batch
+    begin = x + 0.5  # neither in the ball nor in the box
+    none = PGD(net, steps=0, start=lambda x: begin)(x, y)
+    assert torch.equal(none, begin) and none.data_ptr() != begin.data_ptr()
+    before = begin.clone()
+    x_adv = PGD(net, eps=0.1, steps=2, start=lambda x: begin)(x, y)
+    assert torch.equal(begin, before)  # steps are in place, on a copy
+    assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6
+    with pytest.raises(ValueError, match=r"start must return the shape of x, .* got \[1"):
+        PGD(net, start=lambda x: x[:1])(x, y)

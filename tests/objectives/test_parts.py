@@ -90,6 +90,9 @@ class TestAWP:
             AWP(attack())
         with pytest.raises(ValueError, match="gamma must be a finite number >= 0"):
             AWP(Standard(), gamma=-1.0)
+        x = torch.rand(4, 3)
+        with pytest.raises(TypeError, match="AWP needs a torch.nn.Module, got function"):
+            AWP(Standard())(lambda x: x, x, torch.zeros(4, dtype=torch.int64))
 
 
 class TestNormPenalty:
