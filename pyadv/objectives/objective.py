@@ -111,8 +111,8 @@ class Objective:
                 parts.loss(i).backward()
 
         The losses and gradients add up to those of the whole batch, instance weights included
-        (BatchNorm layers in train mode and AWP still see the micro-batches). The attacks run here. Weights
-        that depend on the network's output of the step (MAIL's) cost one forward pass more.
+        (BatchNorm layers in train mode and AWP still see the micro-batches). The attacks run here.
+        Weights that depend on the network's output of the step (MAIL's) cost one forward pass more.
 
         Args:
             batches: (x, y) or (x, y, ids), not empty.
