@@ -5,6 +5,7 @@ from pyadv.attacks._result import AttackResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
+from pyadv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
@@ -15,11 +16,13 @@ __all__ = [
     "FriendlyPGD",
     "PGDPlus",
     "Perturbed",
+    "Square",
     "TargetedAPGD",
     "apgd",
     "fgsm",
     "mifgsm",
     "pgd",
+    "square",
     "targeted_apgd",
     "to_uint8",
 ]

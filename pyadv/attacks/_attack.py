@@ -1,4 +1,4 @@
-"""What all gradient attacks have in common for their callers: calling, restarts, noise, state."""
+"""What all attacks have in common for their callers: calling, restarts, noise, state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
 
 class GradientAttack:
-    """The base of attacks that follow the input gradient; each says what it searches for by its
+    """The base of the attacks that the engine runs; each says what it searches for by its
     `Settings`.
 
     `attack(x, y)` returns x_adv; `attack.run(x, y)` also says how it ended, for one forward pass

@@ -111,9 +111,10 @@ def _loop(
     compact = releases and _may_compact(model, x, s)
     for k in range(s.steps + (s.best != "last")):
         steps_on = k < s.steps
-        loss, logits, still, gradient = _look(model, rows, steps_on)
+        differentiate = steps_on and s.by_gradient
+        loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
-            _check_first(logits, y, s.loss, validate, steps_on)
+            _check_first(logits, y, s.loss, validate, differentiate)
         _add(done.queries, rows, s.eot * rows.active)
         if not steps_on:
             _remember(rows, loss, None)
@@ -126,7 +127,7 @@ def _loop(
         _add(done.steps, rows, rows.active)
         if compact and not rows.active.any():
             break
-        grad = gradient()
+        grad = gradient() if differentiate else None
         if s.best != "last":
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
@@ -139,7 +140,7 @@ def _loop(
 
 
 def _look(
-    model: Callable[..., Any], rows: Rows, steps_on: bool
+    model: Callable[..., Any], rows: Rows, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
     """The loss of the current iterates, the logits, which rows are still classified as y, and the
     input gradient, when it is asked for. The loss and the gradient are means over `eot` looks; the
@@ -147,12 +148,12 @@ def _look(
     s = rows.settings
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
-        leaf = rows.x_adv.detach().requires_grad_(steps_on)
-        with torch.set_grad_enabled(steps_on):
+        leaf = rows.x_adv.detach().requires_grad_(differentiate)
+        with torch.set_grad_enabled(differentiate):
             logits = pick_logits(model(leaf), s.output)
         loss, grad_logits, still = s.loss.at(logits, rows.y, rows.reference_logits, rows.target)
         losses.append(loss)
-        if remaining and steps_on:
+        if remaining and differentiate:
             grads += torch.autograd.grad(logits, leaf, grad_logits)
 
     def gradient() -> Tensor:
@@ -202,8 +203,10 @@ def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tens
         return pick_logits(model(x), s.output)
 
 
-def _check_first(logits: Tensor, y: Tensor, loss: Loss, validate: bool, steps_on: bool) -> None:
-    if steps_on and not logits.requires_grad:
+def _check_first(
+    logits: Tensor, y: Tensor, loss: Loss, validate: bool, differentiate: bool
+) -> None:
+    if differentiate and not logits.requires_grad:
         raise ValueError(
             "attack: the model's logits carry no gradient with respect to its input; it must not "
             "detach its input or run under no_grad"

@@ -26,10 +26,10 @@ class StepRule(Protocol):
     def begin(self, rows: Rows) -> StepRule:
         """The rule with its memory for these rows."""
 
-    def observe(self, rows: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+    def observe(self, rows: Rows, k: int, loss: Tensor, grad: Tensor | None) -> Tensor | None:
         """Iterate k was seen. The gradient to step with; the rule may move the rows elsewhere."""
 
-    def step(self, rows: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
+    def step(self, rows: Rows, grad: Tensor | None, k: int, active: Tensor | None) -> None:
         """Replaces rows.x_adv, except for rows that are not active."""
 
     def select(self, kept: Tensor) -> StepRule: ...
@@ -55,6 +55,7 @@ class Settings:
     start_from: Callable[..., Tensor] = start  # what the name `start` means
     best: str = "last"  # which iterate is the result
     eot: int = 1  # gradients averaged at each iterate
+    by_gradient: bool = True  # False: a search without backward passes
     bn: str = "eval"
     update_stats: bool = False
     keep: Parameter = 0.2  # share of the coordinates an L1 step moves
@@ -95,7 +96,8 @@ class Best(PerRow):
         return cls(x_adv.clone(), _no_nan(loss), own)
 
     def update(self, x_adv: Tensor, loss: Tensor, grad: Tensor | None) -> None:
-        """`grad` is None at the last iterate, from which no step goes out."""
+        """`grad` is None at the last iterate, from which no step goes out, and in a search without
+        gradients."""
         loss = _no_nan(loss)
         better = loss > self.loss
         self.loss = torch.where(better, loss, self.loss)

@@ -1,0 +1,292 @@
+"""Square Attack (Andriushchenko, Croce, Flammarion and Hein, "Square Attack: a query-efficient
+black-box adversarial attack via random search", ECCV 2020), and its L1 form (Croce and Hein, "Mind
+the Box", ICML 2021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pyadv.attacks import _checks
+from pyadv.attacks._attack import GradientAttack, Model, Plan, functional
+from pyadv.attacks._losses import Loss
+from pyadv.attacks._model import Output
+from pyadv.attacks._rows import Parameter, PerRow, Rows, Settings
+from pyadv.attacks._start import PROJECT, Noise
+from pyadv.reference._common import compute_dtype, parameter, widen
+
+_SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
+_TINY = 1e-12
+_SLACK = 1e-6  # that the authors leave to the L1 ball
+
+
+class Square(GradientAttack):
+    """Random search, without gradients: at each query a square of the image changes, and stays
+    changed where that lowers the margin z_y - max_{j != y} z_j. It finds what misleading gradients
+    hide.
+
+    In Linf a square moves to the border of the ball, with one sign per channel. In L2 and L1 the
+    mass in two windows moves into one of them. A sample leaves at the first point that fools the
+    model; `attack(x, y)` costs at most `queries + 1` forward passes and no backward pass.
+
+    Args:
+        model: anything that maps x to logits (B, C); may be None when every call names a model.
+        norm: "Linf", "L2" or "L1" (or inf, 2, 1).
+        eps: radius of the ball around x, in units of x; float or per sample (B,).
+        queries: number of proposals.
+        p: share of the image that the first squares cover; it halves after 10, 50, 200, 500, 1000,
+            2000, 4000, 6000 and 8000 queries.
+        restarts: independent searches, run as one batch.
+        targeted: y is the class to reach.
+        draws: "keyed", a function of seed and sample; or "official", from torch's generator in the
+            order of the authors' code: positions (in Linf signs too) are then shared by the batch,
+            and the last position is never drawn.
+        lo, hi, seed, compact, output, validate: as in `PGD`.
+
+    Raises:
+        ValueError, TypeError: at construction for settings, at the call for x, y and the model's
+            logits; x must be images (B, C, H, W).
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        norm: str | float = "Linf",
+        eps: Parameter = 8 / 255,
+        queries: int = 5000,
+        p: float = 0.8,
+        restarts: int = 1,
+        targeted: bool = False,
+        draws: str = "keyed",
+        lo: Parameter | None = 0.0,
+        hi: Parameter | None = 1.0,
+        seed: int | None = None,
+        compact: bool | str = "auto",
+        output: Output = None,
+        validate: bool | str = "auto",
+    ):
+        norm = _checks.canonical_norm(norm)
+        _checks.count("queries", queries, 0)
+        _checks.choice("draws", draws, ("keyed", "official"))
+        if not 0 < p <= 1:
+            raise ValueError(f"p must be a share in (0, 1], got {p!r}")
+        settings = Settings(
+            norm=norm,
+            eps=eps,
+            alpha=0.0,
+            steps=queries,
+            loss=Loss("margin", targeted, "fused", "exact"),
+            start=draws,
+            lo=lo,
+            hi=hi,
+            compact=compact,
+            output=output,
+            validate=validate,
+            rule=SquareRule(p),
+            patience=0,
+            start_from=_start,
+            best="fooled",
+            by_gradient=False,
+        )
+        super().__init__(model, settings, restarts, seed)
+
+    def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
+        if x.dim() != 4:
+            raise ValueError(f"Square needs images (B, C, H, W), got x of shape {list(x.shape)}")
+        return super()._plan(model, x, y)
+
+
+@dataclass
+class SquareRule(PerRow):
+    """The next proposal, from the best point so far."""
+
+    p: float
+
+    def begin(self, r: Rows) -> SquareRule:
+        return self
+
+    def observe(self, r: Rows, k: int, loss: Tensor, grad: None) -> None:
+        return None
+
+    def step(self, r: Rows, grad: None, k: int, active: Tensor | None) -> None:
+        b, c, h, w = r.x.shape
+        share = self.p / 2 ** sum(k > n for n in _SHRINK_AFTER)
+        side = round(math.sqrt(share * h * w))
+        draws = _draws(r.settings.start, r.noise, r.x, k + 1, c + 5, r.active)
+        if r.settings.norm == "Linf":
+            new = self._linf(r, draws, min(max(side, 1), h, w))
+        else:
+            side = max(side, 3)
+            new = self._move_mass(r, draws, min(side + (side + 1) % 2, h, w))
+        r.x_adv = new if active is None else torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
+
+    @staticmethod
+    def _linf(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
+        s, window = r.settings, _Window(draws, side, r.x)
+        jump = 2 * parameter(s.eps, r.x) * draws.signs(r.x.shape[1], 1, 1, shared=True)
+        point = r.best.x_adv + torch.where(window.mask, jump, 0.0)
+        return PROJECT["Linf"](point.to(r.x.dtype), r.x, s.eps, s.lo, s.hi)
+
+    @staticmethod
+    def _move_mass(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
+        """Two windows are emptied, and the first gets a pattern of their mass, and of what the
+        whole sample is short of eps, on top of its old direction."""
+        s, c, x = r.settings, r.x.shape[1], widen(r.x)
+        order = 2 if s.norm == "L2" else 1
+        delta = widen(r.best.x_adv) - x
+        first, second = _Window(draws, side, x), _Window(draws, side, x)
+        eps = parameter(s.eps, x)
+        short = (eps**order - _norm(delta, order, (1, 2, 3)) ** order).clamp_min(0)
+        held = _norm(torch.where(first.mask | second.mask, delta, 0.0), order, (2, 3))
+        old = delta[first.index]
+        pattern = _pattern(draws, side, order, c, x)
+        new = pattern + old / (_TINY + _norm(old, order, (2, 3)))
+        mass = (short / c + held**order) ** (1 / order) * (c if order == 1 else 1)
+        delta[second.index] = 0.0
+        delta[first.index] = new / (_TINY + _norm(new, order, (2, 3))) * mass
+        return _inside(r.x, delta, s.norm, eps, s.lo, s.hi)
+
+
+def _start(
+    kind: str,
+    norm: str,
+    x: Tensor,
+    eps: Parameter,
+    lo: Parameter | None,
+    hi: Parameter | None,
+    noise: Noise,
+) -> Tensor:
+    """Stripes of -eps and eps in Linf; in L2 and L1 five by five patterns of random sign."""
+    b, c, h, w = x.shape
+    side = max(h // 5, 1)
+    first = max((h - side * 5) // 2, 0)
+    tops, lefts = range(first, h - side + 1, side), range(first, w - side + 1, side)
+    active = torch.ones(b, dtype=torch.bool, device=x.device)
+    words = c * w if norm == "Linf" else len(tops) * len(lefts) * (c + 1)
+    draws = _draws(kind, noise, x, 0, words, active)
+    wide = widen(x)
+    radius = parameter(eps, wide)
+    if norm == "Linf":
+        point = wide + radius * draws.signs(c, 1, w)
+        return PROJECT["Linf"](point.to(x.dtype), x, eps, lo, hi)
+    delta, order = torch.zeros_like(wide), 2 if norm == "L2" else 1
+    for top in tops:
+        for left in lefts:
+            tile = _pattern(draws, side, order, c, wide)
+            delta[:, :, top : top + side, left : left + side] = tile
+    return _inside(x, delta, norm, radius, lo, hi)
+
+
+def _inside(
+    x: Tensor, delta: Tensor, norm: str, eps: Tensor, lo: Parameter | None, hi: Parameter | None
+) -> Tensor:
+    """In L2 scaled to the sphere, then clipped to the box; in L1 projected."""
+    wide = widen(x)
+    if norm == "L1":
+        eps = eps * (1 - _SLACK)
+    else:
+        delta = delta / (_norm(delta, 2, (1, 2, 3)) + _TINY) * eps
+    return PROJECT[norm]((wide + delta).to(x.dtype), x, eps, lo, hi)
+
+
+def _norm(t: Tensor, order: int, dims: tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(t, order, dim=dims, keepdim=True)
+
+
+class _Window:
+    """One square per sample: `mask` (B, 1, H, W), and `index` of its elements as (B, C, s, s)."""
+
+    def __init__(self, draws: _Keyed | _Official, side: int, x: Tensor):
+        b, c, h, w = x.shape
+        top, left = (draws.integer(n - side).view(b, 1, 1, 1) for n in (h, w))
+        i = torch.arange(max(h, w), device=x.device)
+        row, column = i[:h].view(1, 1, h, 1), i[:w].view(1, 1, 1, w)
+        inside = (row >= top) & (row < top + side)
+        self.mask = inside & (column >= left) & (column < left + side)
+        sample = torch.arange(b, device=x.device).view(b, 1, 1, 1)
+        channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
+        self.index = (sample, channel, top + row[:, :, :side], left + column[..., :side])
+
+
+def _pattern(
+    draws: _Keyed | _Official, side: int, order: int, channels: int, like: Tensor
+) -> Tensor:
+    """(B, C, s, s): two halves of opposite sign, side by side or one above the other."""
+    above = _halves(side, order).to(like)
+    turned = draws.coin().view(-1, 1, 1, 1)
+    return torch.where(turned, above.T, above) * draws.signs(channels, 1, 1)
+
+
+@lru_cache
+def _halves(side: int, order: int) -> Tensor:
+    upper, lower = _pyramid(side // 2, side, order), _pyramid(side - side // 2, side, order)
+    both = torch.cat([upper, -lower])
+    return both / torch.linalg.vector_norm(both, order)
+
+
+def _pyramid(height: int, width: int, order: int) -> Tensor:
+    """Nested squares around the middle, weighing 1 / k^2 (L2) or 1 / k^4 (L1); of norm 1."""
+    values = torch.zeros(height, width, dtype=torch.float64)
+    for k in range(max(height // 2, width // 2) + 1):
+        top, left = height // 2 - k, width // 2 - k
+        rows, columns = slice(max(top, 0), top + 2 * k + 1), slice(max(left, 0), left + 2 * k + 1)
+        values[rows, columns] += 1 / (k + 1) ** (4 / order)
+    return values / torch.linalg.vector_norm(values, order)
+
+
+def _draws(
+    kind: str, noise: Noise, x: Tensor, step: int, words: int, active: Tensor
+) -> _Keyed | _Official:
+    return _Keyed(noise, x, step, words) if kind == "keyed" else _Official(x, active)
+
+
+class _Keyed:
+    """Numbers for one proposal, each sample's own."""
+
+    def __init__(self, noise: Noise, x: Tensor, step: int, words: int):
+        like = x.new_empty((x.shape[0], words), dtype=torch.float32)
+        self.words, self.used = noise.uniform(like, step), 0
+
+    def integer(self, most: int) -> Tensor:
+        """(B,) in 0 .. most."""
+        return (self._take(1)[:, 0] * (most + 1)).long()
+
+    def coin(self) -> Tensor:
+        return self._take(1)[:, 0] >= 0.5
+
+    def signs(self, *shape: int, shared: bool = False) -> Tensor:
+        """(B, *shape) of -1 and 1."""
+        return (2.0 * (self._take(math.prod(shape)) >= 0.5) - 1).view(-1, *shape)
+
+    def _take(self, n: int) -> Tensor:
+        self.used += n
+        return self.words[:, self.used - n : self.used]
+
+
+class _Official:
+    """The same from torch's generator, as the authors draw them."""
+
+    def __init__(self, x: Tensor, active: Tensor):
+        self.active, self.x = active, x
+
+    def integer(self, most: int) -> Tensor:
+        return (most * torch.rand(1)).long().to(self.x.device).expand(self.x.shape[0])
+
+    def coin(self) -> Tensor:
+        return (torch.rand(1) > 0.5).to(self.x.device).expand(self.x.shape[0])
+
+    def signs(self, *shape: int, shared: bool = False) -> Tensor:
+        if shared:
+            return torch.sign(2 * torch.rand(1, *shape) - 1).to(self.x)
+        signs = self.x.new_ones((self.x.shape[0], *shape), dtype=compute_dtype(self.x.dtype))
+        drawn = torch.sign(2 * torch.rand(int(self.active.sum()), *shape) - 1)
+        signs[self.active] = drawn.to(signs)
+        return signs
+
+
+square = functional("square", Square)
