@@ -33,8 +33,11 @@ def describe(attack: PGD) -> str:
     """One line that lets a reader repeat the attack."""
     s = attack.settings
     restarts = f", {attack.restarts} restarts" if attack.restarts > 1 else ""
-    alpha = f"{s.alpha:.4g}" if isinstance(s.alpha, float) else "a size per sample"
-    loss, start = (v if isinstance(v, str) else v.__name__ for v in (s.loss.loss, s.start))
+    alpha = "a size per sample" if isinstance(s.alpha, Tensor) else f"{s.alpha:.4g}"
+    loss, start = (
+        v if isinstance(v, str) else getattr(v, "__name__", type(v).__name__)
+        for v in (s.loss.loss, s.start)
+    )
     return f"{s.steps} steps of {alpha}, loss {loss}, {start} start{restarts}"
 
 

@@ -84,7 +84,7 @@ def parameter(
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
-        if value.dim() and value.device != x.device:
+        if value.dim() or not value.is_cpu:  # a scalar on the CPU serves every device
             check_device(op, name, value, x)
         shape = value.shape
         if value.dim() == 1:
@@ -200,9 +200,15 @@ def run_out(
 def refuse_overlap(
     op: str, name: str, t: Tensor, others: Iterable[Any], *, same_allowed: bool = False
 ) -> None:
-    """`t`, which `op` writes, shares no memory with `others`, or is the very same tensor."""
+    """`t`, which `op` writes, shares no memory with `others`, or is the very same tensor, and its
+    elements share none with each other."""
     if torch.compiler.is_compiling() or _in_mode():
         return
+    if not t.is_contiguous() and _is_expanded(t):
+        raise ValueError(
+            f"{op}: {name} must have an element of memory for each of its own, got shape "
+            f"{list(t.shape)} with strides {list(t.stride())}"
+        )
     for other in others:
         if not isinstance(other, Tensor) or (other is t and same_allowed):
             continue
@@ -210,6 +216,10 @@ def refuse_overlap(
         if (other.dim() or not other.is_cpu) and _overlaps(t, other, same_allowed):
             rule = " without being the same tensor" if same_allowed else ""
             raise ValueError(f"{op}: {name} shares memory with an input{rule}")
+
+
+def _is_expanded(t: Tensor) -> bool:
+    return any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def _overlaps(a: Tensor, b: Tensor, same_allowed: bool) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_rows
+from pyadv.ops._arguments import check_rows, refuse_overlap
 from pyadv.ops._registry import no_output, register
 
 _track = register(
@@ -34,7 +34,7 @@ def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> N
         patience: (B,) int64, >= 0, changed.
 
     Raises:
-        TypeError: another dtype. ValueError: shapes or devices differ.
+        TypeError: another dtype. ValueError: shapes or devices differ, or memory is shared.
 
     Sources: Zhang et al., "Geometry-aware Instance-reweighted Adversarial Training" (ICLR 2021),
     algorithm 1; Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning
@@ -44,5 +44,11 @@ def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> N
     check_rows("track", "kappa", kappa, correct, torch.int64)
     check_rows("track", "active", active, correct, torch.bool)
     check_rows("track", "patience", patience, correct, torch.int64)
+    for name, t, others in (
+        ("kappa", kappa, (patience,)),
+        ("active", active, (correct,)),
+        ("patience", patience, ()),
+    ):
+        refuse_overlap("track", name, t, others)
     _track(correct, kappa, active, patience)
     torch.autograd.graph.increment_version((kappa, active, patience))

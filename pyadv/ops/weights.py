@@ -60,8 +60,8 @@ def gairat_weights(
     """
     op = "gairat_weights"
     check_rows(op, "kappa", kappa, kappa, torch.int64)
-    if steps < 1:
-        raise ValueError(f"{op}: steps must be >= 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{op}: steps must be an integer >= 1, got {steps!r}")
     check_choice(op, "kind", kind, ("tanh", "sigmoid", "discrete"))
     check_choice(op, "normalize", normalize, ("mean", "sum", "none"))
     if slope is not None and not slope >= 0:

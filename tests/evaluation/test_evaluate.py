@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import PGD
-from pyadv.evaluation import Report, Row, evaluate, standard_attacks
+from pyadv.evaluation import Report, Row, describe, evaluate, standard_attacks
 
 
 def linear_problem(n: int = 60) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -80,6 +80,13 @@ def test_norms_and_own_attacks() -> None:
         assert {r.name for r in report.rows} == {"clean", *standard_attacks(0.5, norm)}
         assert report["PGD-20"].accuracy <= report["clean"].accuracy
     assert [r.name for r in evaluate(model, x, y, eps=0.1, attacks={}).rows] == ["clean"]
+
+
+def test_any_loss_can_be_described() -> None:
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    assert describe(PGD(loss=loss, alpha=1, steps=3)) == (
+        "3 steps of 1, loss CrossEntropyLoss, keyed start"
+    )
 
 
 def test_row_statistics_and_worst_case(tmp_path: Path) -> None:

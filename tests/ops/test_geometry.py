@@ -103,6 +103,9 @@ def test_refuses_bad_arguments(device):
         (TypeError, "active must be a torch.bool", (correct, kappa, kappa, patience)),
         (ValueError, r"patience must have shape \[3\]", (correct, kappa, active, patience[:2])),
         (ValueError, "correct must have shape", (correct[:, None], kappa, active, patience)),
+        (ValueError, "kappa shares memory", (correct, kappa, active, kappa)),
+        (ValueError, "active shares memory", (active, kappa, active, patience)),
+        (ValueError, "patience must have an", (correct, kappa, active, patience[:1].expand(3))),
     ):
         with pytest.raises(error, match=f"track: {message}"):
             ops.track(*args)

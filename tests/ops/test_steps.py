@@ -371,6 +371,10 @@ def test_messages(device):
         ops.l2_step(a, g, x, 0.1, 1.0, active=alternating(3, device))
     with pytest.raises(ValueError, match="out shares memory with an input without being"):
         ops.l2_step(a, g, x, 0.1, 1.0, out=x.as_strided((2, 3, 4), (12, 1, 3)))
+    with pytest.raises(ValueError, match="out must have an element of memory for each of its own"):
+        ops.linf_step(a, g, x, 0.1, 1.0, out=x[:1].expand(2, 3, 4))
+    with pytest.raises(ValueError, match="eps must be on .*, got a tensor on meta"):
+        ops.linf_step(a, g, x, 0.1, torch.tensor(1.0, device="meta"))
     with pytest.raises(ValueError, match="keep_rows_: x_best shares memory with an input"):
         ops.keep_rows_(alternating(2, device), a, g, a, x)
     with pytest.raises(ValueError, match="keep_rows_: grad_best shares memory with an input"):

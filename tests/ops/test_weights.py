@@ -193,7 +193,8 @@ def test_refuses_bad_arguments(device):
     for error, message, call in (
         (TypeError, "kappa must be a torch.int64", lambda: ops.gairat_weights(margin, 10)),
         (ValueError, "kappa must have shape", lambda: ops.gairat_weights(kappa[:, None], 10)),
-        (ValueError, "steps must be >= 1, got 0", lambda: ops.gairat_weights(kappa, 0)),
+        (ValueError, "steps must be an integer >= 1, got 0", lambda: ops.gairat_weights(kappa, 0)),
+        (ValueError, "steps must .*, got 2.5", lambda: ops.gairat_weights(kappa, 2.5)),
         (ValueError, "lam must be a number", lambda: ops.gairat_weights(kappa, 10, math.nan)),
         (
             ValueError,
