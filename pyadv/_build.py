@@ -217,7 +217,7 @@ class Plan:
     @property
     def seconds(self) -> int:
         """A rough guess of the build's wall time, for the line that the user reads."""
-        work = sum(9 if source.suffix == ".cu" else 4 for source, _ in self.compile)
+        work = sum(20 if source.suffix == ".cu" else 6 for source, _ in self.compile)
         return round(max(work / (os.cpu_count() or 1), 5))
 
 
