@@ -42,6 +42,7 @@ class GradientAttack:
         s = settings
         _checks.size("eps", s.eps)
         _checks.size("alpha", s.alpha)
+        _checks.box(s.norm, s.eps, s.lo, s.hi)
         _checks.count("steps", s.steps, 0)
         _checks.count("eot", s.eot, 1)
         _checks.choice("best", s.best, BESTS)

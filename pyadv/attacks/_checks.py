@@ -52,19 +52,33 @@ def size(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
+def box(norm: str, eps: float | Tensor, lo: Any, hi: Any) -> None:
+    """Of numbers: lo below hi, and no Linf ball that the box lies in however it is placed; 8 for
+    8/255 would go unseen."""
+    for name, value in (("lo", lo), ("hi", hi)):
+        if not isinstance(value, (int, float, Tensor, type(None))):
+            raise TypeError(f"{name} must be a float, a Tensor or None, got {type(value).__name__}")
+    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)):
+        if not lo <= hi:
+            raise ValueError(f"lo must not be above hi, got lo={lo} and hi={hi}")
+        if norm == "Linf" and isinstance(eps, (int, float)) and eps > hi - lo:
+            raise ValueError(
+                f"eps must be in units of x, whose box [{lo}, {hi}] is only {hi - lo} wide, "
+                f"got {eps} (8 of 255 grey levels are 8/255)"
+            )
+
+
 def batch(x: Tensor, y: Tensor, ids: Tensor | None) -> None:
     """Shapes and dtypes, at every call."""
     check_floating("attack", x=x)
     if x.dim() == 0:
         raise ValueError("attack: x must have a batch dimension, got a 0-dim tensor")
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"attack: y must be an int64 tensor of labels, got {got}")
     for name, t in (("y", y), ("ids", ids)):
-        if t is None:
+        if t is None and name == "ids":
             continue
-        if t.dtype != torch.int64:
-            raise TypeError(f"attack: {name} must be int64, got {t.dtype}")
+        if not isinstance(t, Tensor) or t.dtype != torch.int64:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"attack: {name} must be an int64 tensor, got {got}")
         if t.shape != x.shape[:1]:
             raise ValueError(
                 f"attack: {name} must have shape [{x.shape[0]}], one value per sample of x, "

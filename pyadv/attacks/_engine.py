@@ -24,7 +24,15 @@ from pyadv.attacks._rows import Best, Parameter, Rows, Settings
 from pyadv.attacks._start import Noise
 from pyadv.reference._common import per_row
 
-__all__ = ["Parameter", "Settings", "judge", "predict", "search"]
+__all__ = [
+    "Parameter",
+    "Settings",
+    "check_first",
+    "judge",
+    "may_compact",
+    "predict",
+    "search",
+]
 
 
 def search(
@@ -54,7 +62,7 @@ def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
     """The model's logits, by one forward pass under the rules of the attack."""
     s, model = settings, unwrap(model)
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, s.bn, s.update_stats):
-        return pick_logits(model(owned(x)), s.output)
+        return pick_logits(model(x.clone()), s.output)  # its own: it may write into its input
 
 
 def judge(
@@ -86,7 +94,7 @@ def _loop(
     group: Tensor | None,
 ) -> Perturbed:
     s = settings
-    validate = s.validate is True or (s.validate == "auto" and x.device.type == "cpu")
+    validate = s.checks_values(x)
     if validate:
         _checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
     grouped = group is not None and s.best == "fooled"
@@ -108,13 +116,13 @@ def _loop(
     done = Perturbed(rows.x_adv, rows.kappa, torch.zeros_like(y), torch.zeros_like(y))
     broken = torch.zeros_like(y)  # groups
     releases = s.patience < s.steps
-    compact = releases and _may_compact(model, x, s)
+    compact = releases and may_compact(model, x, s)
     for k in range(s.steps + (s.best != "last")):
         steps_on = k < s.steps
         differentiate = steps_on and s.by_gradient
         loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
-            _check_first(logits, y, s.loss, validate, differentiate)
+            check_first(logits, y, s.loss, validate, differentiate)
         _add(done.queries, rows, s.eot * rows.active)
         if not steps_on:
             _remember(rows, loss, None)
@@ -148,19 +156,32 @@ def _look(
     s = rows.settings
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
-        leaf = rows.x_adv.detach().requires_grad_(differentiate)
+        # A model that writes into its input raises when that is a leaf, but not without gradients.
+        leaf = rows.x_adv.detach().requires_grad_() if differentiate else rows.x_adv.clone()
         with torch.set_grad_enabled(differentiate):
             logits = pick_logits(model(leaf), s.output)
         loss, grad_logits, still = s.loss.at(logits, rows.y, rows.reference_logits, rows.target)
         losses.append(loss)
         if remaining and differentiate:
-            grads += torch.autograd.grad(logits, leaf, grad_logits)
+            grads.append(_input_gradient(logits, leaf, grad_logits))
 
     def gradient() -> Tensor:
-        grads.extend(torch.autograd.grad(logits, leaf, grad_logits))
-        return _mean(grads)
+        return _mean([*grads, _input_gradient(logits, leaf, grad_logits)])
 
     return _mean(losses), logits, still, gradient
+
+
+_NO_GRADIENT = (
+    "attack: the model's logits carry no gradient with respect to its input; it must not detach "
+    "its input or run under no_grad"
+)
+
+
+def _input_gradient(logits: Tensor, leaf: Tensor, grad_logits: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)
+    if grad is None:
+        raise ValueError(_NO_GRADIENT)
+    return grad
 
 
 def _mean(values: list[Tensor]) -> Tensor:
@@ -200,22 +221,17 @@ def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tens
     if not s.loss.needs_reference_logits:
         return None
     with torch.no_grad():
-        return pick_logits(model(x), s.output)
+        return pick_logits(model(x.clone()), s.output)
 
 
-def _check_first(
-    logits: Tensor, y: Tensor, loss: Loss, validate: bool, differentiate: bool
-) -> None:
+def check_first(logits: Tensor, y: Tensor, loss: Loss, validate: bool, differentiate: bool) -> None:
     if differentiate and not logits.requires_grad:
-        raise ValueError(
-            "attack: the model's logits carry no gradient with respect to its input; it must not "
-            "detach its input or run under no_grad"
-        )
+        raise ValueError(_NO_GRADIENT)
     if validate:
         _checks.logits(logits, y)
 
 
-def _may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
+def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
     if s.bn == "train":
         if s.compact is True:
             raise ValueError('compact=True needs bn="eval": batch statistics need the whole batch')

@@ -23,6 +23,21 @@ def check(loss: str | LossFunction) -> str | LossFunction:
     return loss
 
 
+def check_classes(logits: Tensor) -> None:
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the attack needs a model with two classes or more, got {logits.shape[1]}"
+        )
+
+
+def ranked_targets(logits: Tensor, y: Tensor, n: int) -> Tensor:
+    """(T, B): the classes other than y that the logits rank highest; T is n, or all there are."""
+    classes = logits.shape[1]
+    known = y.clamp(0, classes - 1)  # the engine refuses other labels
+    others = logits.scatter(1, known[:, None], -torch.inf)
+    return others.topk(min(n, classes - 1), dim=1).indices.T
+
+
 @dataclass(frozen=True)
 class Loss:
     """loss (B,), maximised by the attack. A targeted attack lowers the loss of its target, which is

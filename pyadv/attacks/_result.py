@@ -39,3 +39,15 @@ class AttackResult:
     def robust_accuracy(self) -> float:
         """The share of samples that the attack did not break."""
         return self.correct.float().mean().item()
+
+
+@dataclass
+class MinimumNormResult(AttackResult):
+    """An attack that looks for the nearest point that fools the model.
+
+    `distances` (B,) from x to x_adv in the attack's norm: 0 where x itself is not classified as y,
+    inf where no point was found. `correct` is False where a point was found, within eps if the
+    attack has one.
+    """
+
+    distances: Tensor

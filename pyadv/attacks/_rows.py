@@ -66,6 +66,10 @@ class Settings:
         """What may hold one value per sample."""
         return {k: getattr(self, k) for k in ("eps", "alpha", "lo", "hi", "keep")}
 
+    def checks_values(self, x: Tensor) -> bool:
+        """Whether to read values of tensors, for which a GPU would have to be waited for."""
+        return self.validate is True or (self.validate == "auto" and x.device.type == "cpu")
+
     def select(self, kept: Tensor, x: Tensor) -> Settings:
         """For the rows `kept` of x: per-sample parameters follow their rows."""
         return replace(self, **{k: _select(v, kept, x) for k, v in self.parameters.items()})

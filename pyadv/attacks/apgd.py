@@ -8,13 +8,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import GradientAttack, Model, Plan, functional
 from pyadv.attacks._engine import predict, search
-from pyadv.attacks._losses import Loss, LossFunction
+from pyadv.attacks._losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.attacks._losses import check as check_loss
 from pyadv.attacks._model import Output
 from pyadv.attacks._result import Perturbed
@@ -184,13 +183,10 @@ class TargetedAPGD(APGD):
         s = self.settings
         logits = predict(model, x, s)
         classes = logits.shape[1]
-        if classes < 2:
-            raise ValueError(f"TargetedAPGD needs a model with two classes or more, got {classes}")
+        check_classes(logits)
         if classes < _DLR_TARGETED_CLASSES:
             s = replace(s, loss=replace(s.loss, loss="margin_targeted"))
-        known = y.clamp(0, classes - 1)  # the engine refuses other labels
-        others = logits.scatter(1, known[:, None], -torch.inf)
-        targets = others.topk(min(self.targets, classes - 1), dim=1).indices.T
+        targets = ranked_targets(logits, y, self.targets)
         targets = targets.repeat_interleave(self.restarts, 0)
         return Plan(s, targets.flatten(), attempts=targets.shape[0], queries=1)
 

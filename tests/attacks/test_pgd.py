@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import ConvNet, RowLinear
 from torch import nn
 
-from pyadv.attacks import PGD, FriendlyPGD, PGDPlus, pgd
+from pyadv.attacks import PGD, FriendlyPGD, PGDPlus, Square, pgd
 
 
 @pytest.fixture
@@ -419,6 +421,24 @@ def test_under_autocast(net, batch):
     assert result.x_adv.dtype == torch.float32 and result.loss.dtype == torch.float32
 
 
+def test_passes_without_gradients_may_write_into_their_input(net, batch):
+    """As `x.sub_(mean)` does; with gradients autograd refuses it."""
+    x, y = batch
+    net.eval()  # which an attack on a function cannot do
+
+    def shifting(v):
+        if v.requires_grad:
+            return net(v - 0.5)
+        return net(v.sub_(0.5))
+
+    kept = x.clone()
+    for attack in (PGD(shifting, loss="kl", steps=2, seed=0), Square(shifting, queries=3, seed=0)):
+        expected = copy.copy(attack)
+        expected.model = lambda v: net(v - 0.5)
+        assert torch.equal(attack.run(x, y, draw=0).x_adv, expected.run(x, y, draw=0).x_adv)
+        assert torch.equal(x, kept)
+
+
 class TestRefuses:
     @pytest.mark.parametrize(
         "settings, message",
@@ -436,6 +456,8 @@ class TestRefuses:
             (dict(best="first"), "best must be one of last, loss, fooled"),
             (dict(eot=0), "eot must be an integer >= 1"),
             (dict(eot=2, scale="unit"), "gradients of one scale"),
+            (dict(eps=8), r"eps must be in units of x, whose box \[0.0, 1.0\] is only 1.0 wide"),
+            (dict(lo=1.0, hi=0.0), "lo must not be above hi"),
         ],
     )
     def test_settings(self, settings, message):
@@ -463,6 +485,8 @@ class TestRefuses:
             attack(x, y[:5])
         with pytest.raises(TypeError, match="y must be an int64"):
             attack(x, y.float())
+        with pytest.raises(TypeError, match="ids must be an int64 tensor, got list"):
+            attack(x, y, ids=[0, 1, 2, 3, 4, 5])
         with pytest.raises(TypeError, match="x must be float16"):
             attack((255 * x).to(torch.uint8), y)
         with pytest.raises(ValueError, match="a 1-D eps holds one value per sample"):
@@ -472,13 +496,15 @@ class TestRefuses:
 
     def test_models(self, batch):
         x, y = batch
+        two = RowLinear(75, classes=2).to(x.device)
         with pytest.raises(ValueError, match="carry no gradient"):
             PGD(lambda v: torch.zeros(len(v), 4, device=v.device), steps=1)(x, y)
+        with pytest.raises(ValueError, match="must not detach"):
+            PGD(lambda v: two(v.detach()), steps=1)(x, y % 2)
         with pytest.raises(ValueError, match=r"logits of shape \[batch, classes\], got \[6\]"):
             PGD(lambda v: v.flatten(1).sum(1), steps=1)(x, y)
         with pytest.raises(TypeError, match="say with output="):
             PGD(lambda v: object(), steps=1)(x, y)
-        two = RowLinear(75, classes=2).to(x.device)
         with pytest.raises(ValueError, match="dlr"):
             PGD(two, loss="dlr", steps=1)(x, y % 2)
 
