@@ -1,4 +1,4 @@
-"""The command line: `pyadv train | evaluate | info`.
+"""The command line: `pyadv train | recipes | evaluate | info`.
 
 Options that are not given stay None, so that `pyadv.training.Config` alone decides defaults.
 """
@@ -9,7 +9,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,35 +24,73 @@ app = typer.Typer(
 
 
 def _number(text: str) -> float:
-    """A number, also as a fraction: 0.1, 8/255."""
+    from pyadv.training.config import number
+
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is not a number or a fraction like 8/255") from None
+        return number(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _option(help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
 
 
-_RUN, _ATTACK, _OPTIMISER, _METHOD = "Run", "Attack", "Optimisation", "Method"
+_RUN, _ATTACK, _OPTIMISER = "Run", "Attack", "Optimisation"
+_METHOD, _ADDED = "Method", "On top of any method"
 
 
 @app.command()
 def train(
+    recipe: Annotated[
+        str | None,
+        _option(
+            "Settings to start from: a name that `pyadv recipes` lists, or a .toml file.",
+            _RUN,
+            metavar="NAME",
+        ),
+    ] = None,
     method: Annotated[
-        str | None, _option("standard, at, fat or gairat \\[at].", _METHOD, metavar="NAME")
+        str | None,
+        _option(
+            "standard, at, fat, trades, mart, gairat, mail-at, ...: see docs/training.md \\[at].",
+            _METHOD,
+            metavar="NAME",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None, _option("TRADES, MART and relatives: weight of the KL term.", _METHOD)
+    ] = None,
+    tau: Annotated[
+        int | None, _option("FAT: fooled steps allowed \\[the official schedule].", _METHOD)
+    ] = None,
+    begin_epoch: Annotated[
+        int | None, _option("GAIRAT, MAIL: first weighted epoch.", _METHOD)
+    ] = None,
+    gairat_lam: Annotated[
+        float | None, _option("GAIRAT: lambda \\[-1; gair-fat: 0].", _METHOD)
+    ] = None,
+    mail_margin: Annotated[
+        str | None, _option("MAIL: nat, adv, dif or dif_conf \\[adv].", _METHOD, metavar="NAME")
+    ] = None,
+    mail_slope: Annotated[float | None, _option("MAIL: slope of the weights.", _METHOD)] = None,
+    mail_bias: Annotated[float | None, _option("MAIL: their bias.", _METHOD)] = None,
+    mail_normalize: Annotated[
+        str | None, _option("MAIL: mean, x3 or none \\[mean].", _METHOD, metavar="NAME")
     ] = None,
     emr: Annotated[
-        float | None, _option("Strength of effective margin regularisation \\[0].", _METHOD)
+        float | None, _option("Strength of effective margin regularisation \\[0].", _ADDED)
     ] = None,
-    emr_temperature: Annotated[float | None, _option("Its temperature \\[40].", _METHOD)] = None,
-    tau: Annotated[
-        int | None, _option("FAT: fooled steps allowed \\[0, 1, 2 over the run].", _METHOD)
+    emr_temperature: Annotated[float | None, _option("Its temperature \\[40].", _ADDED)] = None,
+    norm_penalty: Annotated[
+        float | None, _option("Strength of the penalty on the layers' norms \\[0].", _ADDED)
     ] = None,
-    gairat_lam: Annotated[float | None, _option("GAIRAT: lambda \\[-1].", _METHOD)] = None,
-    begin_epoch: Annotated[
-        int | None, _option("GAIRAT: first weighted epoch \\[after 0.3 of the run].", _METHOD)
+    awp: Annotated[
+        float | None, _option("Size of adversarial weight perturbation \\[0].", _ADDED)
+    ] = None,
+    awp_begin_epoch: Annotated[int | None, _option("Its first epoch \\[1].", _ADDED)] = None,
+    ema: Annotated[
+        float | None, _option("Evaluate the average of the weights with this decay \\[0].", _ADDED)
     ] = None,
     data: Annotated[
         str | None,
@@ -87,6 +124,14 @@ def train(
         float | None, _option("Step size \\[eps/4].", _ATTACK, parser=_number, metavar="NUMBER")
     ] = None,
     steps: Annotated[int | None, _option("Steps \\[10].", _ATTACK)] = None,
+    start: Annotated[
+        str | None,
+        _option("keyed, uniform, normal_small or none \\[keyed].", _ATTACK, metavar="NAME"),
+    ] = None,
+    attack_loss: Annotated[
+        str | None,
+        _option("ce, kl, margin, ... \\[the method's].", _ATTACK, metavar="NAME"),
+    ] = None,
     eps_warmup: Annotated[
         int | None, _option("Epochs over which eps grows to its value.", _ATTACK)
     ] = None,
@@ -131,7 +176,11 @@ def _train(given: dict[str, Any]) -> None:
                 raise ValueError(f"--resume takes its settings from the run; drop {names}")
             report = training.resume(folder, device=device, display=display)
         else:
-            config = training.Config.from_dict(given)
+            recipe = given.pop("recipe", None)
+            if recipe is None:
+                config = training.Config.from_dict(given)
+            else:
+                config = training.recipes.load(recipe).config(**given)
             folder = place["out"] or _new_folder(config)
             report = training.train(config, folder, device=device, display=display)
     except training.Interrupted as stop:
@@ -144,6 +193,27 @@ def _train(given: dict[str, Any]) -> None:
 def _new_folder(config: Any) -> Path:
     data = Path(config.data).stem
     return Path("runs") / f"{data}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.", show_default=False)] = None,
+) -> None:
+    """List the published settings that `pyadv train --recipe NAME` starts from."""
+    with _errors_as_messages():
+        from pyadv.training import recipes
+
+        if name is not None:
+            typer.echo(recipes.path(name).read_text(), nl=False)
+            return
+        rows = [("NAME", "METHOD", "MODEL", "DATA", "SOURCE")]
+        for recipe in map(recipes.load, recipes.names()):
+            c = recipe.config()
+            rows.append((recipe.name, c.method, c.model or "-", c.data, recipe.source))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            typer.echo("  ".join(cells).rstrip())
 
 
 @app.command()

@@ -73,13 +73,19 @@ def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--method", "foo"], "pyadv: method must be one of standard, at, fat, gairat"),
+        (["train", "--method", "foo"], "pyadv: method must be one of standard, at, trades, mart"),
         (["train", "--data", "nowhere"], "pyadv: data: 'nowhere' is neither a path nor one of"),
         (["train", "--model", "vgg"], "pyadv: model must be one of small-cnn"),
         (["train", "--device", "gpu"], "pyadv: device must be one of cpu.*, got 'gpu'"),
         (["train", "--device", "cuda:99"], "pyadv: device must be one of cpu.*, got 'cuda:99'"),
         (["train", "--precision", "fp8"], "pyadv: precision must be one of fp32, bf16, fp16"),
         (["train", "--norm", "L2"], "pyadv: eps must be given for norm L2"),
+        (
+            ["train", "--recipe", "best"],
+            "recipe must be one of at-awp.* or a .toml file, got 'best'",
+        ),
+        (["train", "--beta", "6"], "pyadv: beta is for the methods trades, "),
+        (["train", "--resume", "x", "--recipe", "a"], "--resume takes its .* drop recipe"),
         (["train", "--resume", "x", "--lr", "1"], "--resume takes its settings .* drop lr"),
         (["train", "--resume", "x"], "pyadv: no checkpoint at x/checkpoint.pt"),
         (["evaluate", "x.pt"], "pyadv: no checkpoint at x.pt"),
@@ -118,7 +124,34 @@ def test_help_states_the_defaults_that_hold() -> None:
             checked += 1
     assert checked >= 9
     options = {o.replace("-", "_") for o in re.findall(r"--([a-z][a-z-]+)", text)}
-    assert set(defaults) - options == {"milestones", "momentum"}  # for Python
+    assert set(defaults) - options == {
+        "milestones",
+        "factors",
+        "momentum",
+        "emr_milestones",
+    }  # for Python and recipes
+
+
+def test_train_by_a_recipe(source: Path, tmp_path: Path) -> None:
+    out = ["--data", source, *FAST, "--out"]
+    pyadv("train", "--recipe", "trades-fashion-mini", "--beta", "3", *out, tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (config["method"], config["beta"], config["attack_loss"]) == ("trades", 3, "kl")
+    assert config["epochs"] == 2 and config["eps"] == 0.1
+
+    mine = tmp_path / "mine.toml"
+    mine.write_text('eps = "8/255"\nepoch = 3\nsteps = 2\nlearning = 1\n')
+    output = pyadv("train", "--recipe", mine, *out, tmp_path / "two", code=1)
+    assert f"recipe {mine}: config has unknown settings ['epoch', 'learning']" in output
+
+
+def test_recipes() -> None:
+    lines = pyadv("recipes").splitlines()
+    assert lines[0].split() == ["NAME", "METHOD", "MODEL", "DATA", "SOURCE"]
+    (trades,) = [line for line in lines if line.startswith("trades-wrn34-10-cifar10 ")]
+    assert trades.split()[1:4] == ["trades", "wrn-34-10", "cifar10"] and "ICML 2019" in trades
+    assert "beta = 6\n" in pyadv("recipes", "trades-wrn34-10-cifar10")
+    assert "recipe must be one of" in pyadv("recipes", "none", code=1)
 
 
 def test_info() -> None:

@@ -1,5 +1,6 @@
 """The training loop on Accelerate, and the run folder it fills. Needs the extra `train`."""
 
+from pyadv.training import recipes
 from pyadv.training.checkpoint import Trained, load_model
 from pyadv.training.config import Config
 from pyadv.training.display import Display
@@ -14,6 +15,7 @@ __all__ = [
     "Trained",
     "Trainer",
     "load_model",
+    "recipes",
     "resume",
     "train",
 ]

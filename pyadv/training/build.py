@@ -1,17 +1,19 @@
-"""From settings to the parts of a run: attack, objective, model."""
+"""From settings to the parts of a run: objective, model, device."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
-from pyadv.attacks import PGD, FriendlyPGD
 from pyadv.data import ImageData
-from pyadv.objectives import AT, EMR, FAT, GAIRAT, Objective, Standard, fat_tau
+from pyadv.objectives import AWP, EMR, NormPenalty, Objective
+from pyadv.objectives._step import Schedule
+from pyadv.ops import NormProduct
 from pyadv.training.config import Config
-
-_FAT_EPOCHS = 120  # the length fat_tau is written for
+from pyadv.training.methods import METHODS
+from pyadv.training.schedules import lr_factor
 
 
 def architecture(config: Config, data: ImageData) -> dict[str, Any]:
@@ -39,29 +41,24 @@ def device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def objective(config: Config) -> Objective:
-    """What a resolved `config` minimises."""
-    settings = {
-        "norm": config.norm,
-        "eps": config.eps,
-        "alpha": config.alpha,
-        "steps": config.steps,
-        "seed": config.seed,
-    }
-    if config.method == "standard":
-        result = Standard()
-    elif config.method == "at":
-        result = AT(PGD(**settings))
-    elif config.method == "fat":
-        tau = config.tau if config.tau is not None else _stretched_tau(config.epochs)
-        result = FAT(FriendlyPGD(omega=0.001, **settings), tau=tau)
-    else:
-        result = GAIRAT(PGD(**settings), lam=config.gairat_lam, begin_epoch=config.begin_epoch)
+def objective(config: Config, model: nn.Module, data: ImageData) -> Objective:
+    """What a resolved `config` minimises: its method, and what is added to any method.
+
+    `model` and `data` are those of the run; the norm penalty reads the layers and their shapes.
+    """
+    result = METHODS[config.method].build(config)
     if config.emr:
-        result = result + EMR(lam=config.emr, temperature=config.emr_temperature)
+        result = result + EMR(lam=_emr_lam(config), temperature=config.emr_temperature)
+    if config.norm_penalty:
+        result = result + NormPenalty(config.norm_penalty, NormProduct(model, data.shape))
+    if config.awp:
+        result = AWP(result, config.awp, config.awp_begin_epoch)
     return result
 
 
-def _stretched_tau(epochs: int):
-    """FAT's official schedule, stretched over `epochs`."""
-    return lambda epoch: fat_tau(max(1, round(epoch * _FAT_EPOCHS / epochs)))
+def _emr_lam(config: Config) -> Schedule:
+    if not config.emr_milestones:
+        return config.emr
+    return lambda epoch: (
+        config.emr * lr_factor("piecewise", (epoch - 1) / config.epochs, config.emr_milestones)
+    )

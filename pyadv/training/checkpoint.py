@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pyadv import models
 from pyadv.data import ImageData
@@ -45,8 +46,9 @@ def load(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint is good for besides resuming: the network in eval mode, on the CPU; the
-    run's settings; and the arguments of `pyadv.models.create` that made the network."""
+    """What a checkpoint is good for besides resuming: the network in eval mode, on the CPU (the
+    average, if the run has one); the run's settings; and the arguments of `pyadv.models.create`
+    that made the network."""
 
     model: nn.Module
     config: Config
@@ -68,8 +70,14 @@ def load_model(path: str | Path) -> Trained:
     path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
     model = models.create(**state["architecture"])
-    model.load_state_dict(state["model"])
-    return Trained(model.eval(), Config.from_dict(state["config"]), state["architecture"])
+    config = Config.from_dict(state["config"])
+    if config.ema:
+        average = AveragedModel(model)
+        average.load_state_dict(state["average"])
+        model = average.module
+    else:
+        model.load_state_dict(state["model"])
+    return Trained(model.eval(), config, state["architecture"])
 
 
 def rng_state() -> dict[str, Any]:

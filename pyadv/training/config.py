@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from pyadv.attacks._checks import canonical_norm
 from pyadv.data import ImageData
+from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import SCHEDULES
 
-METHODS = ("standard", "at", "fat", "gairat")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
 # What follows from the data set: for Linf, with alpha = eps / 4.
@@ -39,12 +40,12 @@ _BY_NAME = {"mnist": _DIGITS, "kmnist": _DIGITS, "svhn": {**_COLOUR, "lr": 0.01,
 
 @dataclass
 class Config:
-    """Settings of a run. Those that are None follow from the data set, see `resolve`.
+    """Settings of a run. Those that are None follow from the data set or the method, see `resolve`.
 
     Epochs count from 1. `eps`, `alpha` are in units of the pixels, which lie in [0, 1].
     """
 
-    method: str = "at"
+    method: str = "at"  # a key of METHODS, which has the defaults of the methods' own settings
     data: str = "fashion-mini"
     model: str | None = None
 
@@ -52,6 +53,8 @@ class Config:
     eps: float | None = None
     alpha: float | None = None  # None: eps / 4
     steps: int = 10
+    start: str = "keyed"  # of the attack: keyed, uniform, normal_small or none
+    attack_loss: str | None = None  # what the attack ascends
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None
@@ -59,6 +62,7 @@ class Config:
     lr: float | None = None
     schedule: str | None = None
     milestones: tuple[float, ...] | None = None  # of "piecewise": shares of the run
+    factors: tuple[float, ...] = ()  # of lr from each milestone on; (): 0.1, 0.01, ...
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: bool | None = None  # random crop with a border of 4, and flip
@@ -68,12 +72,24 @@ class Config:
 
     emr: float = 0.0  # lam of effective margin regularisation (per-sample mean), 0: without
     emr_temperature: float = 40.0
-    tau: int | None = None  # FAT; None: the official 0, 1, 2 over the run
-    gairat_lam: float = -1.0
-    begin_epoch: int | None = None  # GAIRAT's first weighted epoch; None: after 0.3 of the run
+    emr_milestones: tuple[float, ...] = ()  # shares of the run; after each lam is a tenth of before
+    norm_penalty: float = 0.0  # lam of the log-product of the layers' Frobenius norms, 0: without
+    awp: float = 0.0  # gamma of adversarial weight perturbation, 0: without
+    awp_begin_epoch: int = 1
+    ema: float = 0.0  # decay per step of the averaged network that is then evaluated, 0: without
+
+    beta: float | None = None  # of the KL term of TRADES, MART and their relatives
+    tau: int | None = None  # of friendly attacks; None: the official schedule over the run
+    begin_epoch: int | None = None  # first epoch with instance weights
+    gairat_lam: float | None = None
+    mail_margin: str | None = None
+    mail_slope: float | None = None
+    mail_bias: float | None = None
+    mail_normalize: str | None = None
 
     def resolve(self, data: ImageData) -> Config:
-        """A copy in which nothing is None but tau; raises ValueError where a setting is wrong.
+        """A copy in which nothing is None but settings that the method does not have, and tau for
+        the official schedule; raises ValueError where a setting is wrong.
 
         Sets known by name have their own defaults; others get those of Fashion-MNIST if they are
         grey, of CIFAR-10 if they have colour. Radii are known for Linf only: with another norm
@@ -87,12 +103,12 @@ class Config:
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
-        config.milestones = tuple(config.milestones)  # JSON brings a list
         if config.alpha is None:
             config.alpha = config.eps / 4
-        if config.begin_epoch is None:
-            config.begin_epoch = int(0.3 * config.epochs) + 1
         config.check()
+        for name, value in METHODS[config.method].resolved(config.epochs).items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
         return config
 
     def check(self) -> None:
@@ -107,28 +123,74 @@ class Config:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        has = METHODS[self.method].settings
+        for name in METHOD_SETTINGS:
+            if getattr(self, name) is not None and name not in has:
+                those = ", ".join(m for m, method in METHODS.items() if name in method.settings)
+                raise ValueError(f"{name} is for the methods {those}, got method {self.method!r}")
         rules = (
-            (("epochs", "batch_size", "begin_epoch"), lambda v: v >= 1, ">= 1"),
-            (("eps_warmup", "val", "weight_decay", "emr"), lambda v: v >= 0, ">= 0"),
+            (("epochs", "batch_size", "begin_epoch", "awp_begin_epoch"), lambda v: v >= 1, ">= 1"),
+            (
+                ("eps_warmup", "val", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
+                lambda v: v >= 0,
+                ">= 0",
+            ),
             (("lr",), lambda v: v > 0, "> 0"),
-            (("momentum",), lambda v: 0 <= v < 1, "in [0, 1)"),
+            (("momentum", "ema"), lambda v: 0 <= v < 1, "in [0, 1)"),
             (("seed",), lambda v: 0 <= v < 2**31, "in [0, 2^31)"),
         )
         for names, holds, rule in rules:
             for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name} must be {rule}, got {value}")
+        if self.begin_epoch is not None and self.begin_epoch > self.epochs:
+            raise ValueError(
+                f"begin_epoch must be <= epochs, or no weight would ever count, got "
+                f"{self.begin_epoch} and {self.epochs}"
+            )
+        if self.factors and len(self.factors) != len(self.milestones):
+            raise ValueError(
+                f"factors must be as many as milestones, got {len(self.factors)} and "
+                f"{len(self.milestones)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Raises ValueError for a setting that does not exist."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(values) - names:
+        """From plain values as JSON, TOML and the command line have them; numbers may be fractions
+        ("8/255"). Raises ValueError for a setting that does not exist or has the wrong type."""
+        types = {f.name: f.type for f in dataclasses.fields(cls)}
+        if unknown := set(values) - set(types):
             raise ValueError(f"config has unknown settings {sorted(unknown)}")
-        return cls(**values)
+        return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def number(value: Any) -> float:
+    """A number, also as text or as a fraction: 0.1, "0.1", "8/255"."""
+    try:
+        return value if isinstance(value, float) else float(Fraction(value))
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a number or a fraction like 8/255") from None
+
+
+def _read(name: str, value: Any, type_: str) -> Any:
+    """`value` as the type of its field, e.g. "float | None"."""
+    kind, *rest = type_.split(" | ")
+    if value is None and rest:
+        return None
+    try:
+        if kind == "float":
+            return number(value)
+        if kind.startswith("tuple"):
+            return tuple(number(v) for v in value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    if type(value).__name__ != kind:
+        raise ValueError(f"{name} must be of type {kind}, got {value!r}")
+    return value

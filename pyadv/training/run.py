@@ -72,7 +72,7 @@ def _complete(trainer: Trainer, data: ImageData) -> Report:
     with trainer.display.progress() as bar:
         task = bar.add_task("evaluating", total=len(data.test_y), text="")
         report = evaluation.evaluate(
-            trainer.model,
+            trainer.result,
             data.test_x,
             data.test_y,
             eps=config.eps,

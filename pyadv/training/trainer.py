@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyadv import evaluation, models
 from pyadv.attacks import PGD
@@ -72,6 +73,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.architecture = build.architecture(config, data)
         model = models.create(**self.architecture)
+        self.average = _average(model, config.ema, self.accelerator.device)
         optimizer = torch.optim.SGD(
             model.parameters(),
             lr=config.lr,
@@ -79,7 +81,8 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.objective = build.objective(config)
+        self.network = self.accelerator.unwrap_model(self.model)
+        self.objective = build.objective(config, self.network, data)
 
         kept, self.val_x, self.val_y = data.hold_out(config.val, config.seed)
         self.probe_x, self.probe_y = data.train_x[kept[:_PROBE]], data.train_y[kept[:_PROBE]]
@@ -129,6 +132,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         self._count(loss.detach(), y)
         self.step += 1
 
@@ -137,7 +142,7 @@ class Trainer:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
         except ValueError as error:  # an attack refuses a network whose logits are NaN
             with torch.no_grad():
-                if self.accelerator.unwrap_model(self.model)(x).isfinite().all():
+                if self.network(x).isfinite().all():
                     raise
             self._diverged("the network's output", error)
         if not math.isfinite(loss.item()):
@@ -168,8 +173,9 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         done = (self.epoch - 1) * len(self.batches) + self.step
-        progress = done / (self.config.epochs * len(self.batches))
-        return self.config.lr * lr_factor(self.config.schedule, progress, self.config.milestones)
+        c = self.config
+        progress = done / (c.epochs * len(self.batches))
+        return c.lr * lr_factor(c.schedule, progress, c.milestones, c.factors)
 
     def _warm_up(self) -> None:
         """Grow eps and alpha over the first epochs: at once, a large radius stops all learning."""
@@ -180,6 +186,11 @@ class Trainer:
             attack.settings = replace(attack.settings, eps=eps, alpha=alpha)
 
     # -- what is measured ----------------------------------------------------------------------
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated: the average of the trained ones, if there is one."""
+        return self.model if self.average is None else self.average.module
 
     def _no_totals(self) -> Tensor:
         """[samples, summed loss, correct on x_adv, then the histogram of kappa = 0..steps]."""
@@ -223,7 +234,7 @@ class Trainer:
 
     def _evaluate(self, x: Tensor, y: Tensor, attacks: dict[str, PGD]) -> evaluation.Report:
         c = self.config
-        return evaluation.evaluate(self.model, x, y, eps=c.eps, norm=c.norm, attacks=attacks)
+        return evaluation.evaluate(self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks)
 
     @property
     def _judge(self) -> PGD:
@@ -249,7 +260,8 @@ class Trainer:
             "architecture": self.architecture,
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "model": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -266,7 +278,9 @@ class Trainer:
                 f"the run's network, {state['architecture']}, does not fit the data: "
                 f"they need {self.architecture}"
             )
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.network.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -276,3 +290,11 @@ class Trainer:
             self.totals.copy_(state["totals"])
         self.records.restore(state["records"])
         checkpoint.set_rng_state(state["rng"])
+
+
+def _average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel | None:
+    """The exponential moving average of `model`, BatchNorm statistics included; None without."""
+    if not decay:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.to(device).eval()

@@ -10,14 +10,34 @@ import pytest
 import torch
 
 from pyadv.data import ImageData
-from pyadv.objectives import AT, EMR, FAT, GAIRAT, Standard
+from pyadv.models import SmallCNN
+from pyadv.objectives import (
+    AT,
+    AWP,
+    EMR,
+    FAT,
+    GAIRAT,
+    GAIRMART,
+    GAIRTRADES,
+    MAIL,
+    MART,
+    TRADES,
+    NormPenalty,
+    Objective,
+    Standard,
+)
 from pyadv.training import Config, build
+from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import lr_factor
 
 
 def images(name: str, channels: int) -> ImageData:
     x, y = torch.rand(4, channels, 8, 8), torch.tensor([0, 1, 0, 1])
     return ImageData(name, ("a", "b"), x, y, x, y)
+
+
+def objective(config: Config, data: ImageData) -> Objective:
+    return build.objective(config, SmallCNN(*data.shape[:1], 2, data.shape[1:]), data)
 
 
 @pytest.mark.parametrize(
@@ -37,20 +57,21 @@ def test_defaults_follow_from_the_data(
     assert config.alpha == eps / 4 and config.eps_warmup == warmup
     assert config.milestones == ((0.5, 0.75) if channels == 1 else (100 / 110, 105 / 110))
     unset = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
-    assert unset == ["tau"]
+    assert set(unset) == set(METHOD_SETTINGS) - {"attack_loss"} and config.attack_loss == "ce"
 
 
 def test_what_is_given_stays() -> None:
     config = Config(eps=0.2, epochs=7, norm="l2", augment=True).resolve(images("x", 1))
     assert (config.eps, config.alpha, config.epochs, config.norm) == (0.2, 0.05, 7, "L2")
-    assert config.augment is True and config.begin_epoch == 3
+    assert config.augment is True and config.begin_epoch is None
+    assert Config(method="gairat", epochs=7).resolve(images("x", 1)).begin_epoch == 3
     assert Config(eps_warmup=0).resolve(images("mnist", 1)).eps_warmup == 0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "trade"}, "method must be one of standard, at, fat, gairat, got 'trade'"),
+        ({"method": "trade"}, "method must be one of standard, at, trades, .*got 'trade'"),
         ({"schedule": "step"}, "schedule must be one of"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
         ({"norm": "L3"}, "norm must be Linf, L2 or L1"),
@@ -63,6 +84,14 @@ def test_what_is_given_stays() -> None:
         ({"seed": 2**31}, "seed must be in"),
         ({"emr": -1.0}, "emr must be >= 0"),
         ({"val": -1}, "val must be >= 0"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
+        ({"awp": -0.1}, "awp must be >= 0"),
+        ({"method": "trades", "beta": -1.0}, "beta must be >= 0"),
+        ({"beta": 6.0}, "beta is for the methods trades, mart, .*, got method 'at'"),
+        ({"method": "trades", "tau": 1}, "tau is for the methods fat, .*got method 'trades'"),
+        ({"method": "standard", "attack_loss": "ce"}, "attack_loss is for the methods at, "),
+        ({"method": "gairat", "begin_epoch": 11}, "begin_epoch must be <= epochs.* 11 and 10"),
+        ({"factors": (0.1,)}, "factors must be as many as milestones, got 1 and 2"),
     ],
 )
 def test_rules(settings: dict, message: str) -> None:
@@ -98,23 +127,96 @@ def test_unknown_schedule() -> None:
         lr_factor("step", 0.5)
 
 
-def test_objectives_are_built_as_configured() -> None:
+def test_factors() -> None:
+    seen = [lr_factor("piecewise", p, (0.5, 0.75), (0.3, 0.2)) for p in (0, 0.5, 0.7, 0.75, 1)]
+    assert seen == [1, 0.3, 0.3, 0.2, 0.2]
+
+
+KINDS = {
+    "standard": Standard,
+    "at": AT,
+    "fat": FAT,
+    "gairat": GAIRAT,
+    "gair-fat": GAIRAT,
+    "trades": TRADES,
+    "fat-trades": TRADES,
+    "mart": MART,
+    "fat-mart": MART,
+    "mail-at": MAIL,
+    "mail-trades": MAIL,
+    "mail-mart": MAIL,
+    "gair-trades": GAIRTRADES,
+    "gair-mart": GAIRMART,
+}
+
+
+def test_every_method_is_known_here() -> None:
+    assert set(KINDS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_objectives_are_built_as_configured(method: str) -> None:
     data = images("x", 1)
-    kinds = {"standard": Standard, "at": AT, "fat": FAT, "gairat": GAIRAT}
-    for method, kind in kinds.items():
-        objective = build.objective(Config(method=method, emr=0.5, eps=0.2).resolve(data))
-        assert type(objective) is kind
-        (emr,) = objective.regularisers
-        assert isinstance(emr, EMR) and emr.lam == 0.5 and emr.temperature == 40
-        if method != "standard":
-            s = objective.attack.settings
-            assert (s.eps, s.alpha, s.steps, objective.attack.seed) == (0.2, 0.05, 10, 0)
-    assert not build.objective(Config().resolve(data)).regularisers
-    gairat = build.objective(Config(method="gairat", epochs=100).resolve(data))
-    assert gairat.weighting.begin_epoch == 31 and gairat.weighting.lam == -1  # the paper's
+    config = Config(method=method, emr=0.5, eps=0.2, start="uniform").resolve(data)
+    assert config.resolve(data) == config
+    made = objective(config, data)
+    assert type(made) is KINDS[method]
+    emr = made.regularisers[-1]
+    assert isinstance(emr, EMR) and emr.lam == 0.5 and emr.temperature == 40
+    if method != "standard":
+        s = made.attack.settings
+        assert (s.eps, s.alpha, s.steps, s.start, made.attack.seed) == (0.2, 0.05, 10, "uniform", 0)
+        assert s.loss.needs_reference_logits == (config.attack_loss == "kl")
+        assert (config.attack_loss == "kl") == ("trades" in method)
+    assert (made.tau is not None) == ("fat" in method)
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+    model = SmallCNN(1, 2, (8, 8))
+    made(model, x, y, epoch=config.epochs).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_settings_of_methods_reach_the_objective() -> None:
+    data = images("x", 1)
+    assert not objective(Config().resolve(data), data).regularisers
+    gairat = objective(Config(method="gairat", epochs=100).resolve(data), data).weighting
+    assert gairat.begin_epoch == 31 and gairat.lam == -1  # the paper's
+    gair_fat = objective(Config(method="gair-fat", gairat_lam=0.5).resolve(data), data)
+    assert gair_fat.weighting.lam == 0.5
+    for method in ("trades", "mart"):
+        (kl,) = objective(Config(method=method, beta=2.5).resolve(data), data).regularisers
+        assert kl.rows.factor == 2.5
+    given = {"mail_margin": "nat", "mail_slope": 3.0, "mail_bias": 0.1, "mail_normalize": "x3"}
+    mail = objective(Config(method="mail-at", begin_epoch=4, **given).resolve(data), data).weighting
+    assert (mail.margin, mail.slope, mail.bias, mail.normalize) == ("nat", 3.0, 0.1, "x3")
+    assert mail.begin_epoch == 4
+
+
+def test_what_is_added_to_any_method() -> None:
+    data = images("x", 1)
+    settings = {"emr": 2.0, "emr_milestones": (0.5, 0.9), "norm_penalty": 0.1, "awp": 0.01}
+    made = objective(Config("trades", epochs=10, **settings).resolve(data), data)
+    assert isinstance(made, AWP) and made.gamma == 0.01
+    _, emr, norms = made.regularisers
+    assert [emr.lam(e) for e in (1, 5, 6, 9, 10)] == pytest.approx([2, 2, 0.2, 0.2, 0.02])
+    assert isinstance(norms, NormPenalty) and norms.lam == 0.1
 
 
 def test_fat_schedule_is_the_official_one_stretched() -> None:
-    tau = build.objective(Config(method="fat", epochs=12).resolve(images("x", 1))).tau
+    data = images("x", 1)
+    tau = objective(Config(method="fat", epochs=12).resolve(data), data).tau
     assert [tau(e) for e in range(1, 13)] == [0] * 5 + [1] * 4 + [2] * 3
-    assert build.objective(Config(method="fat", tau=3).resolve(images("x", 1))).tau == 3
+    assert objective(Config(method="fat", tau=3).resolve(data), data).tau == 3
+
+
+def test_plain_values_are_read_by_the_type_of_the_setting() -> None:
+    config = Config.from_dict({"eps": "8/255", "lr": 1, "milestones": ["59/120", 0.75]})
+    assert (config.eps, config.lr, config.milestones) == (8 / 255, 1.0, (59 / 120, 0.75))
+    for values, message in (
+        ({"eps": "a/b"}, "eps: 'a/b' is not a number or a fraction"),
+        ({"milestones": 3}, "milestones: .*not iterable"),
+        ({"epochs": "ten"}, "epochs must be of type int, got 'ten'"),
+        ({"steps": 2.5}, "steps must be of type int"),
+        ({"method": None}, "method must be of type str, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config.from_dict(values)

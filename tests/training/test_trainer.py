@@ -66,6 +66,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         ({"method": "gairat", "begin_epoch": 2, "emr": 0.01}, 5),
         ({"method": "fat", "eps_warmup": 3}, 9),
         ({"method": "standard"}, 1),
+        ({"method": "trades", "start": "normal_small"}, 7),
+        ({"method": "mail-at", "begin_epoch": 2}, 6),
+        ({"awp": 0.01, "norm_penalty": 0.01, "ema": 0.9}, 5),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -211,6 +214,36 @@ def test_samples_are_known_to_the_objective_by_their_index(
     held = {tuple(v.flatten().tolist()) for v in trainer.val_x}
     assert len(seen) == 3 * 70 and len(set(seen)) == 70
     assert not held & {tuple(small.train_x[i].flatten().tolist()) for i in set(seen)}
+
+
+def test_the_average_is_what_is_evaluated(small: ImageData, tmp_path: Path) -> None:
+    settings = {"method": "standard", "schedule": "constant", "epochs": 2}
+    report = train(small, tmp_path / "run", ema=0.5, **settings)
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    train(small, tmp_path / "plain", **settings)
+    plain = checkpoint.load(tmp_path / "plain" / "checkpoint.pt")
+    assert not differences(state["model"], plain["model"])  # averaging changes no training
+    run = load_model(tmp_path / "run")
+    averaged = run.model.state_dict()
+    assert any(not torch.equal(w, averaged[name]) for name, w in state["model"].items())
+    again = evaluate(run.model, small.test_x, small.test_y, eps=run.config.eps)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_the_average_over_steps(small: ImageData, tmp_path: Path) -> None:
+    """decay * average + (1 - decay) * weights after each step, from the first step's weights on."""
+    config = Config(**{**FAST, "epochs": 1}, method="standard", ema=0.75).resolve(small)
+    trainer = Trainer(config, small, tmp_path, device="cpu", display=QUIET)
+    expected = None
+    for x, y, ids in trainer.batches.epoch(1, 0):
+        trainer._train_step(x, y, ids)
+        weights = [p.detach().clone() for p in trainer.network.parameters()]
+        if expected is None:
+            expected = weights
+        else:
+            expected = [0.75 * e + 0.25 * w for e, w in zip(expected, weights, strict=True)]
+    for e, p in zip(expected, trainer.result.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), e)
 
 
 def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:
