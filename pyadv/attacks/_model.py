@@ -14,10 +14,11 @@ Output = Callable[[Any], Tensor] | str | int | None
 
 
 def unwrap(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The module inside a DistributedDataParallel or DataParallel wrapper: an attack needs no
-    collectives, and ranks may attack different numbers of batches."""
+    """The module inside a DistributedDataParallel or DataParallel wrapper, also a compiled one: an
+    attack needs no collectives, and ranks may attack different numbers of batches."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
+    inside = getattr(model, "_orig_mod", model)
+    return inside.module if isinstance(inside, wrappers) else model
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

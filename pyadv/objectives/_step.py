@@ -83,6 +83,10 @@ class Step:
         """Of the whole batch."""
         return len(self.x) if self.total is None else self.total
 
+    def need(self, name: str) -> None:
+        """Compute `name` now, for what comes after it."""
+        getattr(self, name)
+
     def made(self, name: str) -> Any:
         """`logits` or `logits_adv` if a part of the objective asked for it, else None."""
         return self.__dict__.get(name)

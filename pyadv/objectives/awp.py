@@ -34,6 +34,9 @@ class AWP(Objective):
             code. 0 is the objective itself.
         begin_epoch: first epoch (from 1) with moved weights.
 
+    Not with gradient checkpointing inside the model, which would recompute at the weights that did
+    not move.
+
     Differences to the official code: its optimiser applies weight decay to the moved weights (a
     share of gamma, at most), and its proxy's step size cancels in the normalisation.
 

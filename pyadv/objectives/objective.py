@@ -11,7 +11,7 @@ combinations, see `methods.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Objective:
         return self.evaluate(self._step(model, x, y, epoch, ids))
 
     def prepare(
-        self, model: Callable[..., Any], batches: Sequence[Sequence[Tensor]], epoch: int = 1
+        self, model: Callable[..., Any], batches: Iterable[Sequence[Tensor]], epoch: int = 1
     ) -> MicroBatches:
         """A batch in parts, for gradient accumulation:
 
@@ -117,6 +117,7 @@ class Objective:
         Args:
             batches: (x, y) or (x, y, ids), not empty.
         """
+        batches = list(batches)
         total = sum(len(batch[0]) for batch in batches)
         steps = [self._step(model, *batch[:2], epoch, *batch[2:], total=total) for batch in batches]
         if not steps:
@@ -124,7 +125,7 @@ class Objective:
         if self.attack is not None:  # one draw of the noise, as for one batch
             for step in steps:
                 step.draw = self.attack.draw
-                step.perturbed  # noqa: B018
+                step.need("perturbed")
             self.attack.draw += 1
         if self.weighting is not None:
             with torch.no_grad(), kept_buffers(model):
@@ -137,9 +138,9 @@ class Objective:
 
     def evaluate(self, step: Step) -> Tensor:
         """The loss of a step; of a part of a batch, its part of the whole batch's loss."""
-        step.perturbed  # noqa: B018  (before a pass in train mode moves the running statistics)
+        step.need("perturbed")  # before a pass in train mode moves the running statistics
         if self.clean_first:
-            step.logits  # noqa: B018
+            step.need("logits")
         rows = self.base(step)
         weights = self._weights(step)
         loss = rows.mean() if weights is None else (weights * rows).mean()

@@ -721,3 +721,13 @@ def test_a_start_of_the_callers_own_is_taken_as_it_is(net, batch):
     assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6
     with pytest.raises(ValueError, match=r"start must return the shape of x, .* got \[1"):
         PGD(net, start=lambda x: x[:1])(x, y)
+
+
+def test_attacks_the_module_inside_compiled_and_parallel_wrappers(net):
+    from pyadv.attacks._model import unwrap
+
+    parallel = nn.DataParallel(net)
+    compiled = torch.compile(parallel)  # nothing is compiled before the first call
+    plain = torch.compile(net)
+    assert unwrap(parallel) is net and unwrap(compiled) is net
+    assert unwrap(plain) is plain and unwrap(net) is net
