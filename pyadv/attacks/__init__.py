@@ -1,28 +1,34 @@
 """Attacks: `attack(x, y)` gives adversarial examples, `attack.run(x, y)` an `AttackResult`."""
 
 from pyadv.attacks._grid import to_uint8
-from pyadv.attacks._result import AttackResult, Perturbed
+from pyadv.attacks._result import AttackResult, MinimumNormResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
+from pyadv.attacks.fab import FAB, TargetedFAB, fab, targeted_fab
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
 from pyadv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
+    "FAB",
     "FGSM",
     "MIFGSM",
     "PGD",
     "AttackResult",
     "FriendlyPGD",
+    "MinimumNormResult",
     "PGDPlus",
     "Perturbed",
     "Square",
     "TargetedAPGD",
+    "TargetedFAB",
     "apgd",
+    "fab",
     "fgsm",
     "mifgsm",
     "pgd",
     "square",
     "targeted_apgd",
+    "targeted_fab",
     "to_uint8",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "Parameter",
     "Settings",
     "check_first",
+    "input_gradient",
     "judge",
     "may_compact",
     "predict",
@@ -163,10 +164,10 @@ def _look(
         loss, grad_logits, still = s.loss.at(logits, rows.y, rows.reference_logits, rows.target)
         losses.append(loss)
         if remaining and differentiate:
-            grads.append(_input_gradient(logits, leaf, grad_logits))
+            grads.append(input_gradient(logits, leaf, grad_logits))
 
     def gradient() -> Tensor:
-        return _mean([*grads, _input_gradient(logits, leaf, grad_logits)])
+        return _mean([*grads, input_gradient(logits, leaf, grad_logits)])
 
     return _mean(losses), logits, still, gradient
 
@@ -177,8 +178,12 @@ _NO_GRADIENT = (
 )
 
 
-def _input_gradient(logits: Tensor, leaf: Tensor, grad_logits: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)
+def input_gradient(
+    logits: Tensor, leaf: Tensor, grad_logits: Tensor, retain_graph: bool = False
+) -> Tensor:
+    (grad,) = torch.autograd.grad(
+        logits, leaf, grad_logits, allow_unused=True, retain_graph=retain_graph
+    )
     if grad is None:
         raise ValueError(_NO_GRADIENT)
     return grad

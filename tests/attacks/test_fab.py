@@ -1,0 +1,349 @@
+"""FAB: the nearest point that fools the model. `test_fab_parity` has the authors' code."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from networks import ConvNet, Recorded, RowLinear
+from torch import nn
+
+from pyadv.attacks import FAB, PGD, MinimumNormResult, TargetedFAB, fab, targeted_fab
+from pyadv.attacks._hyperplane import offset_to_hyperplane
+
+P = {"Linf": math.inf, "L2": 2, "L1": 1}
+DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
+BARELY = 1 + 1e-9  # eta: just over the hyperplane
+
+norms = pytest.mark.parametrize("norm", P)
+attacks = pytest.mark.parametrize("attack", [FAB, TargetedFAB])
+
+
+def distance(a, b, norm):
+    return torch.linalg.vector_norm((a - b).flatten(1), P[norm], dim=1)
+
+
+@pytest.fixture
+def problem(device):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(27, 12), nn.Tanh(), nn.Linear(12, 5)).to(device)
+    x = torch.rand(6, 3, 3, 3, device=device)
+    return net, x, net(x).argmax(1)
+
+
+# ---- the way to the hyperplane
+
+
+def shortest(room, slope, need, norm):
+    """The least norm of lengths in [0, room] with <slope, length> = need, by other means."""
+    if norm == "L1":  # a vertex of the polytope: all but one coordinate at an end
+        best = math.inf
+        for i in range(len(room)):
+            others = [j for j in range(len(room)) if j != i]
+            for ends in itertools.product((0.0, 1.0), repeat=len(others)):
+                t = torch.zeros_like(room)
+                t[others] = torch.tensor(ends, dtype=t.dtype) * room[others]
+                t[i] = (need - slope @ t) / slope[i]
+                if -1e-12 <= t[i] <= room[i] + 1e-12:
+                    best = min(best, t.sum().item())
+        return best
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        t = (low + high) / 2
+        length = torch.minimum(t * (slope if norm == "L2" else torch.ones_like(slope)), room)
+        low, high = (t, high) if slope @ length < need else (low, t)
+    return torch.linalg.vector_norm(length, P[norm]).item()
+
+
+@norms
+@pytest.mark.parametrize("box", [(0.0, 1.0), (-0.5, None), (None, None)])
+def test_offset_is_the_shortest(norm, box):
+    torch.manual_seed(0)
+    lo, hi = box
+    x, w = torch.rand(40, 5).double(), torch.randn(40, 5).double()
+    reach = torch.where(w > 0, 1 - x, x).mul(w.abs()).sum(1)
+    back = torch.where(w > 0, x, 1 - x).mul(w.abs()).sum(1)
+    share = torch.rand(40).double()
+    value = torch.where(torch.rand(40) < 0.5, -share * reach, share * back)
+    d = offset_to_hyperplane(x, w, value, norm, lo, hi)
+    torch.testing.assert_close((w * d).sum(1), -value)
+    far = torch.full_like(x, 1e3)
+    low, high = (far if lo is None else x - lo), (far if hi is None else hi - x)
+    assert (d <= high + 1e-12).all() and (-d <= low + 1e-12).all()
+    room = torch.where(w * value[:, None] > 0, low, high)
+    for i in range(40):
+        expected = shortest(room[i], w[i].abs(), value[i].abs().item(), norm)
+        assert distance(d[i : i + 1], 0, norm).item() == pytest.approx(expected, rel=1e-9)
+
+
+@norms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_offset_on_awkward_rows(norm, dtype):
+    """Out of reach, on the plane, no normal, ties, no room, and normals of any length."""
+    x = torch.tensor([[0.25, 0.5], [0.25, 0.5], [0.25, 0.5], [0.5, 0.5], [1.0, 0.5], [0.5, 0.5]])
+    w = torch.tensor([[1.0, -2.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1e-30, 2e-30]])
+    value = torch.tensor([-50.0, 0.0, 3.0, 0.5, -0.25, 1e-30])
+    d = offset_to_hyperplane(x.to(dtype), w.to(dtype), value.to(dtype), norm, 0.0, 1.0)
+    assert d.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    same = {"Linf": [-1 / 3, -1 / 3], "L2": [-0.2, -0.4], "L1": [0.0, -0.5]}[norm]
+    torch.testing.assert_close(d[0].tolist(), [0.75, -0.5])  # the corner nearest to it
+    assert d[1].tolist() == d[2].tolist() == [0, 0]
+    assert d[3].sum().item() == pytest.approx(-0.5)
+    torch.testing.assert_close(d[4].tolist(), [0.0, 0.25])
+    torch.testing.assert_close(d[5].double(), torch.tensor(same).double(), atol=2e-2, rtol=0)
+
+
+# ---- known optima
+
+
+@norms
+@attacks
+@pytest.mark.parametrize("classes", [2, 3, 12])
+def test_linear_distance(norm, attack, classes, device):
+    """|margin| / ||w||_q, to the nearest class."""
+    net = RowLinear(30, classes, dtype=torch.float64).to(device)
+    x = torch.rand(7, 30, dtype=torch.float64, device=device)
+    z = net(x)
+    y = z.argmax(1)
+    gaps = z.gather(1, y[:, None]) - z
+    w = net.weight[:, None] - net.weight
+    slopes = torch.linalg.vector_norm(w, DUAL[norm], dim=2).T[y]
+    gaps[torch.arange(7), y] = math.inf
+    exact = (gaps / slopes.clamp(min=1e-9)).amin(1).detach()
+    free = dict(norm=norm, lo=None, hi=None, steps=20)
+    result = attack(net, **free, eta=BARELY).run(x, y)
+    assert not result.correct.any()
+    torch.testing.assert_close(result.distances, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.distances, distance(result.x_adv, x, norm))
+    usual = attack(net, **free).run(x, y).distances
+    assert ((usual >= exact) & (usual <= 1.01 * exact)).all()
+
+
+@norms
+def test_linear_distance_in_the_box(norm, device):
+    """The box binds: the nearest point is the exact projection of x."""
+    torch.manual_seed(1)
+    x, w = torch.rand(9, 8).double().to(device), torch.randn(8).double().to(device)
+    reach = torch.where(w > 0, 1 - x, x).mul(w.abs()).sum(1)
+
+    def model(v):  # class 0 until 80 % of what the box allows
+        value = (v - x).flatten(1) @ w - 0.8 * reach
+        return torch.stack([-value, value], 1)
+
+    y = torch.zeros(9, dtype=torch.int64, device=device)
+    attack = FAB(model, norm=norm, steps=60, eta=BARELY)
+    d = offset_to_hyperplane(x, w.expand_as(x), -0.8 * reach, norm, 0.0, 1.0)
+    result = attack.run(x, y)
+    assert not result.correct.any() and result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    torch.testing.assert_close(result.distances, distance(d, 0 * d, norm), rtol=1e-5, atol=0)
+
+
+@norms
+@attacks
+def test_finds_the_nearest_point(norm, attack, problem):
+    net, x, y = problem
+    result = attack(net, norm=norm, steps=30).run(x, y)
+    assert isinstance(result, MinimumNormResult)
+    assert not result.correct.any() and (net(result.x_adv).argmax(1) != y).all()
+    radius = 0.9 * result.distances  # a smaller ball is safe from a fixed-radius attack too
+    pgd = PGD(net, norm=norm, eps=radius, alpha=radius / 8, steps=100, loss="margin")
+    assert pgd.run(x, y).correct.all()
+
+
+# ---- what comes back
+
+
+def test_eps_decides_the_verdict_only(problem):
+    net, x, y = problem
+    free = FAB(net, steps=20).run(x, y)
+    eps = free.distances.sort().values[2:4].mean().item()
+    for radius in (eps, torch.full((6,), eps, device=x.device)):
+        result = FAB(net, steps=20, eps=radius).run(x, y)
+        assert torch.equal(result.x_adv, free.x_adv)
+        assert torch.equal(result.distances, free.distances)
+        assert torch.equal(result.correct, free.distances > eps)
+        assert result.robust_accuracy == 0.5
+    assert not free.correct.any()
+
+
+@attacks
+@pytest.mark.parametrize("compact", [True, False])
+def test_wrong_and_unreachable_samples(attack, compact, problem):
+    net, x, y = problem
+    y = y.clone()
+    y[1] = (y[1] + 1) % 5
+
+    result = attack(net, steps=10, compact=compact).run(x, y)
+    assert result.distances[1] == 0 and torch.equal(result.x_adv[1], x[1])
+    assert not result.correct[1] and result.kappa[1] == 0
+    others = attack(net, steps=10, compact=compact)(x[2:], y[2:])
+    torch.testing.assert_close(result.x_adv[2:], others)
+
+    constant = nn.Linear(27, 5).to(x.device)
+    constant.weight.data.zero_()
+    constant.bias.data = torch.arange(5.0, device=x.device)
+    y = torch.full((6,), 4, device=x.device)
+    result = attack(nn.Sequential(nn.Flatten(), constant), steps=3, compact=compact).run(x, y)
+    assert torch.equal(result.x_adv, x) and result.correct.all()
+    assert torch.equal(result.distances, torch.full((6,), math.inf, device=x.device))
+    assert (result.kappa == 4).all()
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_cost(problem, restarts):
+    net, x, y = problem
+    for attack, tries in ((FAB, restarts), (TargetedFAB, restarts * 2)):
+        more = {"targets": 2} if attack is TargetedFAB else {}
+        model = Recorded(net)
+        result = attack(model, steps=4, restarts=restarts, **more).run(x, y)
+        assert len(model.inputs) == 1 + 2 * 4 + 1
+        assert [len(v) for v in model.inputs] == [6] + [6 * tries] * 8 + [6]
+        assert (result.queries == 2 + 8 * tries).all() and (result.steps == 4).all()
+
+
+@norms
+@attacks
+def test_restarts_are_keyed_and_leave_plateaus(norm, attack, problem):
+    _, x, y = problem
+
+    def model(v):  # flat around x
+        way = (v - x.repeat(len(v) // len(x), 1, 1, 1)).flatten(1).abs().mean(1)
+        return torch.stack([torch.ones_like(way), 40 * (way - 0.02).relu()], 1)
+
+    y = torch.zeros_like(y)
+    once = attack(model, norm=norm, steps=8).run(x, y)
+    assert once.correct.all() and torch.equal(once.x_adv, x)
+    state = torch.get_rng_state()
+    often = attack(model, norm=norm, steps=8, restarts=3, seed=3)
+    result = often.run(x, y, draw=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not result.correct.any() and result.distances.isfinite().all()
+    assert torch.equal(often.run(x, y, draw=1).x_adv, result.x_adv)
+    assert not torch.equal(often.run(x, y, draw=2).x_adv, result.x_adv)
+
+
+@norms
+@attacks
+def test_batch_does_not_matter(norm, attack):
+    net, x = RowLinear(12, 4), torch.rand(5, 12)
+    y = net(x).argmax(1)
+    run = attack(net, norm=norm, steps=6, restarts=2, seed=1, eps=0.2)
+    whole = run.run(x, y, draw=0)
+    for i in range(5):
+        one = run.run(x[i : i + 1], y[i : i + 1], draw=0)
+        assert torch.equal(one.x_adv[0], whole.x_adv[i])
+        assert torch.equal(one.distances[0], whole.distances[i])
+
+
+@attacks
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_leaves_no_trace(attack, mode):
+    torch.manual_seed(0)
+    net = ConvNet().train()
+    net.head.weight.requires_grad_(False)
+    net.body[1].eval()
+    x = torch.rand(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    y = net.eval()(x).argmax(1)
+    net.train().body[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with mode():
+        result = attack(net, steps=5).run(x, y)
+    assert net.training and net.body[3].training and not net.body[1].training
+    assert all(p.grad is None for p in net.parameters()) and not net.head.weight.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert result.x_adv.stride() == x.stride() and not result.x_adv.requires_grad
+    torch.testing.assert_close(attack(net, steps=5)(x, y), result.x_adv)
+
+
+@attacks
+@norms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(attack, norm, dtype, problem):
+    net, x, y = problem
+    net, x = net.to(dtype), x.to(dtype)
+    y = net(x).argmax(1)
+    result = attack(net, norm=norm, steps=15).run(x, y)
+    assert result.x_adv.dtype == dtype and not result.correct.any()
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    torch.testing.assert_close(
+        result.distances.double(), distance(result.x_adv.double(), x.double(), norm)
+    )
+
+
+@attacks
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_empty_batch(attack, restarts, problem):
+    net, x, y = problem
+    result = attack(net, steps=3, restarts=restarts).run(x[:0], y[:0])
+    assert result.x_adv.shape == x[:0].shape and result.distances.shape == (0,)
+
+
+def test_functions(problem):
+    net, x, y = problem
+    assert torch.equal(fab(net, x, y, norm=2, steps=4), FAB(net, norm=2, steps=4)(x, y))
+    expected = TargetedFAB(net, targets=3, steps=4)(x, y)
+    assert torch.equal(targeted_fab(net, x, y, targets=3, steps=4), expected)
+
+
+@pytest.mark.parametrize("width", [0.1, 255.0])
+def test_other_boxes(width, problem):
+    """Distances are in units of x; restarts without an eps know the width of the box."""
+    net, x, y = problem
+    expected = FAB(net, steps=8, restarts=2, seed=0).run(x, y, ids=y).distances
+    attack = FAB(lambda v: net(v / width), lo=0.0, hi=width, steps=8, restarts=2, seed=0)
+    distances = attack.run(x * width, y, ids=y).distances
+    torch.testing.assert_close(distances, expected * width, rtol=1e-3, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_is_no_hyperplane(problem):
+    net, x, y = problem
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.clone()
+            grad[0], grad[1] = math.inf, math.nan
+            return grad
+
+    result = FAB(lambda v: net(Broken.apply(v)), steps=8).run(x, y)
+    assert torch.equal(result.x_adv[:2], x[:2]) and result.x_adv.isfinite().all()
+    torch.testing.assert_close(result.x_adv[2:], FAB(net, steps=8)(x[2:], y[2:]))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(norm="L0"), "norm must be"),
+        (dict(eps=-1.0), "eps must be"),
+        (dict(eps=torch.ones(1, 3)), r"eps must be one radius .* \[1, 3\]"),
+        (dict(alpha_max=1.5), "alpha_max must be"),
+        (dict(eta=0.5), "eta must be"),
+        (dict(beta=1.0), "beta must lie"),
+        (dict(steps=-1), "steps must be"),
+        (dict(restarts=0), "restarts must be"),
+    ],
+)
+def test_refuses_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FAB(None, **settings)
+
+
+@attacks
+def test_refuses_inputs(attack, problem):
+    net, x, y = problem
+    with pytest.raises(ValueError, match="two classes or more, got 1"):
+        attack(lambda v: v.flatten(1)[:, :1])(x, 0 * y)
+    with pytest.raises(ValueError, match="must lie in the box"):
+        attack(net)(x + 1, y)
+    with pytest.raises(ValueError, match="y must hold labels"):
+        attack(net)(x, y + 5)
+    with pytest.raises(ValueError, match="carry no gradient"):
+        attack(lambda v: net(v.detach()).detach())(x, y)
+    with pytest.raises(ValueError, match="targets must be"):
+        TargetedFAB(net, targets=0)

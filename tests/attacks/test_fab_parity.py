@@ -1,0 +1,73 @@
+"""FAB against the authors' code, iterate for iterate, in float64 from x."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import Recorded
+from torch import nn
+
+from pyadv.attacks import FAB, TargetedFAB
+
+pytestmark = pytest.mark.peers
+official = pytest.importorskip("pyautoattack.fab_pt", reason="pyautoattack is not installed")
+
+EPS = {"Linf": 0.17, "L2": 1.0, "L1": 4.6}
+
+
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    """The authors' code rounds to float32 in places; here it does not."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 24), nn.Tanh()),
+        nn.Linear(24, 6),
+    )
+    with torch.no_grad():
+        net[-1].weight *= 6
+    x = torch.rand(5, 2, 6, 6)
+    return net, x, net(x).argmax(1)
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_iterates(norm, targeted, problem):
+    net, x, y = problem
+    steps = 100
+    model = Recorded(net)
+    attack = official.FABAttack_PT(model, norm=norm, n_iter=steps, device="cpu")
+    attack.target_class = 2
+    expected = attack.attack_single_run(x, y, is_targeted=targeted)
+    theirs = torch.stack(model.inputs[1 + targeted :])
+
+    model = Recorded(net)
+    settings = dict(norm=norm, steps=steps)
+    ours = TargetedFAB(model, targets=1, **settings) if targeted else FAB(model, **settings)
+    result = ours.run(x, y)
+    got = torch.stack(model.inputs[1:-1])
+    assert got.shape == theirs.shape == (2 * steps, *x.shape)
+    torch.testing.assert_close(got, theirs, atol=1e-9, rtol=0)
+    torch.testing.assert_close(result.x_adv, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_verdicts(norm, targeted, problem):
+    """All targets, and a sample that is wrong from the start."""
+    net, x, y = problem
+    y[1] = (y[1] + 1) % 6
+    attack = official.FABAttack_PT(
+        net, norm=norm, n_iter=20, eps=EPS[norm], targeted=targeted, device="cpu"
+    )
+    attack.n_target_classes = 5
+    broken = net(attack.perturb(x, y)).argmax(1) != y
+    result = (TargetedFAB if targeted else FAB)(net, norm=norm, steps=20, eps=EPS[norm]).run(x, y)
+    assert torch.equal(~result.correct, broken) and 1 < broken.sum() < 5
