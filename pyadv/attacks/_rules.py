@@ -155,9 +155,7 @@ class SparseRule(PerRow):
         return replace(
             self,
             factor=_ones(r),
-            keep=changed / n / 1.5
-            if self.from_start
-            else keep.reshape(-1).expand(r.y.shape).clone(),
+            keep=keep,
             changed=changed,
             gap=max(int(0.04 * r.settings.steps), 1),
         )
