@@ -37,6 +37,9 @@ def tuned_heap() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_HEAP})
 
 
+_CODE = ("--", ":(top)csrc", ":(top)pyadv")
+
+
 @dataclass
 class Row:
     """One provider in one case; times in microseconds, `share` relative to the copy of the case."""
@@ -115,7 +118,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "pyadv": pyadv.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", *_CODE)),
         "heap": "tuned" if all(os.environ.get(k) == v for k, v in _HEAP.items()) else "default",
         "date": time.strftime("%Y-%m-%d"),
     }
