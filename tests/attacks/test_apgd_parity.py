@@ -7,36 +7,13 @@ import math
 import pytest
 import torch
 from networks import Recorded
-from torch import nn
 
 from pyadv.attacks import APGD, TargetedAPGD
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 official = pytest.importorskip("pyautoattack.autopgd_base", reason="pyautoattack is not installed")
 
 EPS = {"Linf": 0.125, "L2": 0.5, "L1": 2.5}
-
-
-@pytest.fixture(autouse=True)
-def float64(monkeypatch):
-    """The authors' code rounds to float32 in places; here it does not."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def problem():
-    torch.manual_seed(1)
-    net = nn.Sequential(
-        *(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 24), nn.Tanh()),
-        nn.Linear(24, 6),
-    )
-    with torch.no_grad():
-        net[-1].weight *= 6
-    x = torch.rand(5, 2, 6, 6)
-    return net, x, net(x).argmax(1)
 
 
 def iterates(run, net):

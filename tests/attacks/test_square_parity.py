@@ -9,19 +9,10 @@ from torch import nn
 
 from pyadv.attacks import Square
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 official = pytest.importorskip("pyautoattack.square", reason="pyautoattack is not installed")
 
 EPS = {"Linf": 0.04, "L2": 0.5, "L1": 3.0}
-
-
-@pytest.fixture(autouse=True)
-def float64(monkeypatch):
-    """The authors' code rounds to float32 in places; here it does not."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("norm", EPS)

@@ -133,11 +133,15 @@ def by_bisection(name: str, v: Tensor, x: Tensor, eps: float) -> Tensor:
     if name == "l1_project":
         shrink, limit = (lambda t: (d.abs() - t).clamp(min=0).minimum(room)), eps
         high = d.abs().amax(1, keepdim=True)
-        length = lambda z: z.sum(1, keepdim=True)  # noqa: E731
+        power = 1
     else:
         shrink, limit = (lambda t: ((1 - t) * d.abs()).minimum(room)), eps**2
         high = torch.ones_like(d[:, :1])
-        length = lambda z: z.square().sum(1, keepdim=True)  # noqa: E731
+        power = 2
+
+    def length(z):
+        return z.pow(power).sum(1, keepdim=True)
+
     low = torch.zeros_like(high)
     inside = length(shrink(low)) <= limit
     for _ in range(100):

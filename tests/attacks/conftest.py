@@ -1,0 +1,30 @@
+"""What the comparisons with the authors' code share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The authors' code rounds to float32 in places; here it does not."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def problem(float64):
+    """A smooth network, inputs, and the labels it gives them."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 24), nn.Tanh()),
+        nn.Linear(24, 6),
+    )
+    with torch.no_grad():
+        net[-1].weight *= 6
+    x = torch.rand(5, 2, 6, 6)
+    return net, x, net(x).argmax(1)
