@@ -212,4 +212,5 @@ def _best(result: AttackResult, n: int) -> AttackResult:
     chosen = candidates.argmax(0) * b + torch.arange(b, device=loss.device)
     best = AttackResult(**{f.name: getattr(result, f.name)[chosen] for f in fields(AttackResult)})
     best.queries = result.queries.view(n, -1).sum(0)
+    best.gradients = result.gradients.view(n, -1).sum(0)
     return best

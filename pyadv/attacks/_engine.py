@@ -10,6 +10,7 @@ PGD).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -80,9 +81,9 @@ def judge(
     reference = predict(model, x, s) if s.loss.needs_reference_logits else None
     with torch.inference_mode(False), torch.no_grad():
         loss, _, correct = s.loss.at(logits, owned(y), reference, target)
-    return AttackResult(
-        found.x_adv, logits, correct, loss, found.kappa, found.steps, found.queries + 1
-    )
+    taken = {f.name: getattr(found, f.name) for f in fields(Perturbed)}
+    taken["queries"] = found.queries + 1
+    return AttackResult(logits=logits, correct=correct, loss=loss, **taken)
 
 
 def _loop(
@@ -114,7 +115,7 @@ def _loop(
         rule=s.rule,
     )
     rows.rule = s.rule.begin(rows)
-    done = Perturbed(rows.x_adv, rows.kappa, torch.zeros_like(y), torch.zeros_like(y))
+    done = Perturbed(rows.x_adv, rows.kappa, *(torch.zeros_like(y) for _ in range(3)))
     broken = torch.zeros_like(y)  # groups
     releases = s.patience < s.steps
     compact = releases and may_compact(model, x, s)
@@ -134,6 +135,8 @@ def _loop(
             broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
             rows.active &= broken[rows.group] == 0
         _add(done.steps, rows, rows.active)
+        if differentiate:
+            _add(done.gradients, rows, s.eot * rows.active)
         if compact and not rows.active.any():
             break
         grad = gradient() if differentiate else None

@@ -9,12 +9,14 @@ from torch import Tensor
 class Perturbed:
     """What the steps of an attack leave behind: `x_adv` with, for each sample, the geometry value
     `kappa` (how many iterates, start included, were still classified correctly), the number of
-    `steps` taken and of `queries` (forward passes); the last three (B,) int64."""
+    `steps` taken, of `queries` (forward passes) and of `gradients` (backward passes); the last four
+    (B,) int64."""
 
     x_adv: Tensor
     kappa: Tensor
     steps: Tensor
     queries: Tensor
+    gradients: Tensor
 
 
 @dataclass
@@ -24,7 +26,7 @@ class AttackResult:
     `logits` (B, C), `correct` (B,) bool and `loss` (B,) are those of `x_adv` itself: one forward
     pass more than the attack needs. `correct` is always "classified as y" and, for a targeted
     attack, "not yet classified as the target"; `loss` is what the attack maximised. `kappa`,
-    `steps` and `queries` as in `Perturbed`, this last forward pass included.
+    `steps`, `queries` and `gradients` as in `Perturbed`, this last forward pass included.
     """
 
     x_adv: Tensor
@@ -34,6 +36,7 @@ class AttackResult:
     kappa: Tensor
     steps: Tensor
     queries: Tensor
+    gradients: Tensor
 
     @property
     def robust_accuracy(self) -> float:

@@ -150,6 +150,7 @@ class APGD(GradientAttack):
                 found.kappa += before.kappa
                 found.steps += before.steps
                 found.queries += before.queries
+                found.gradients += before.gradients
         return found
 
 

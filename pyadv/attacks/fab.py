@@ -164,12 +164,13 @@ class FAB(GradientAttack):
             classes, kept = self._classes(logits, y), torch.arange(len(x), device=x.device)
             if may_compact(model, x, s):
                 kept = right.nonzero()[:, 0]
-            n = len(classes)
+            n, m = classes.shape[0], classes.shape[2]
             done = Perturbed(
                 torch.empty_like(x).copy_(x),
                 right.long(),
                 torch.zeros_like(y).index_fill_(0, kept, s.steps),
                 torch.ones_like(y).index_fill_(0, kept, 1 + 2 * s.steps * n),
+                torch.zeros_like(y).index_fill_(0, kept, s.steps * n * m),
             )
             if not len(kept):
                 return done

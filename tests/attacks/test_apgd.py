@@ -170,6 +170,7 @@ def test_counts_its_passes(net, batch):
     assert l1.steps.tolist() == [10] * 6 and l1.queries.tolist() == [14] * 6
     targets = TargetedAPGD(net, eps=1e-4, steps=10, restarts=2).run(x, y)
     assert targets.queries.tolist() == [1 + 4 * 2 * 12] * 6
+    assert targets.gradients.tolist() == [4 * 2 * 10] * 6
 
 
 class TestHalvingRule:

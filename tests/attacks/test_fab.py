@@ -201,6 +201,8 @@ def test_cost(problem, restarts):
         assert len(model.inputs) == 1 + 2 * 4 + 1
         assert [len(v) for v in model.inputs] == [6] + [6 * tries] * 8 + [6]
         assert (result.queries == 2 + 8 * tries).all() and (result.steps == 4).all()
+        classes = 1 if attack is TargetedFAB else net(x).shape[1] - 1
+        assert (result.gradients == 4 * tries * classes).all()
 
 
 @norms

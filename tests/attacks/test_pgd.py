@@ -158,6 +158,7 @@ def test_counts_its_passes(net, batch):
     result = PGD(model, steps=5).run(x, y)
     assert calls == {"forward": 11, "backward": 10}
     assert result.queries.tolist() == [6] * 6 and result.steps.tolist() == [5] * 6
+    assert result.gradients.tolist() == [5] * 6
 
 
 class TestLeavesNothingBehind:
@@ -271,7 +272,7 @@ def test_restarts_are_one_batch_and_keep_the_best(net, batch):
     assert (~result.correct[broken]).all()
     same = result.correct == one.correct
     assert (result.loss[same] >= one.loss[same] - 1e-6).all()
-    assert result.queries.tolist() == [12] * 6
+    assert result.queries.tolist() == [12] * 6 and result.gradients.tolist() == [8] * 6
     assert torch.equal(attack.run(x, y, draw=9).x_adv, attack.run(x, y, draw=9).x_adv)
 
 
@@ -707,7 +708,8 @@ def test_eot_averages_gradients(batch):
         (PGD(noisy, eot=n, **settings)(x, y) == clean).float().mean().item() for n in (1, 100)
     ]
     assert agreement[1] > max(agreement[0], 0.9)
-    assert PGD(noisy, eot=5, **settings).run(x, y).queries.tolist() == [6] * 6
+    result = PGD(noisy, eot=5, **settings).run(x, y)
+    assert result.queries.tolist() == [6] * 6 and result.gradients.tolist() == [5] * 6
 
 
 def test_a_start_of_the_callers_own_is_taken_as_it_is(net, batch):
