@@ -107,6 +107,29 @@ class GradientAttack:
         result.queries += plan.queries
         return result
 
+    def attempts(self, classes: int) -> int:
+        """At each sample of a model with so many classes, run as one batch."""
+        return self.restarts
+
+    def describe(self) -> str:
+        """One line that lets a reader repeat the attack."""
+        s = self.settings
+        return ", ".join(
+            [
+                f"{s.norm} {_show(s.eps)}",
+                *self._search_words(),
+                *(["targeted"] if s.loss.targeted else []),
+                *([f"{_show(s.start)} start"] if s.start != "none" else []),
+                *([f"{self.restarts} restarts"] if self.restarts > 1 else []),
+                *([f"{s.eot} gradients a step"] if s.eot > 1 else []),
+            ]
+        )
+
+    def _search_words(self) -> list[str]:
+        """What `describe` says of steps and loss."""
+        s = self.settings
+        return [f"{s.steps} steps of {_show(s.alpha)}", f"loss {_show(s.loss.loss)}"]
+
     def state_dict(self) -> dict[str, int]:
         """What the keyed noise of later calls depends on."""
         return {"draw": self.draw}
@@ -196,6 +219,16 @@ def functional(name: str, attack: type[GradientAttack]) -> Callable[..., Tensor]
         "another."
     )
     return function
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Tensor):
+        return "a size per sample"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value)
 
 
 def _concatenate(parts: list[AttackResult]) -> AttackResult:

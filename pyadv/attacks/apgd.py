@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, Model, Plan, functional
+from pyadv.attacks._attack import GradientAttack, Model, Plan, _show, functional
 from pyadv.attacks._engine import predict, search
 from pyadv.attacks._losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.attacks._losses import check as check_loss
@@ -121,6 +121,9 @@ class APGD(GradientAttack):
         )
         super().__init__(model, settings, restarts, seed)
 
+    def _search_words(self) -> list[str]:
+        return [f"{self.settings.steps} steps", f"loss {_show(self.settings.loss.loss)}"]
+
     def _search(
         self,
         model: Model,
@@ -179,6 +182,12 @@ class TargetedAPGD(APGD):
         self.settings = replace(
             self.settings, loss=replace(self.settings.loss, loss="dlr_targeted")
         )
+
+    def attempts(self, classes: int) -> int:
+        return min(self.targets, classes - 1) * self.restarts
+
+    def _search_words(self) -> list[str]:
+        return [f"{self.settings.steps} steps", f"{self.targets} targets"]
 
     def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
         s = self.settings

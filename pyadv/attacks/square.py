@@ -95,6 +95,9 @@ class Square(GradientAttack):
         )
         super().__init__(model, settings, restarts, seed)
 
+    def _search_words(self) -> list[str]:
+        return [f"{self.settings.steps} queries"]
+
     def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
         if x.dim() != 4:
             raise ValueError(f"Square needs images (B, C, H, W), got x of shape {list(x.shape)}")

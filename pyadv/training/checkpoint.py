@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,23 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from pyadv import models
+from pyadv import _state, models
 from pyadv.data import ImageData
 from pyadv.training.config import Config
 
-FORMAT = 1
+KIND, FORMAT = "checkpoint", 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    _state.save(path, state, KIND, FORMAT)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; tensors and plain values only, so a file cannot run code.
+    """Read a checkpoint onto the CPU.
 
     Raises FileNotFoundError, or ValueError for a file that `save` did not write.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a pyadv checkpoint of format {FORMAT}")
-    return state
+    return _state.load(path, KIND, FORMAT)
 
 
 @dataclass(frozen=True)
