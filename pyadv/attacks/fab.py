@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 
 from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, Model, Plan, functional
-from pyadv.attacks._engine import check_first, input_gradient, may_compact, predict
+from pyadv.attacks._attack import Model, Plan, functional
+from pyadv.attacks._engine import check_first, may_compact, predict
 from pyadv.attacks._hyperplane import offset_to_hyperplane
 from pyadv.attacks._losses import Loss, check_classes, ranked_targets
+from pyadv.attacks._minimum import ORDER, MinimumNorm, distance, nearest_boundary, row_norm
 from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
-from pyadv.attacks._result import MinimumNormResult, Perturbed
+from pyadv.attacks._result import Perturbed
 from pyadv.attacks._rows import Parameter, Settings
 from pyadv.attacks._rules import PlainRule
 from pyadv.attacks._start import Noise, start_on_sphere
-from pyadv.reference._common import clip_to_box, compute_dtype, per_row, rows, widen
+from pyadv.reference._common import clip_to_box, per_row, rows, widen
 
-_ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
-_DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
-_TINY = 1e-12
 _SHORTEST = 1e-8  # way to a hyperplane, in the weights of the two ways
 
 
-class FAB(GradientAttack):
+class FAB(MinimumNorm):
     """The nearest point that fools the model.
 
     Each step takes the model as linear at the iterate, picks the nearest of its decision
@@ -83,10 +81,6 @@ class FAB(GradientAttack):
         validate: bool | str = "auto",
     ):
         norm = _checks.canonical_norm(norm)
-        if isinstance(eps, Tensor) and eps.dim() > 1:
-            raise ValueError(
-                f"eps must be one radius or one per sample (B,), got shape {list(eps.shape)}"
-            )
         if not 0 <= alpha_max <= 1:
             raise ValueError(f"alpha_max must be a share in [0, 1], got {alpha_max!r}")
         if not 1 <= eta < math.inf:
@@ -95,7 +89,7 @@ class FAB(GradientAttack):
             raise ValueError(f"beta must lie in (0, 1), got {beta!r}")
         bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
         start_eps = _START_EPS[norm] * (abs(hi - lo) if bounded else 1.0)
-        self.eps, self.alpha_max, self.eta, self.beta = eps, alpha_max, eta, beta
+        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         settings = Settings(
             norm=norm,
             eps=start_eps if eps is None else eps,
@@ -112,25 +106,7 @@ class FAB(GradientAttack):
             patience=steps,
             start_from=start_on_sphere,
         )
-        super().__init__(model, settings, restarts, seed)
-
-    def run(
-        self,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor | None = None,
-        draw: int | None = None,
-        model: Model | None = None,
-    ) -> MinimumNormResult:
-        """The attack and how it ended. Arguments as in `PGD.run`. With an eps, `correct` also
-        holds for samples whose nearest point found lies farther away."""
-        result = super().run(x, y, ids, draw, model)
-        distances = _length(result.x_adv, x, self.settings.norm)
-        distances = torch.where(result.correct, torch.inf, distances)
-        if self.eps is not None:
-            eps = torch.as_tensor(self.eps, dtype=distances.dtype, device=distances.device)
-            result.correct |= distances > eps
-        return MinimumNormResult(**vars(result), distances=distances)
+        super().__init__(model, settings, restarts, seed, eps)
 
     def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
         return Plan(self.settings, None, 1, 0)  # `_search` chooses among its attempts itself
@@ -213,17 +189,21 @@ class FAB(GradientAttack):
         best, nearest = x, wide.new_full(y.shape, torch.inf)
         kappa = torch.zeros_like(y)
         for k in range(s.steps):
-            value, w = _nearest_boundary(model, x_adv, y, classes, s, check=k == 0)
+            leaf = x_adv.detach().requires_grad_()
+            logits = pick_logits(model(leaf), s.output)
+            if k == 0:
+                check_first(logits, y, s.loss, validate=False, differentiate=True)
+            value, w = nearest_boundary(logits, leaf, y, classes, s.norm)
             at_x = value + rows((wide - widen(x_adv)) * w).sum(1)
             d = offset_to_hyperplane(x_adv, w, value, s.norm, s.lo, s.hi)
             d_x = offset_to_hyperplane(x, w, at_x, s.norm, s.lo, s.hi)
-            way, way_x = (_norm(t, _ORDER[s.norm]).clamp(min=_SHORTEST) for t in (d, d_x))
+            way, way_x = (row_norm(t, ORDER[s.norm]).clamp(min=_SHORTEST) for t in (d, d_x))
             share = per_row((way / (way + way_x)).clamp(max=self.alpha_max), x)
             point = (widen(x_adv) + self.eta * d) * (1 - share) + (wide + self.eta * d_x) * share
             x_adv = clip_to_box(point.to(x.dtype), s.lo, s.hi)
             still = s.loss.at(predict(model, x_adv, s), y, None)[2]
             kappa += still
-            length = _length(x_adv, x, s.norm)
+            length = distance(x_adv, x, s.norm)
             closer = ~still & (length < nearest)
             best = torch.where(per_row(closer, x), x_adv, best)
             nearest = torch.where(closer, length, nearest)
@@ -269,42 +249,6 @@ class TargetedFAB(FAB):
     def _classes(self, logits: Tensor, y: Tensor) -> Tensor:
         targets = ranked_targets(logits, y, self.targets)
         return targets.repeat_interleave(self.restarts, 0)[..., None]
-
-
-def _nearest_boundary(
-    model: Model, x_adv: Tensor, y: Tensor, classes: Tensor, s: Settings, check: bool
-) -> tuple[Tensor, Tensor]:
-    """z_c - z_y and its input gradient, for the class c whose boundary is nearest if the model is
-    linear. One gradient is kept at a time, so memory does not grow with the number of classes."""
-    leaf = x_adv.detach().requires_grad_()
-    logits = pick_logits(model(leaf), s.output)
-    if check:
-        check_first(logits, y, s.loss, validate=False, differentiate=True)
-    values = widen(logits.detach())
-    values = values.gather(1, classes) - values.gather(1, y[:, None])
-    best = values.new_full(y.shape, torch.inf)
-    value, w = torch.zeros_like(best), torch.zeros_like(x_adv, dtype=compute_dtype(x_adv.dtype))
-    of_label = torch.zeros_like(logits).scatter_(1, y[:, None], 1.0)
-    m = classes.shape[1]
-    for j in range(m):
-        cotangent = torch.zeros_like(logits).scatter_(1, classes[:, j : j + 1], 1.0) - of_label
-        grad = widen(input_gradient(logits, leaf, cotangent, retain_graph=j + 1 < m))
-        slope = _norm(grad, _DUAL[s.norm])
-        distance = values[:, j].abs() / (_TINY + slope)
-        nearer = (distance < best) & slope.isfinite()  # others give no hyperplane
-        best = torch.where(nearer, distance, best)
-        value = torch.where(nearer, values[:, j], value)
-        w = torch.where(per_row(nearer, w), grad, w)
-    return value.to(w.dtype), w
-
-
-def _norm(t: Tensor, order: float) -> Tensor:
-    t = rows(t)
-    return torch.linalg.vector_norm(t, order, dim=1) if t.shape[1] else t.new_zeros(len(t))
-
-
-def _length(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
-    return _norm(widen(x_adv) - widen(x), _ORDER[norm])
 
 
 fab = functional("fab", FAB)
