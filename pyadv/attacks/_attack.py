@@ -46,7 +46,7 @@ class GradientAttack:
         _checks.count("steps", s.steps, 0)
         _checks.count("eot", s.eot, 1)
         _checks.choice("best", s.best, BESTS)
-        _checks.choice("bn", s.bn, ("eval", "train"))
+        _checks.choice("bn", s.bn, ("eval", "train", "as_is"))
         _checks.choice("compact", s.compact, ("auto", True, False))
         _checks.choice("validate", s.validate, ("auto", True, False))
         self.model = model

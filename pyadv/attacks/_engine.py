@@ -137,14 +137,15 @@ def _loop(
         _add(done.steps, rows, rows.active)
         if differentiate:
             _add(done.gradients, rows, s.eot * rows.active)
-        if compact and not rows.active.any():
+        counts = compact and (x.device.type == "cpu" or k % _GPU_STEPS == _GPU_STEPS - 1)
+        if counts and not rows.active.any():
             break
         grad = gradient() if differentiate else None
         if s.best != "last":
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
         rows.rule.step(rows, grad, k, rows.active if releases else None)
-        if compact and _worth_compacting(rows.active):
+        if counts and _worth_compacting(rows.active):
             _write_back(done, rows)
             rows = rows.select(rows.active.nonzero()[:, 0])
     _write_back(done, rows)
@@ -240,7 +241,7 @@ def check_first(logits: Tensor, y: Tensor, loss: Loss, validate: bool, different
 
 
 def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
-    if s.bn == "train":
+    if s.bn != "eval":
         if s.compact is True:
             raise ValueError('compact=True needs bn="eval": batch statistics need the whole batch')
         return False
@@ -248,6 +249,9 @@ def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
     return s.compact is True or (
         s.compact == "auto" and x.device.type == "cpu" and not hasattr(model, "_orig_mod")
     )
+
+
+_GPU_STEPS = 10  # between counts of the active rows, for which the GPU is waited for
 
 
 def _worth_compacting(active: Tensor) -> bool:

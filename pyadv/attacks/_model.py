@@ -65,8 +65,12 @@ def borrowed(
     after an exception.
 
     With bn="train" BatchNorm layers use batch statistics; the running ones are put back unless
-    `update_stats`. Flags are set directly, so that a `train()` of the user's own has no part in it.
+    `update_stats`. With bn="as_is" the model stays in whatever mode it is. Flags are set directly,
+    so that a `train()` of the user's own has no part in it.
     """
+    if bn == "as_is":
+        yield
+        return
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [m.training for m in modules]
     batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
