@@ -95,6 +95,41 @@ def test_offset_on_awkward_rows(norm, dtype):
     torch.testing.assert_close(d[5].double(), torch.tensor(same).double(), atol=2e-2, rtol=0)
 
 
+@norms
+@pytest.mark.parametrize("box", [(0.0, 1.0), (0.0, None)])
+def test_offset_in_float32_and_from_many_points(norm, box, device):
+    """The arithmetic of the input is enough; points share a normal; every need, every slope."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 40, 3, 16, 16, generator=generator).mul(1.5).sub(0.5).clamp(0, 1)
+    w = torch.randn(40, 3, 16, 16, generator=generator) ** 5  # steep and flat
+    reach = torch.where(w > 0, x, 1 - x).mul(w.abs()).flatten(2).sum(2)
+    value = reach * torch.linspace(0, 0.99, 40)
+    x, w, value = x.to(device), w.to(device), value.to(device)
+    got = offset_to_hyperplane(x, w, value, norm, *box)
+    assert got.dtype == torch.float32
+    exact = offset_to_hyperplane(x.double(), w.double(), value.double(), norm, *box)
+    torch.testing.assert_close((w * exact).flatten(2).sum(2), -value.double())
+    torch.testing.assert_close((w * got).flatten(2).sum(2), -value, atol=0, rtol=1e-5)
+    for i in range(2):
+        lengths = distance(got[i], 0, norm), distance(exact[i], 0, norm).float()
+        torch.testing.assert_close(*lengths, atol=0, rtol=1e-5)
+        assert torch.equal(got[i], offset_to_hyperplane(x[i], w, value[i], norm, *box))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_offset_with_a_knot_at_every_step(norm):
+    """Rooms and slopes in geometric series: each Newton step uses up few coordinates."""
+    k = torch.arange(28).double()
+    room, w = 4.0**k, 0.25**k
+    value = 0.9 * (w * room).sum()
+    d = -offset_to_hyperplane(room[None], w[None], value[None], norm, 0.0, None)[0]
+    assert (w @ d).item() == pytest.approx(value.item(), rel=1e-12)
+    speed = w if norm == "L2" else torch.ones_like(w)
+    t = (d / speed).max()
+    assert 4.0**20 < t < (room / speed).max()
+    torch.testing.assert_close(d, torch.minimum(t * speed, room), rtol=1e-12, atol=0)
+
+
 # ---- known optima
 
 
