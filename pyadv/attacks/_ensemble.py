@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyadv import _state, ops
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import Model
+from pyadv.attacks._model import device_of
 from pyadv.attacks._result import AttackResult
 
 CLEAN = "clean"  # the name of the first look at each sample, without an attack
@@ -200,7 +201,7 @@ class Ensemble:
             waits &= ~f.broken[chunk, :column].any(1)
         waiting = waits.nonzero()[:, 0]
         attempts = attack.attempts(f.classes) if column else 1
-        device, done = _device(self.model, x), 0
+        device, done = device_of(self.model, x), 0
         for part in waiting.split(max(1, self.batch_size // max(attempts, 1))):
             at, rows = part.to(x.device), part + self.first
             if self.reseed is not None:
@@ -236,11 +237,6 @@ class Ensemble:
 
 
 _KIND, _FORMAT = "evaluation", 1
-
-
-def _device(model: Model, x: Tensor) -> torch.device:
-    parameter = next(model.parameters(), x) if isinstance(model, nn.Module) else x
-    return parameter.device
 
 
 def _fingerprint(model: Model) -> str:

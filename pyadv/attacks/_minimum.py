@@ -4,6 +4,7 @@ they end."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,28 +30,42 @@ def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     return row_norm(widen(x_adv) - widen(x), ORDER[norm])
 
 
-def nearest_boundary(
+def boundaries(
     logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
-) -> tuple[Tensor, Tensor]:
-    """z_c - z_y (B,) and its input gradient at `leaf`, for the class c of `classes` (B, m) whose
-    boundary is nearest if the model is linear. One gradient is kept at a time, so memory does not
-    grow with the number of classes."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each class c in a column of `classes` (B, m): z_c - z_y (B,), its input gradient at
+    `leaf`, and the norm of that (B,) by which z_c - z_y divided is a distance in `norm`. One
+    gradient is made at a time, so memory does not grow with the number of classes."""
     values = widen(logits.detach())
     values = values.gather(1, classes) - values.gather(1, y[:, None])
-    best = values.new_full(y.shape, torch.inf)
-    value, w = torch.zeros_like(best), torch.zeros_like(widen(leaf.detach()))
     of_label = torch.zeros_like(logits).scatter_(1, y[:, None], 1.0)
     m = classes.shape[1]
     for j in range(m):
         cotangent = torch.zeros_like(logits).scatter_(1, classes[:, j : j + 1], 1.0) - of_label
         grad = widen(input_gradient(logits, leaf, cotangent, retain_graph=j + 1 < m))
-        slope = row_norm(grad, _DUAL[norm])
-        way = values[:, j].abs() / (_TINY + slope)
+        yield values[:, j], grad, row_norm(grad, _DUAL[norm])
+
+
+def nearest_boundary(
+    logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
+    """z_c - z_y (B,) and its input gradient at `leaf`, for the class c of `classes` (B, m) whose
+    boundary is nearest if the model is linear."""
+    value = torch.zeros_like(widen(logits.detach())[:, 0])
+    best, w = torch.full_like(value, torch.inf), torch.zeros_like(widen(leaf.detach()))
+    for difference, grad, slope in boundaries(logits, leaf, y, classes, norm):
+        way = difference.abs() / (_TINY + slope)
         nearer = (way < best) & slope.isfinite()  # others give no hyperplane
         best = torch.where(nearer, way, best)
-        value = torch.where(nearer, values[:, j], value)
+        value = torch.where(nearer, difference, value)
         w = torch.where(per_row(nearer, w), grad, w)
     return value.to(w.dtype), w
+
+
+def other_classes(logits: Tensor, y: Tensor) -> Tensor:
+    """(B, C - 1): all classes but y."""
+    k = torch.arange(logits.shape[1] - 1, device=y.device)
+    return k + (k >= y[:, None])
 
 
 class MinimumNorm(GradientAttack):

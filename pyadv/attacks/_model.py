@@ -27,6 +27,11 @@ def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(unwrap(model), "_orig_mod", unwrap(model))
 
 
+def device_of(model: Callable[..., Any], x: Tensor) -> torch.device:
+    """Where the model computes: at its parameters, or where x is."""
+    return (next(model.parameters(), x) if isinstance(model, nn.Module) else x).device
+
+
 def pick_logits(result: Any, output: Output) -> Tensor:
     """The logits (B, C) in what a model returned.
 

@@ -16,7 +16,14 @@ from pyadv.attacks._attack import Model, Plan, functional
 from pyadv.attacks._engine import check_first, may_compact, predict
 from pyadv.attacks._hyperplane import offset_to_hyperplane
 from pyadv.attacks._losses import Loss, check_classes, ranked_targets
-from pyadv.attacks._minimum import ORDER, MinimumNorm, distance, nearest_boundary, row_norm
+from pyadv.attacks._minimum import (
+    ORDER,
+    MinimumNorm,
+    distance,
+    nearest_boundary,
+    other_classes,
+    row_norm,
+)
 from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.attacks._result import Perturbed
 from pyadv.attacks._rows import Parameter, Settings
@@ -113,8 +120,7 @@ class FAB(MinimumNorm):
 
     def _classes(self, logits: Tensor, y: Tensor) -> Tensor:
         """(attempts, B, m): the classes whose boundaries each attempt looks at."""
-        k = torch.arange(logits.shape[1] - 1, device=y.device)
-        others = k + (k >= y[:, None])
+        others = other_classes(logits, y)
         return others.expand(self.restarts, *others.shape)
 
     def _search(
