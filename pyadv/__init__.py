@@ -3,5 +3,6 @@
 from pyadv import attacks, objectives, ops, reference
 from pyadv._native import build
 from pyadv._version import __version__
+from pyadv.evaluation import evaluate
 
-__all__ = ["__version__", "attacks", "build", "objectives", "ops", "reference"]
+__all__ = ["__version__", "attacks", "build", "evaluate", "objectives", "ops", "reference"]

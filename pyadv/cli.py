@@ -287,7 +287,7 @@ def _evaluate(
             eps=config.eps if eps is None else eps,
             norm=norm or config.norm,
             batch_size=bs,
-            progress=lambda name, done, _: bar.update(task, completed=done, text=name),
+            progress=lambda name, done, *_: bar.update(task, completed=done, text=name),
         )
     console.print(report_table(report, f"{run} on {images.name}"))
     out = out or (run if run.is_dir() else run.parent) / "report.json"

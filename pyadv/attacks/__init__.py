@@ -3,6 +3,7 @@
 from pyadv.attacks._grid import to_uint8
 from pyadv.attacks._result import AttackResult, MinimumNormResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
+from pyadv.attacks.autoattack import AutoAttack, EnsembleResult, Parity
 from pyadv.attacks.fab import FAB, TargetedFAB, fab, targeted_fab
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
@@ -15,9 +16,12 @@ __all__ = [
     "MIFGSM",
     "PGD",
     "AttackResult",
+    "AutoAttack",
+    "EnsembleResult",
     "FriendlyPGD",
     "MinimumNormResult",
     "PGDPlus",
+    "Parity",
     "Perturbed",
     "Square",
     "TargetedAPGD",

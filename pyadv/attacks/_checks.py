@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -131,6 +132,21 @@ def logits(z: Tensor, y: Tensor) -> None:
         )
     if bool(z.isnan().any()):
         raise ValueError("attack: the model returned NaN logits on its first forward pass")
+
+
+def are_probabilities(z: Tensor) -> bool:
+    """Whether outputs (B, C) look like a softmax's."""
+    sums = z.sum(1)
+    return bool(z.numel() and (z >= 0).all() and ((sums - 1).abs() <= 1e-3).all())
+
+
+def warn_of_probabilities(z: Tensor) -> None:
+    if z.shape[1] > 1 and are_probabilities(z):
+        warnings.warn(
+            "the model seems to return probabilities; attacks need the logits, before the softmax, "
+            "and fail where a softmax is rounded to 0 or 1",
+            stacklevel=2,
+        )
 
 
 def _bound(bound: float | Tensor, x: Tensor) -> float | Tensor:

@@ -209,7 +209,9 @@ class Ensemble:
             ids = f.keys[rows].to(device)
             batch = x[at].to(device), y[at].to(device)
             result = attack.run(*batch, ids=ids, draw=draw, model=self.model)
-            f.classes = result.logits.shape[1]
+            if not f.classes:
+                f.classes = result.logits.shape[1]
+                _checks.warn_of_probabilities(result.logits)
             f.record(column, rows, result)
             done += len(part)
             if self.progress:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyadv.attacks import PGD
+from pyadv.attacks import PGD, AutoAttack, PGDPlus
+from pyadv.attacks._ensemble import Attack, Ensemble, Progress
+from pyadv.attacks.autoattack import Lines, warn_about
 from pyadv.evaluation.report import Report, Row
 
-Progress = Callable[[str, int, int], None]
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def standard_attacks(eps: float, norm: str | float = "Linf", *, seed: int = 0) -> dict[str, PGD]:
+def standard_attacks(
+    eps: float, norm: str | float = "Linf", *, seed: int | None = 0
+) -> dict[str, PGD]:
     """The attacks that papers on adversarial training tabulate, by the name of their row.
 
     - "PGD-20": 20 steps of eps / 4 on the cross-entropy from a random start (the setting of
@@ -29,89 +35,134 @@ def standard_attacks(eps: float, norm: str | float = "Linf", *, seed: int = 0) -
     }
 
 
-def describe(attack: PGD) -> str:
-    """One line that lets a reader repeat the attack."""
-    s = attack.settings
-    restarts = f", {attack.restarts} restarts" if attack.restarts > 1 else ""
-    alpha = "a size per sample" if isinstance(s.alpha, Tensor) else f"{s.alpha:.4g}"
-    loss, start = (
-        v if isinstance(v, str) else getattr(v, "__name__", type(v).__name__)
-        for v in (s.loss.loss, s.start)
-    )
-    return f"{s.steps} steps of {alpha}, loss {loss}, {start} start{restarts}"
+def _pgd_plus(eps: float, norm: str | float, *, seed: int | None) -> dict[str, PGD]:
+    return {"PGD+": PGDPlus(eps=eps, alpha=eps * 10 / 31, norm=norm, seed=seed)}
+
+
+SUITES: dict[str, Callable[..., dict[str, Attack]]] = {
+    "pgd20": standard_attacks,
+    "pgdplus": _pgd_plus,
+}
+AUTOATTACKS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 
 
 def evaluate(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model: Callable[..., Any],
+    data: Tensor | Batches,
+    y: Tensor | None = None,
     *,
     eps: float,
     norm: str | float = "Linf",
-    attacks: Mapping[str, PGD] | None = None,
+    attacks: str | Mapping[str, Attack] | AutoAttack = "pgd20",
     batch_size: int = 500,
-    seed: int = 0,
-    progress: Progress | None = None,
+    seed: int | None = 0,
+    chunk: int = 4096,
+    state: str | Path | None = None,
+    progress: Progress | str | None = "auto",
 ) -> Report:
-    """Accuracy of `model` on `x`, clean and under each attack.
+    """Accuracy of `model` on the samples, clean and under each attack.
 
     The model is evaluated in eval mode and gets its modes back; batches move to the device of its
-    parameters. Random starts are keyed by the sample's index, so the result does not depend on
-    `batch_size`.
+    parameters. Random starts are keyed by the sample's values, so the result depends neither on
+    `batch_size` nor on the order of the samples.
 
     Args:
         model: maps (B, ...) to logits (B, C).
-        x: (N, ...) inputs in [0, 1], N >= 1.
-        y: (N,) int64 labels.
+        data: (N, ...) inputs in [0, 1], with `y`; or batches (x, y), a DataLoader say, in an order
+            that does not change.
+        y: (N,) int64 labels of `data`.
         eps: radius of the ball, in units of x.
         norm: "Linf", "L2" or "L1".
-        attacks: row name -> attack; `standard_attacks(eps, norm, seed=seed)` by default.
-        batch_size: samples per batch, >= 1.
-        seed: of the random starts of the default attacks.
-        progress: called as progress(row name, samples done, N) after each batch.
+        attacks: "pgd20" (`standard_attacks`), "pgdplus" (PGD+: 5 restarts of 40 steps),
+            "autoattack", "autoattack-plus", "autoattack-rand"; row name -> attack; or an
+            `AutoAttack`. AutoAttack gives each attack what those before it left standing; the
+            attacks of the others get all samples.
+        batch_size: rows that go through the model at once, >= 1.
+        seed: of the random starts of the named attacks.
+        chunk: samples of `data` batches held in memory at a time; survivors are packed within it.
+        state: a file that keeps what was found after each attack and at an interruption; the same
+            call with the same file goes on from there.
+        progress: "auto" writes to stderr; None is silent; or a callable (row name, samples done,
+            samples the attack has, samples no attack has broken so far).
 
     Raises:
-        ValueError: for an empty or mismatched (x, y) or batch_size; and whatever the attack
-            refuses (labels out of range, NaN, inputs outside the box).
+        ValueError: for an empty or mismatched (x, y), for settings, for a state made with other
+            samples, weights or attacks; and whatever an attack refuses (labels out of range, NaN,
+            inputs outside the box).
     """
-    n = len(x)
-    if n == 0 or y.shape != (n,):
-        raise ValueError(
-            f"y must be (N,) for N = {n} >= 1 samples of x, got shape {tuple(y.shape)}"
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    if attacks is None:
-        attacks = standard_attacks(eps, norm, seed=seed)
+    settings = {
+        "batch_size": batch_size,
+        "state": state,
+        "progress": Lines() if progress == "auto" else progress,
+    }
+    if isinstance(attacks, str):
+        if attacks not in SUITES | AUTOATTACKS:
+            known = ", ".join(SUITES | AUTOATTACKS)
+            raise ValueError(f"attacks must be one of {known}, or attacks by name, got {attacks!r}")
+        if attacks in AUTOATTACKS:
+            version = AUTOATTACKS[attacks]
+            attacks = AutoAttack(model, norm=norm, eps=eps, version=version, seed=seed)
+        else:
+            attacks = SUITES[attacks](eps, norm, seed=seed)
     # No steps from no start: the clean prediction, under the same rules and by the same code.
     clean = PGD(norm=norm, eps=eps, steps=0, start="none")
-    rows = [
-        Row(name, description, _correct(model, attack, name, x, y, batch_size, progress))
-        for name, attack, description in (
-            ("clean", clean, "no attack"),
-            *((name, attack, describe(attack)) for name, attack in attacks.items()),
+    if isinstance(attacks, AutoAttack):
+        members = attacks.members
+        ensemble = attacks.ensemble(model, **settings)
+    else:
+        own = dict(attacks)
+        identity = {name: attack.describe() for name, attack in own.items()}
+        identity["seed"] = str(seed)
+
+        def members(classes: int) -> dict[str, Attack]:
+            return own
+
+        ensemble = Ensemble(
+            model, tuple(own), members, clean, survivors=False, identity=identity, **settings
         )
-    ]
-    return Report(n, clean.settings.norm, float(eps), tuple(rows))
+    for x, labels in _chunks(data, y, chunk):
+        ensemble.attack(x, labels)
+    found = ensemble.findings
+    if not len(found.y):
+        raise ValueError("data must hold at least one sample, got none")
+    warn_about(found)
+    descriptions = {name: a.describe() for name, a in members(found.classes).items()}
+    rows = tuple(
+        Row(
+            name,
+            descriptions.get(name, "no attack"),
+            ~(found.broken[:, : k + 1].any(1) if ensemble.survivors else found.broken[:, k]),
+            found.queries[:, k],
+            found.gradients[:, k],
+        )
+        for k, name in enumerate(found.names)
+    )
+    return Report(len(found.y), clean.settings.norm, float(eps), rows, found)
 
 
-def _correct(
-    model: nn.Module,
-    attack: PGD,
-    name: str,
-    x: Tensor,
-    y: Tensor,
-    batch_size: int,
-    progress: Progress | None,
-) -> Tensor:
-    """(N,) bool on the CPU: which samples are still correct after the attack."""
-    parameter = next(iter(model.parameters()), x)
-    draw, correct = attack.draw, []
-    ids = torch.arange(len(x), device=parameter.device)
-    for i in range(0, len(x), batch_size):
-        rows = slice(i, i + batch_size)
-        batch = x[rows].to(parameter.device), y[rows].to(parameter.device)
-        correct.append(attack.run(*batch, ids=ids[rows], draw=draw, model=model).correct.cpu())
-        if progress:
-            progress(name, min(i + batch_size, len(x)), len(x))
-    return torch.cat(correct)
+def _chunks(data: Tensor | Batches, y: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, Tensor):
+        if y is None or len(data) == 0 or y.shape != data.shape[:1]:
+            raise ValueError(
+                f"y must be (N,) for N = {len(data)} >= 1 samples of data, got "
+                f"{None if y is None else list(y.shape)}"
+            )
+        yield data, y
+        return
+    if y is not None:
+        raise ValueError("y belongs to data given as a tensor; batches carry their labels")
+    if size < 1:
+        raise ValueError(f"chunk must be >= 1, got {size}")
+    held: list[tuple[Tensor, Tensor]] = []
+    for batch in data:
+        held.append((batch[0], batch[1]))
+        if sum(len(labels) for _, labels in held) >= size:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = zip(*parts, strict=True)
+    return torch.cat(x), torch.cat(y)

@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyadv.attacks._ensemble import Findings
+
 
 @dataclass(frozen=True)
 class Row:
-    """One attack's outcome; `correct` (N,) bool says which samples it left correctly classified."""
+    """One attack's outcome: which samples it left correctly classified, (N,) bool, and how many
+    forward passes (`queries`) and backward passes (`gradients`) each cost, (N,) int64. Of attacks
+    that got only what the rows above left standing, the outcome of all so far."""
 
     name: str
     description: str
     correct: Tensor = field(repr=False)
+    queries: Tensor = field(repr=False)
+    gradients: Tensor = field(repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -37,17 +43,21 @@ class Row:
             "description": self.description,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
+            "forward_passes_per_sample": self.queries.double().mean().item(),
+            "backward_passes_per_sample": self.gradients.double().mean().item(),
         }
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of an evaluation of `n` samples at radius `eps` of `norm`, clean accuracy first."""
+    """Rows of an evaluation of `n` samples at radius `eps` of `norm`, clean accuracy first;
+    `findings` has what is known of each sample, the adversarial examples among it."""
 
     n: int
     norm: str
     eps: float
     rows: tuple[Row, ...]
+    findings: Findings = field(repr=False)
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -59,7 +69,11 @@ class Report:
     def worst(self) -> Row:
         """Samples that nothing here broke: the figure to report as robust accuracy."""
         correct = torch.stack([row.correct for row in self.rows]).all(0)
-        return Row("worst case", "correct under every row above", correct)
+        passes = (
+            torch.stack([getattr(row, name) for row in self.rows]).sum(0)
+            for name in ("queries", "gradients")
+        )
+        return Row("worst case", "correct under every row above", correct, *passes)
 
     def to_dict(self) -> dict[str, Any]:
         rows = [row.to_dict() for row in (*self.rows, self.worst)]

@@ -77,7 +77,7 @@ def _complete(trainer: Trainer, data: ImageData) -> Report:
             data.test_y,
             eps=config.eps,
             norm=config.norm,
-            progress=lambda name, done, n: bar.update(task, completed=done, text=name),
+            progress=lambda name, done, n, _: bar.update(task, completed=done, text=name),
         )
     if trainer.accelerator.is_main_process:
         report.save(folder / "results.json")

@@ -234,7 +234,9 @@ class Trainer:
 
     def _evaluate(self, x: Tensor, y: Tensor, attacks: dict[str, PGD]) -> evaluation.Report:
         c = self.config
-        return evaluation.evaluate(self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks)
+        return evaluation.evaluate(
+            self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks, progress=None
+        )
 
     @property
     def _judge(self) -> PGD:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import PGD
-from pyadv.evaluation import Report, Row, describe, evaluate, standard_attacks
+from pyadv.attacks._ensemble import Findings
+from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
 
 def linear_problem(n: int = 60) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -67,8 +68,12 @@ def test_progress_and_descriptions() -> None:
     model, x, y, _ = linear_problem(10)
     seen = []
     report = evaluate(model, x, y, eps=0.1, batch_size=4, progress=lambda *a: seen.append(a))
-    assert seen[:3] == [("clean", 4, 10), ("clean", 8, 10), ("clean", 10, 10)] and len(seen) == 9
-    assert report["margin PGD"].description == "40 steps of 0.025, loss margin, keyed start"
+    standing = int(report.worst.correct.sum())
+    assert [s[:3] for s in seen[:3]] == [("clean", 4, 10), ("clean", 8, 10), ("clean", 10, 10)]
+    assert len(seen) == 9 and seen[-1] == ("margin PGD", 10, 10, standing)
+    assert report["margin PGD"].description == (
+        "Linf 0.1, 40 steps of 0.025, loss margin, keyed start"
+    )
     assert report.norm == "Linf" and report.n == 10
 
 
@@ -84,21 +89,24 @@ def test_norms_and_own_attacks() -> None:
 
 def test_any_loss_can_be_described() -> None:
     loss = torch.nn.CrossEntropyLoss(reduction="none")
-    assert describe(PGD(loss=loss, alpha=1, steps=3)) == (
-        "3 steps of 1, loss CrossEntropyLoss, keyed start"
+    assert PGD(loss=loss, eps=0.1, alpha=1, steps=3).describe() == (
+        "Linf 0.1, 3 steps of 1, loss CrossEntropyLoss, keyed start"
     )
 
 
 def test_row_statistics_and_worst_case(tmp_path: Path) -> None:
-    a = Row("a", "first", torch.tensor([True, True, True, False]))
-    b = Row("b", "second", torch.tensor([True, False, True, True]))
-    report = Report(4, "Linf", 0.1, (a, b))
+    passes = torch.tensor([1, 2, 2, 3]), torch.tensor([0, 1, 1, 2])
+    a = Row("a", "first", torch.tensor([True, True, True, False]), *passes)
+    b = Row("b", "second", torch.tensor([True, False, True, True]), *passes)
+    report = Report(4, "Linf", 0.1, (a, b), Findings(("clean", "a", "b")))
     assert a.accuracy == 0.75 and a.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert report.worst.correct.tolist() == [True, False, True, False]
     report.save(tmp_path / "report.json")
     read = json.loads((tmp_path / "report.json").read_text())
     assert read["eps"] == 0.1 and read["n"] == 4
     assert [r["accuracy"] for r in read["rows"]] == [0.75, 0.75, 0.5]
+    assert [r["forward_passes_per_sample"] for r in read["rows"]] == [2, 2, 4]
+    assert [r["backward_passes_per_sample"] for r in read["rows"]] == [1, 1, 2]
     assert "worst case   50.00 +- 25.00 %" in str(report)
     with pytest.raises(KeyError, match="no row 'c'; there are a, b"):
         report["c"]
@@ -108,9 +116,9 @@ def test_refusals() -> None:
     model, x, y, _ = linear_problem(4)
     with pytest.raises(ValueError, match="for N = 0 >= 1"):
         evaluate(model, x[:0], y[:0], eps=0.1)
-    with pytest.raises(ValueError, match=r"N = 4 .* got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"N = 4 .* got \[3\]"):
         evaluate(model, x, y[:3], eps=0.1)
-    with pytest.raises(ValueError, match="batch_size must be >= 1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         evaluate(model, x, y, eps=0.1, batch_size=0)
     with pytest.raises(ValueError, match="labels"):
         evaluate(model, x, y + 7, eps=0.1)
