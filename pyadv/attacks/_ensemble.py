@@ -200,6 +200,8 @@ class Ensemble:
         if column and self.survivors:
             waits &= ~f.broken[chunk, :column].any(1)
         waiting = waits.nonzero()[:, 0]
+        if not len(waiting):
+            return
         attempts = attack.attempts(f.classes) if column else 1
         device, done = device_of(self.model, x), 0
         for part in waiting.split(max(1, self.batch_size // max(attempts, 1))):
@@ -209,6 +211,8 @@ class Ensemble:
             ids = f.keys[rows].to(device)
             batch = x[at].to(device), y[at].to(device)
             result = attack.run(*batch, ids=ids, draw=draw, model=self.model)
+            if column == 0:
+                _checks.logits(result.logits, batch[1])
             if not f.classes:
                 f.classes = result.logits.shape[1]
                 _checks.warn_of_probabilities(result.logits)

@@ -29,7 +29,6 @@ VERSIONS = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-MEMBERS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 _DLR_CLASSES = 3  # that the difference of logits ratio compares
 _ENOUGH_CLASSES = 2**31  # for every member, while the model's number is not known
 _SUSPICIOUS = 0.002  # share of samples that Square alone breaks (the authors' threshold)
@@ -65,6 +64,34 @@ class Parity:
 
 
 @dataclass
+class Member:
+    """How a member of AutoAttack searches; each member reads what its attack knows."""
+
+    steps: int = 100  # queries, of Square
+    restarts: int = 1
+    targets: int = 9
+    eot: int = 1
+    rho: float = 0.75
+    multi_eps: bool = False
+    p: float = 0.8
+
+
+def plan(version: str, norm: str) -> dict[str, Member]:
+    """The settings of the members; the L1 ones are those of "Mind the Box" (ICML 2021)."""
+    plus, rand = version == "plus", version == "rand"
+    l1 = norm == "L1" and not plus and not rand
+    apgd = Member(restarts=5 if plus or l1 else 1, eot=20 if rand else 1, multi_eps=l1)
+    return {
+        "apgd-ce": apgd,
+        "apgd-dlr": apgd,
+        "apgd-t": Member(targets=5 if l1 else 9, multi_eps=l1),
+        "fab": Member(restarts=5 if plus else 1),
+        "fab-t": Member(),
+        "square": Member(steps=5000),
+    }
+
+
+@dataclass
 class EnsembleResult:
     """What the attacks found, a row for each sample.
 
@@ -95,6 +122,8 @@ class AutoAttack:
     - "plus": APGD-CE, APGD-DLR and FAB with 5 restarts, Square, APGD-T, FAB-T.
     - "rand": APGD-CE and APGD-DLR with 20 gradients a step, for random models.
     - "custom": the members named in `attacks`, as "standard" has them, or attacks of your own.
+
+    `plan`, name -> `Member`, holds the settings of the members and may be changed before a run.
 
     Each attack gets the samples that those before it left standing, packed into full batches; a
     sample leaves a batch as soon as it is broken. Random numbers are a function of seed and sample,
@@ -156,8 +185,8 @@ class AutoAttack:
             raise ValueError("attacks must name at least one attack")
         if self._own is None:
             for name in self.names:
-                _checks.choice("attacks", name, MEMBERS)
-        self._common = common
+                _checks.choice("attacks", name, tuple(plan(version, self.norm)))
+        self._common, self.plan = common, plan(version, self.norm)
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -239,33 +268,35 @@ class AutoAttack:
         return only
 
     def _member(self, name: str, classes: int, common: dict[str, Any]) -> Attack:
-        parity, l1 = self.parity, self.norm == "L1"
-        plus, rand = self.version == "plus", self.version == "rand"
+        parity, m = self.parity, self.plan[name]
+        if parity.few_classes and name in ("apgd-t", "fab-t") and classes <= m.targets:
+            raise ValueError(f"{name} has {m.targets} targets, the model {classes} classes")
+        common = {**common, "restarts": m.restarts}
+        searched = {**common, "steps": m.steps}
         gradient = {
-            **common,
+            **searched,
             "start": "generator" if parity.reseed else "keyed",
             "grad_mode": "autograd" if parity.autograd else "fused",
             "zero_first_check": parity.zero_first_check,
-            "multi_eps": l1 and not plus,
+            "multi_eps": m.multi_eps,
+            "eot": m.eot,
+            "rho": m.rho,
         }
-        targets = {"apgd-t": 5 if l1 and not plus else 9, "fab-t": 9}.get(name)
-        if parity.few_classes and targets and classes <= targets:
-            raise ValueError(f"{name} has {targets} targets, the model {classes} classes")
-        restarts = 5 if plus or (l1 and name == "apgd-ce") else 1
         if name == "apgd-ce":
-            attack = APGD(**gradient, restarts=restarts, eot=20 if rand else 1)
+            attack = APGD(**gradient)
         elif name == "apgd-dlr":
             few = classes < _DLR_CLASSES and not parity.few_classes
-            loss = "margin" if few else "dlr"  # what the ratio is without its denominator
-            attack = APGD(**gradient, loss=loss, restarts=restarts, eot=20 if rand else 1)
+            # Of two classes the margin is what is left of the ratio.
+            attack = APGD(**gradient, loss="margin" if few else "dlr")
         elif name == "apgd-t":
-            attack = TargetedAPGD(**gradient, targets=targets)
+            attack = TargetedAPGD(**gradient, targets=m.targets)
         elif name == "fab":
-            attack = FAB(**common, restarts=restarts)
+            attack = FAB(**searched)
         elif name == "fab-t":
-            attack = TargetedFAB(**common, targets=targets)
+            attack = TargetedFAB(**searched, targets=m.targets)
         else:
-            attack = Square(**common, draws="official" if parity.reseed else "keyed")
+            draws = "official" if parity.reseed else "keyed"
+            attack = Square(**common, queries=m.steps, p=m.p, draws=draws)
         return self._as_is(attack)
 
     def _as_is(self, attack: GradientAttack) -> GradientAttack:
@@ -289,7 +320,11 @@ def warn_about(found: Findings) -> None:
 
 
 class Lines:
-    """Progress on stderr: one line for each attack, rewritten batch by batch on a terminal."""
+    """Progress on stderr: one line for each attack, rewritten batch by batch on a terminal; and in
+    the file `log`, if there is one."""
+
+    def __init__(self, log: str | Path | None = None):
+        self.log = log
 
     def __call__(self, name: str, done: int, total: int, standing: int) -> None:
         live, last = sys.stderr.isatty(), done == total
@@ -297,3 +332,6 @@ class Lines:
             text = f"{name:<10}{done:>7} / {total}   not broken so far: {standing}"
             end = "\n" if last else ""
             print(("\r" if live else "") + text, end=end, file=sys.stderr, flush=True)
+            if last and self.log is not None:
+                with open(self.log, "a") as file:
+                    print(text, file=file)

@@ -8,11 +8,12 @@ one import line of a script and the rest stays.
     import attack_generator as attack  ->  from pyadv.compat import gairat as attack
     from earlystop import earlystop    ->  from pyadv.compat.fat import earlystop
     import torchattacks                ->  from pyadv.compat import torchattacks
+    from autoattack import AutoAttack  ->  from pyadv.compat.autoattack import AutoAttack
 
 From the same torch and NumPy seeds they draw the same numbers, and the attacks differentiate the
 official expressions. Where they deliberately differ is in docs/differences.md.
 """
 
-from pyadv.compat import emr, fat, gairat, mail, mart, torchattacks, trades
+from pyadv.compat import autoattack, emr, fat, gairat, mail, mart, torchattacks, trades
 
-__all__ = ["emr", "fat", "gairat", "mail", "mart", "torchattacks", "trades"]
+__all__ = ["autoattack", "emr", "fat", "gairat", "mail", "mart", "torchattacks", "trades"]

@@ -119,3 +119,37 @@ class APGD(_Attack):
             eot=eot_iter,
             rho=rho,
         )
+
+
+class AutoAttack:
+    """AutoAttack in its full strength: 100 steps where torchattacks makes 10.
+
+    Args:
+        version: "standard", "plus" or "rand".
+        n_classes: not read, the model's logits say it.
+        seed: 0 if None, so that each call gives the same examples.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        version: str = "standard",
+        n_classes: int = 10,
+        seed: int | None = None,
+        verbose: bool = False,
+    ):
+        self.model = model
+        self._attack = attacks.AutoAttack(
+            model,
+            norm=norm,
+            eps=eps,
+            version=version,
+            seed=seed or 0,
+            progress="auto" if verbose else None,
+        )
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial examples for inputs in [0, 1]; the input where none was found."""
+        return self._attack(inputs, labels)

@@ -33,7 +33,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "none.pt")
     path = tmp_path / "c.pt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a saved checkpoint"):
         checkpoint.load(path)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="is not a pyadv checkpoint of format 1"):
@@ -44,7 +44,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"format": 1, "evil": Evil()}, path, pickle_module=pickle)
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a saved checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
 
