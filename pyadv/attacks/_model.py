@@ -105,5 +105,6 @@ def gradients_on() -> Iterator[None]:
 
 
 def owned(t: Tensor) -> Tensor:
-    """Detached, and a normal tensor even when the caller made it under inference_mode."""
-    return t.clone() if t.is_inference() else t.detach()
+    """Detached, and a normal tensor even if the caller made it, or calls, under inference_mode."""
+    with torch.inference_mode(False):
+        return t.clone() if t.is_inference() else t.detach()

@@ -222,9 +222,10 @@ class TestLeavesNothingBehind:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_inside_no_grad_and_inference_mode(net, batch, context):
+@pytest.mark.parametrize("grad_mode", ["fused", "autograd"])
+def test_inside_no_grad_and_inference_mode(net, batch, context, grad_mode):
     x, y = batch
-    attack = PGD(net, steps=3, seed=0)
+    attack = PGD(net, steps=3, seed=0, grad_mode=grad_mode)
     expected = attack.run(x, y, draw=0)
     with context():
         got = attack.run(x.clone(), y.clone(), draw=0)
