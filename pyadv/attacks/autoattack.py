@@ -83,7 +83,7 @@ def plan(version: str, norm: str) -> dict[str, Member]:
     apgd = Member(restarts=5 if plus or l1 else 1, eot=20 if rand else 1, multi_eps=l1)
     return {
         "apgd-ce": apgd,
-        "apgd-dlr": apgd,
+        "apgd-dlr": replace(apgd),
         "apgd-t": Member(targets=5 if l1 else 9, multi_eps=l1),
         "fab": Member(restarts=5 if plus else 1),
         "fab-t": Member(),

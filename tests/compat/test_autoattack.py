@@ -28,7 +28,7 @@ def trained():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return net.eval(), images.test_x[:50], images.test_y[:50]
+    return net.eval(), images.test_x[:40], images.test_y[:40]
 
 
 def quick(attack):
@@ -95,18 +95,17 @@ def test_verdicts_are_those_of_the_authors_package(trained):
     official = []
     for seed in range(5):
         theirs = package.AutoAttack(net, norm="Linf", eps=0.1, seed=seed)
-        theirs.square.n_queries = 1000
+        theirs.square.n_queries = 500
         x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=50)
         official.append(net(x_adv).argmax(1) == y)
     official = torch.stack(official)
     counts = official.sum(1)
     for parity in (None, Parity.all()):
-        # All faults but the one that refuses ten classes with nine targets never met here.
         adversary = AutoAttack(net, eps=0.1, seed=0, verbose=False, parity=parity)
-        adversary.square.n_queries = 1000
+        adversary.square.n_queries = 500
         _, labels = adversary.run_standard_evaluation(x, y, bs=50, return_labels=True)
         robust = labels == y
         assert counts.min() - 1 <= robust.sum() <= counts.max() + 1
         agreed = (official == official[0]).all(0)
         assert (robust != official[0])[agreed].sum() <= 1
-    assert counts.min() > 5 and counts.max() < 45
+    assert counts.min() > 5 and counts.max() < 35

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from pyadv.attacks import PGD
+from pyadv.attacks import PGD, AutoAttack
 from pyadv.attacks._ensemble import Findings
 from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
@@ -120,7 +121,84 @@ def test_refusals() -> None:
         evaluate(model, x, y[:3], eps=0.1)
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         evaluate(model, x, y, eps=0.1, batch_size=0)
+    with pytest.raises(ValueError, match="data must hold at least one sample"):
+        evaluate(model, [], eps=0.1)
+    with pytest.raises(ValueError, match="batches carry their labels"):
+        evaluate(model, [(x, y)], y, eps=0.1)
+    with pytest.raises(ValueError, match="chunk must be >= 1"):
+        evaluate(model, [(x, y)], eps=0.1, chunk=0)
     with pytest.raises(ValueError, match="labels"):
         evaluate(model, x, y + 7, eps=0.1)
     with pytest.raises(ValueError, match="box"):
         evaluate(model, x * 9, y, eps=0.1)
+
+
+def test_batches_are_streamed_and_packed() -> None:
+    model, x, y, distance = linear_problem()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7)
+    settings = {"eps": 0.03, "progress": None}
+    whole = evaluate(model, x, y, **settings)
+    for chunk in (1, 20, 1000):
+        report = evaluate(model, loader, chunk=chunk, **settings)
+        assert report.n == 60
+        for row, other in zip(report.rows, whole.rows, strict=True):
+            assert torch.equal(row.correct, other.correct)
+    seen: list[int] = []
+
+    def sized(inputs: Tensor) -> Tensor:
+        seen.append(len(inputs))
+        return model(inputs)
+
+    custom = AutoAttack(model, eps=0.03, version="custom", attacks=["apgd-ce"], progress=None)
+    packed = evaluate(sized, loader, attacks=custom, batch_size=16, **settings)
+    assert torch.equal(packed.worst.correct, distance > 0.03)
+    assert seen.count(16) > 3 and 7 not in seen  # batches of 7 went through as batches of 16
+    rows, x_adv = packed.findings.examples()
+    broken = packed["clean"].correct & ~packed["apgd-ce"].correct
+    assert torch.equal(rows, broken.nonzero()[:, 0])
+    assert ((x_adv - x[rows]).abs().max() <= 0.03 + 1e-6) and (
+        model(x_adv).argmax(1) != y[rows]
+    ).all()
+    assert packed["apgd-ce"].queries[~packed["clean"].correct].sum() == 0
+
+
+def test_suites_and_their_passes() -> None:
+    model, x, y, distance = linear_problem(20)
+    report = evaluate(model, x, y, eps=0.03, attacks="pgdplus", progress=None)
+    assert torch.equal(report["PGD+"].correct, distance > 0.03)
+    assert report["PGD+"].description.startswith("Linf 0.03, 40 steps of 0.009677, loss ce")
+    assert report["clean"].queries.tolist() == [1] * 20 and not report["clean"].gradients.any()
+    full = evaluate(model, x[:4], y[:4], eps=0.03, attacks="autoattack", progress=None)
+    names = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert [row.name for row in full.rows] == names
+    assert torch.equal(full.worst.correct, full["square"].correct)
+    assert torch.equal(full.worst.correct, distance[:4] > 0.03)
+    with pytest.raises(
+        ValueError, match="attacks must be one of pgd20, pgdplus, autoattack, .*'aa'"
+    ):
+        evaluate(model, x, y, eps=0.1, attacks="aa")
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    model, x, y, _ = linear_problem()
+    loader = DataLoader(TensorDataset(x, y), batch_size=10)
+    whole = evaluate(model, x, y, eps=0.03, progress=None)
+    state, calls = tmp_path / "state.pt", []
+
+    def interrupt(*now: object) -> None:
+        calls.append(now)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+
+    settings = {"eps": 0.03, "chunk": 20, "batch_size": 5, "state": state}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, loader, progress=interrupt, **settings)
+    again: list[object] = []
+    report = evaluate(model, loader, progress=lambda *now: again.append(now), **settings)
+    assert len(again) == 3 * 12 - 17  # of 12 batches for each row, 17 were done
+    for row, other in zip(report.rows, whole.rows, strict=True):
+        assert torch.equal(row.correct, other.correct) and torch.equal(row.queries, other.queries)
+    with pytest.raises(ValueError, match="holds an evaluation with another PGD-20"):
+        evaluate(model, loader, **{**settings, "eps": 0.04})
+    with pytest.raises(ValueError, match="another seed: 0, now 3"):
+        evaluate(model, loader, seed=3, **settings)
