@@ -254,10 +254,9 @@ class AutoAttack:
             self.members,
             self._clean,
             survivors=True,
-            progress=self.progress,
             identity={**identity, "seed": str(self.seed), "parity": str(self.parity)},
             reseed=self.seed if self.parity.reseed else None,
-            **settings,
+            **{"progress": self.progress, **settings},
         )
 
     def _only(self, name: str) -> AutoAttack:
