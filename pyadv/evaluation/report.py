@@ -83,6 +83,21 @@ class Report:
         """Write the report as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def to_markdown(self) -> str:
+        """A table, the worst case last."""
+        lines = [
+            f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}; passes per sample.",
+            "",
+            "| | accuracy % | attack | forward | backward |",
+            "|---|---|---|---|---|",
+        ]
+        for row in (*self.rows, self.worst):
+            passes = (t.double().mean().item() for t in (row.queries, row.gradients))
+            accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
+            cells = (row.name, accuracy, row.description, *(f"{v:,.1f}" for v in passes))
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}"]
         for row in (*self.rows, self.worst):
