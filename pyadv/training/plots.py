@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.ticker import MaxNLocator
 
-_BLUE, _RED, _GREY = "#2b6cb0", "#c53030", "#4a5568"
+from pyadv._look import BLUE, GREY, RED, plain
+
 Records = list[dict[str, Any]]
 
 
@@ -20,13 +20,13 @@ def curves(records: Records, path: Path) -> None:
     epochs = [r["epoch"] for r in records]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [r["loss"] for r in records], color=_GREY, marker=".")
+    left.plot(epochs, [r["loss"] for r in records], color=GREY, marker=".")
     left.set(xlabel="epoch", ylabel="objective", title="Training loss")
     for name, colour, style, label in (
-        ("train_clean", _BLUE, "-", "clean, training"),
-        ("train_robust", _RED, "-", "under the training attack"),
-        ("val_clean", _BLUE, "--", "clean, held out"),
-        ("val_robust", _RED, "--", "under margin PGD, held out"),
+        ("train_clean", BLUE, "-", "clean, training"),
+        ("train_robust", RED, "-", "under the training attack"),
+        ("val_clean", BLUE, "--", "clean, held out"),
+        ("val_robust", RED, "--", "under margin PGD, held out"),
     ):
         points = [(r["epoch"], 100 * r[name]) for r in records if r[name] is not None]
         if points:
@@ -34,7 +34,7 @@ def curves(records: Records, path: Path) -> None:
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
-        _plain(axes)
+        plain(axes)
         axes.xaxis.set_major_locator(_whole_epochs())
     figure.savefig(path, dpi=150)
 
@@ -63,7 +63,7 @@ def kappa(records: Records, path: Path) -> None:
     left.xaxis.set_major_locator(_whole_epochs())
     figure.colorbar(image, ax=left, label="% of training samples")
 
-    right.bar(values, share[-1], color=_BLUE, width=0.85)
+    right.bar(values, share[-1], color=BLUE, width=0.85)
     right.set(xlabel="kappa: steps survived", ylabel="% of training samples")
     right.set_title(f"Epoch {epochs[-1]}")
     right.set_xticks(values if len(values) <= 21 else values[:: len(values) // 10])
@@ -72,16 +72,10 @@ def kappa(records: Records, path: Path) -> None:
         edge = at + (0.43 if side == "right" else -0.43)
         right.text(edge, share[-1, at], f"{text}\n", ha=side, va="center", fontsize="small")
     right.margins(y=0.1)
-    _plain(right)
+    plain(right)
     figure.get_layout_engine().set(wspace=0.08)
     figure.savefig(path, dpi=150)
 
 
 def _whole_epochs() -> MaxNLocator:
     return MaxNLocator(integer=True, min_n_ticks=1)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)

@@ -1,0 +1,14 @@
+"""What the pictures have in common. Needs matplotlib."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+
+BLUE, RED, GREEN, GOLD, GREY = "#2b6cb0", "#c53030", "#2f855a", "#b7791f", "#4a5568"
+
+
+def plain(axes: Axes) -> None:
+    """Two spines, and a light grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
