@@ -200,7 +200,8 @@ def check_masking(
         ValueError, TypeError: for an empty or mismatched (x, y), eps, batch_size, and whatever the
             attacks refuse (labels out of range, NaN, inputs outside the box).
     """
-    s = _Study(model, x, y, eps, norm, lo, hi, seed, batch_size, output, progress)
+    common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
+    s = _Study(model, x, y, eps, batch_size, progress, common)
     always = s.without_attack()
     if s.no_gradient_attack:
         names = ("loss", "logit scale", "steps", "starts", "radius")
@@ -222,13 +223,9 @@ class _Study:
         x: Tensor,
         y: Tensor,
         eps: float,
-        norm: str | float,
-        lo: float | Tensor | None,
-        hi: float | Tensor | None,
-        seed: int,
         batch_size: int,
-        output: Output,
         progress: Progress | str | None,
+        common: dict[str, Any],
     ):
         _checks.batch(x, y, None)
         if len(x) == 0:
@@ -239,12 +236,11 @@ class _Study:
         _checks.size("eps", eps)
         if eps == 0:
             raise ValueError("eps must be > 0, got 0")
-        self.model, self.x, self.y, self.eps = unwrap(model), x, y, eps
-        self.norm = _checks.canonical_norm(norm)
-        self.common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
-        self.batch_size, self.output = batch_size, output
-        self.progress = Lines() if progress == "auto" else progress
+        self.model, self.x, self.y, self.eps, self.common = unwrap(model), x, y, eps, common
+        self.norm = _checks.canonical_norm(common["norm"])
         self.device = device_of(self.model, x)
+        self.batch_size = batch_size
+        self.progress = Lines() if progress == "auto" else progress
         self.only_look = self.pgd(steps=0, start="none")
         self.differentiable = True
         self.queries = self.gradients = 0
@@ -310,7 +306,7 @@ class _Study:
         if random.any():
             mode = batch = torch.zeros_like(random)  # differences that chance makes
         return [
-            self.usable(dead),
+            self.input_gradients(dead),
             _check(
                 "randomised",
                 f"Two forward passes on one batch differ at {_percent(random)} of the samples",
@@ -345,7 +341,7 @@ class _Study:
         again, mixed = (predict(self.model, b, self.only_look.settings) for b in (x, others))
         with gradients_on(), borrowed(self.model):
             leaf = owned(x).clone().requires_grad_()
-            with_gradients = pick_logits(self.model(leaf), self.output)
+            with_gradients = pick_logits(self.model(leaf), self.common["output"])
             dead = self.dead(leaf, with_gradients, owned(y))
         self.queries += 3 * len(x)
         self.gradients += len(x)
@@ -378,7 +374,7 @@ class _Study:
         named = (*self.model.named_parameters(), *self.model.named_buffers())
         return {name: value.detach().clone() for name, value in named}
 
-    def usable(self, dead: Tensor) -> Check:
+    def input_gradients(self, dead: Tensor) -> Check:
         fault = "the cross-entropy gives no direction, so that plain attacks do not move"
         if not self.differentiable:
             fault = "the model passes none to its input, so that only search and transfer attack it"

@@ -115,7 +115,7 @@ def test_honest_model_passes_every_check(honest: MaskingReport) -> None:
         (learns, {"dynamic"}),
         (rough, {"starts", "radius", "square", "transfer"}),
     ],
-    ids=lambda v: getattr(v, "__name__", ""),
+    ids=lambda v: getattr(v, "__name__", "flags"),
 )
 def test_each_fault_is_flagged_by_its_checks(fault, flags: set[str]) -> None:
     report = check_masking(Faulty(fault), *problem(), eps=EPS, surrogate=Honest(), **QUIET)
@@ -128,7 +128,7 @@ def test_chance_is_flagged_as_such(fault) -> None:
     assert "randomised" in found(report) and report["dynamic"].verdict == "ok"
 
 
-def test_a_model_without_gradient_is_searched(honest: MaskingReport) -> None:
+def test_a_model_without_gradient_is_searched() -> None:
     report = check_masking(Faulty(no_gradient), *problem(), eps=EPS, **QUIET)
     names = ("loss", "logit scale", "steps", "starts", "radius", "transfer")
     assert {c.name for c in report.checks if c.verdict == "not run"} == set(names)
@@ -197,9 +197,11 @@ def test_other_norms_boxes_and_outputs(norm: str) -> None:
     assert full == (pytest.approx(2 * 6 if norm == "L2" else 2 * 36), 0.0)
 
 
-def test_rows_of_numbers_and_samples_that_are_all_wrong() -> None:
-    x, y = problem(30)
-    flat = check_masking(Honest(), x.flatten(1).double(), y, eps=EPS, lo=None, hi=None, **QUIET)
+def test_rows_of_numbers_and_samples_that_are_all_wrong(device: torch.device) -> None:
+    x, y = problem(30)  # batches move to the model
+    flat = check_masking(
+        Honest().to(device), x.flatten(1).double(), y, eps=EPS, lo=None, hi=None, **QUIET
+    )
     assert flat["square"].text == "Square Attack needs images." and not flat.masked
     wrong = check_masking(Honest(), x, (y + 1) % 3, eps=EPS, surrogate=Honest(), **QUIET)
     ran = {c.name for c in wrong.checks if c.verdict == "ok"}
