@@ -1,5 +1,6 @@
 """Attacks: `attack(x, y)` gives adversarial examples, `attack.run(x, y)` an `AttackResult`."""
 
+from pyadv.attacks._fast import FastView, fast_view
 from pyadv.attacks._grid import to_uint8
 from pyadv.attacks._result import AttackResult, MinimumNormResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
@@ -13,6 +14,7 @@ __all__ = [
     "APGD",
     "FAB",
     "FGSM",
+    "FastView",
     "MIFGSM",
     "PGD",
     "AttackResult",
@@ -28,6 +30,7 @@ __all__ = [
     "TargetedFAB",
     "apgd",
     "fab",
+    "fast_view",
     "fgsm",
     "mifgsm",
     "pgd",

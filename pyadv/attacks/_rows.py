@@ -60,6 +60,7 @@ class Settings:
     update_stats: bool = False
     keep: Parameter = 0.2  # share of the coordinates an L1 step moves
     omega: float = 0.0  # standard deviation of the noise added after each step
+    speed: str = "exact"  # what stands for the model during the search, see `_fast`
 
     @property
     def parameters(self) -> dict[str, Parameter | None]:

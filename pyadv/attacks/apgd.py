@@ -58,7 +58,7 @@ class APGD(GradientAttack):
             as a rise. Published AutoAttack numbers contain it.
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps.
         seed: of the keyed noise; torch.initial_seed() by default.
-        compact, output, grad_mode, validate: as in `PGD`.
+        compact, output, grad_mode, validate, speed: as in `PGD`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -88,6 +88,7 @@ class APGD(GradientAttack):
         output: Output = None,
         grad_mode: str = "fused",
         validate: bool | str = "auto",
+        speed: str = "exact",
     ):
         norm = _checks.canonical_norm(norm)
         _checks.size("eps", eps)
@@ -113,6 +114,7 @@ class APGD(GradientAttack):
             compact=compact,
             output=output,
             validate=validate,
+            speed=speed,
             rule=sparse if norm == "L1" else HalvingRule(rho, zero_first_check),
             patience=0 if best == "fooled" else steps,
             start_from=start_on_sphere,

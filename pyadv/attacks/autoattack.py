@@ -162,6 +162,7 @@ class AutoAttack:
         compact: bool = True,
         output: Output = None,
         validate: bool | str = "auto",
+        speed: str = "exact",
         progress: Progress | str | None = "auto",
         parity: Parity | None = None,
     ):
@@ -178,6 +179,7 @@ class AutoAttack:
         common = {"lo": lo, "hi": hi, "output": output, "validate": validate}
         common |= {"norm": self.norm, "eps": eps, "seed": seed}
         self._clean = self._as_is(PGD(steps=0, start="none", **common))
+        common["speed"] = speed
         common["compact"] = compact and not self.parity.keep_modes
         self._own = dict(attacks) if isinstance(attacks, Mapping) else None
         self.names = tuple(VERSIONS[version] if attacks is None else attacks)

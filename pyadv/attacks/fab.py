@@ -62,7 +62,7 @@ class FAB(MinimumNorm):
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps in `PGD`.
         seed: of the keyed noise; torch.initial_seed() by default.
         compact: leave samples out that the model gets wrong at x: "auto", True or False.
-        output, validate: as in `PGD`.
+        output, validate, speed: as in `PGD`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -86,6 +86,7 @@ class FAB(MinimumNorm):
         compact: bool | str = "auto",
         output: Output = None,
         validate: bool | str = "auto",
+        speed: str = "exact",
     ):
         norm = _checks.canonical_norm(norm)
         if not 0 <= alpha_max <= 1:
@@ -109,11 +110,14 @@ class FAB(MinimumNorm):
             compact=compact,
             output=output,
             validate=validate,
+            speed=speed,
             rule=PlainRule(),
             patience=steps,
             start_from=start_on_sphere,
         )
         super().__init__(model, settings, restarts, seed, eps)
+
+    _by_verdict = True
 
     def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
         return Plan(self.settings, None, 1, 0)  # `_search` chooses among its attempts itself

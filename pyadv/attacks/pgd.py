@@ -65,6 +65,10 @@ class PGD(GradientAttack):
             gradients are averaged.
         validate: check values (NaN, labels, box), "auto" (on the CPU), True or False. Shapes and
             dtypes are always checked.
+        speed: "exact"; "fast", which searches on a view of the network that computes the same in
+            less time (`fast_view`); or "bfloat16", the same with 16-bit convolutions and linear
+            layers. The verdict is always the model's own, and where the search depends on verdicts
+            it is repeated on the model for samples on which the two differ.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -96,6 +100,7 @@ class PGD(GradientAttack):
         grad_mode: str = "fused",
         scale: str | None = None,
         validate: bool | str = "auto",
+        speed: str = "exact",
     ):
         if not callable(start):
             _checks.choice("start", start, STARTS)
@@ -123,6 +128,7 @@ class PGD(GradientAttack):
             compact=compact,
             output=output,
             validate=validate,
+            speed=speed,
             rule=PlainRule(),
             patience=0 if best == "fooled" else steps,
             best=best,

@@ -17,6 +17,7 @@ from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import Output
 from pyadv.attacks._rows import Parameter, PerRow, Rows, Settings
 from pyadv.attacks._start import PROJECT, Noise
+from pyadv.ops import linf_step
 from pyadv.reference._common import compute_dtype, parameter, widen
 
 _SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -45,7 +46,7 @@ class Square(GradientAttack):
         draws: "keyed", a function of seed and sample; or "official", from torch's generator in the
             order of the authors' code: positions (in Linf signs too) are then shared by the batch,
             and the last position is never drawn.
-        lo, hi, seed, compact, output, validate: as in `PGD`.
+        lo, hi, seed, compact, output, validate, speed: as in `PGD`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -69,6 +70,7 @@ class Square(GradientAttack):
         compact: bool | str = "auto",
         output: Output = None,
         validate: bool | str = "auto",
+        speed: str = "exact",
     ):
         norm = _checks.canonical_norm(norm)
         _checks.count("queries", queries, 0)
@@ -87,6 +89,7 @@ class Square(GradientAttack):
             compact=compact,
             output=output,
             validate=validate,
+            speed=speed,
             rule=SquareRule(p),
             patience=0,
             start_from=_start,
@@ -126,14 +129,17 @@ class SquareRule(PerRow):
         else:
             side = max(side, 3)
             new = self._move_mass(r, draws, min(side + (side + 1) % 2, h, w))
-        r.x_adv = new if active is None else torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
+        if not (active.is_cpu and active.all()):
+            new = torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
+        r.x_adv = new
 
     @staticmethod
     def _linf(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
+        """2 eps along the signs and projected is what `linf_step` does, in one pass."""
         s, window = r.settings, _Window(draws, side, r.x)
-        jump = 2 * parameter(s.eps, r.x) * draws.signs(r.x.shape[1], 1, 1, shared=True)
-        point = r.best.x_adv + torch.where(window.mask, jump, 0.0)
-        return PROJECT["Linf"](point.to(r.x.dtype), r.x, s.eps, s.lo, s.hi)
+        signs = draws.signs(r.x.shape[1], 1, 1, shared=True).to(r.x.dtype)
+        direction = window.rows * (window.columns * signs)
+        return linf_step(r.best.x_adv, direction, r.x, 2 * s.eps, s.eps, s.lo, s.hi)
 
     @staticmethod
     def _move_mass(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
@@ -145,7 +151,7 @@ class SquareRule(PerRow):
         first, second = _Window(draws, side, x), _Window(draws, side, x)
         eps = parameter(s.eps, x)
         short = (eps**order - _norm(delta, order, (1, 2, 3)) ** order).clamp_min(0)
-        held = _norm(torch.where(first.mask | second.mask, delta, 0.0), order, (2, 3))
+        held = _norm(delta * torch.maximum(first.mask, second.mask), order, (2, 3))
         old = delta[first.index]
         pattern = _pattern(draws, side, order, c, x)
         new = pattern + old / (_TINY + _norm(old, order, (2, 3)))
@@ -202,18 +208,23 @@ def _norm(t: Tensor, order: int, dims: tuple[int, ...]) -> Tensor:
 
 
 class _Window:
-    """One square per sample: `mask` (B, 1, H, W), and `index` of its elements as (B, C, s, s)."""
+    """One square per sample: `mask` (B, 1, H, W) of ones among zeros, the outer product of `rows`
+    and `columns`, and the `index` of its elements as (B, C, s, s)."""
 
     def __init__(self, draws: _Keyed | _Official, side: int, x: Tensor):
         b, c, h, w = x.shape
         top, left = (draws.integer(n - side).view(b, 1, 1, 1) for n in (h, w))
         i = torch.arange(max(h, w), device=x.device)
         row, column = i[:h].view(1, 1, h, 1), i[:w].view(1, 1, 1, w)
-        inside = (row >= top) & (row < top + side)
-        self.mask = inside & (column >= left) & (column < left + side)
+        self.rows = ((row >= top) & (row < top + side)).to(x.dtype)
+        self.columns = ((column >= left) & (column < left + side)).to(x.dtype)
         sample = torch.arange(b, device=x.device).view(b, 1, 1, 1)
         channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
         self.index = (sample, channel, top + row[:, :, :side], left + column[..., :side])
+
+    @property
+    def mask(self) -> Tensor:
+        return self.rows * self.columns
 
 
 def _pattern(

@@ -1,0 +1,324 @@
+"""A cheaper network that computes the same: what `speed="fast"` attacks.
+
+torch.fx reads the network as a graph of operations, and the graph is computed with weights that are
+folded, laid out and frozen for an attack:
+
+- BatchNorm, which in evaluation mode is a multiplication and an addition, goes into the weights of
+  the convolution before it; where there is none, it becomes one operation;
+- a ReLU writes over what it reads where nothing else reads that;
+- weights of wide networks lie in channels-last order, which the CPU's convolutions prefer;
+- the input gradient of a first layer, with its few channels, is a matrix product and a sum of
+  patches on the CPU, where oneDNN is several times slower than that.
+
+A network that fx cannot follow is attacked as it is, and so is one whose view answers differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as module_hooks
+
+from pyadv.attacks._model import Output, borrowed, pick_logits, unwrap
+
+SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
+
+_NORM_AFTER = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+_WIDE = 64  # channels from which channels-last pays
+_NARROW = 4  # channels up to which oneDNN's input gradient is slow
+_CHECKED = 2  # rows on which the view is compared with the model
+_PATCH_ROWS = 32  # samples whose patches stay in the cache
+
+_views: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, FastView]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class FastView:
+    """The network in evaluation mode with weights of its own, those at the last `refresh`. It gives
+    input gradients; parameters get none."""
+
+    def __init__(self, graph: fx.GraphModule, parts: list[_Part], dtype: torch.dtype | None):
+        self._graph, self._parts, self._dtype = graph, parts, dtype
+        wide = any(isinstance(p, _Weighted) and p.out_channels >= _WIDE for p in parts)
+        self._layout = torch.channels_last if wide else torch.contiguous_format
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._dtype is None:
+            return self._graph(x)
+        with torch.autocast(x.device.type, self._dtype):
+            return self._graph(x)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the parameters and statistics that the model has now."""
+        for part in self._parts:
+            part.refresh(self._dtype, self._layout)
+
+
+def fast_view(
+    model: Callable[..., Any],
+    x: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    output: Output = None,
+) -> Callable[..., Any]:
+    """A callable that computes what `model` does on inputs like x, and its input gradients, faster.
+
+    It holds the weights of this moment; after a change of the model call its `refresh()`, or this
+    function again. The model is not changed. Where no view can be had (`model` is compiled, has
+    hooks, branches on values, draws random numbers, ...) the result is the model itself.
+
+    The logits on the first two rows of x have been compared: no entry is farther from the model's
+    than sqrt(u) times their largest, u the machine epsilon of `dtype` or of the logits (3e-4 in
+    float32, 0.09 in bfloat16); typically they are as near as rounding, 1e-6.
+
+    Args:
+        model: in evaluation mode; maps x to logits (B, C), or see `output`.
+        x: (B, ...) an input; of an empty one nothing can be learned.
+        dtype: torch.bfloat16 or torch.float16 for convolutions and linear layers (autocast).
+        output: how to find the logits in what the model returns, as in `PGD`.
+
+    Raises:
+        ValueError: for a model in training mode, where BatchNorm is not an affine map.
+    """
+    model = unwrap(model)
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod") or not len(x):
+        return model
+    modules = list(model.modules())
+    if any(m.training for m in modules):
+        raise ValueError("fast_view: model must be in evaluation mode; call model.eval()")
+    if _global_hooks() or any(_is_overridden(m) for m in modules):
+        return model
+    known = _views.setdefault(model, {})
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
+        expected = pick_logits(model(x[:_CHECKED].clone()), output)
+        for view in (known.get(dtype), None):  # what was traced once may have changed since
+            view = view or _trace(model, dtype)
+            if view is None:
+                break
+            view.refresh()
+            if _agrees(view, x, expected, dtype, output):
+                known[dtype] = view
+                return view
+    known.pop(dtype, None)
+    return model
+
+
+@contextlib.contextmanager
+def attacked(
+    model: Callable[..., Any], x: Tensor, speed: str, bn: str, output: Output
+) -> Iterator[Callable[..., Any]]:
+    """What stands for the model during an attack: itself, or its view."""
+    if speed == "exact" or bn != "eval":
+        yield model
+        return
+    with torch.inference_mode(False), borrowed(unwrap(model)):
+        yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
+
+
+def _agrees(
+    view: FastView, x: Tensor, expected: Tensor, dtype: torch.dtype | None, output: Output
+) -> bool:
+    try:
+        logits = pick_logits(view(x[:_CHECKED].clone()), output)
+    except Exception:  # the user's code, run in a way it was not written for
+        return False
+    if logits.shape != expected.shape:
+        return False
+    unit = max(torch.finfo(t).eps for t in (expected.dtype, dtype or expected.dtype))
+    wide = expected.double()
+    off = (logits.double() - wide).abs().max()
+    return bool(off <= math.sqrt(unit) * wide.abs().max())
+
+
+def _is_overridden(m: nn.Module) -> bool:
+    """Whether calling m does more, or something else, than the forward of its class."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(m) or any(getattr(m, h) for h in hooks)
+
+
+def _global_hooks() -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(module_hooks, f"_global_{kind}_hooks") for kind in kinds)
+
+
+def _trace(model: nn.Module, dtype: torch.dtype | None) -> FastView | None:
+    """None if fx cannot follow the model, or if following leaves traces in it."""
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    try:
+        graph = fx.Tracer().trace(model)
+        held = {n.target: operator.attrgetter(n.target)(model) for n in _nodes(graph, "get_attr")}
+    except Exception:  # the user's code, run on stand-ins for tensors
+        return None
+    finally:
+        changed = [_restore(m, old) for m, old in before]
+    if any(changed):
+        return None
+    modules = dict(model.named_modules(remove_duplicate=False))
+    held |= {n.target: modules[n.target] for n in _nodes(graph, "call_module")}
+    parts = _rewrite(graph, held)
+    return FastView(fx.GraphModule(held, graph), parts, dtype)
+
+
+def _nodes(graph: fx.Graph, op: str) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == op]
+
+
+def _restore(m: nn.Module, old: dict[str, Any]) -> bool:
+    """Whether the attributes of m were others than `old`, apart from the tracer's constants."""
+    now = vars(m)
+    new = {k for k in now if k not in old}
+    same = all(k in now and now[k] is v for k, v in old.items())
+    if not same or new:
+        now.clear()
+        now.update(old)
+    return not same or any(not k.startswith("_tensor_constant") for k in new)
+
+
+def _rewrite(graph: fx.Graph, held: dict[str, Any]) -> list[_Part]:
+    """Puts parts of our own in the place of layers; `held` gets them under new names."""
+    parts: dict[fx.Node, _Part] = {}
+    for node in list(graph.nodes):
+        layer = held[node.target] if node.op == "call_module" else None
+        before = node.args[0] if node.args else None
+        alone = isinstance(before, fx.Node) and len(before.users) == 1
+        if type(layer) in (*_NORM_AFTER, nn.Linear):
+            parts[node] = _Weighted(layer)
+        elif type(layer) in _NORM_AFTER.values() and layer.running_mean is not None:
+            conv = parts.get(before)
+            if alone and isinstance(conv, _Weighted) and conv.takes(layer):
+                conv.norm = (layer,)
+                node.replace_all_uses_with(before)
+                graph.erase_node(node)
+            else:
+                parts[node] = _Affine(layer)
+        elif _is_relu(node, layer) and alone and (before in parts or _is_sum(before)):
+            with graph.inserting_before(node):  # what it overwrites, no backward pass reads
+                node.replace_all_uses_with(graph.call_function(torch.relu_, (before,)))
+            graph.erase_node(node)
+    for i, (node, part) in enumerate(parts.items()):
+        node.target = f"_part_{i}"
+        held[node.target] = part
+    return list(parts.values())
+
+
+def _is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return type(layer) is nn.ReLU or (
+        node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
+    )
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (operator.add, torch.add)
+
+
+class _Part(nn.Module):
+    """Stands for a layer of the model, which it reads at each `refresh`. (Layers are held in
+    tuples, so that they do not become sub-modules here.)"""
+
+    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        raise NotImplementedError
+
+
+class _Weighted(_Part):
+    """A convolution, with the BatchNorm after it if there is one, or a linear layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.norm = (layer,), ()
+        self.convolves = not isinstance(layer, nn.Linear)
+        self.out_channels = layer.weight.shape[0] if layer.weight.dim() == 4 else 0
+        # Same padding has no numbers, other paddings are not of zeros.
+        self.narrow = (
+            type(layer) is nn.Conv2d
+            and layer.in_channels <= _NARROW
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+
+    def takes(self, norm: nn.Module) -> bool:
+        return not self.norm and _NORM_AFTER.get(type(self.layer[0])) is type(norm)
+
+    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        (layer,) = self.layer
+        weight, bias = layer.weight.detach(), layer.bias
+        for norm in self.norm:
+            scale, shift = _scale_and_shift(norm)
+            weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+            bias = shift if bias is None else bias * scale + shift
+        if weight.dim() == 4:
+            weight = weight.contiguous(memory_format=layout)
+        self.weight = weight.to(dtype or weight.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,) = self.layer
+        if not self.convolves:
+            return F.linear(x, self.weight, self.bias)
+        if self.narrow and x.is_cpu and x.requires_grad:
+            return _NarrowConv.apply(
+                x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation
+            )
+        return layer._conv_forward(x, self.weight, self.bias)
+
+
+class _Affine(_Part):
+    """A BatchNorm that no convolution takes in."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = (norm,)
+
+    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        (norm,) = self.norm
+        self.scale, self.shift = _scale_and_shift(norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+
+
+class _NarrowConv(torch.autograd.Function):
+    """A two-dimensional convolution of few input channels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation):
+        ctx.save_for_backward(weight)
+        ctx.size = x.shape[-2:]
+        ctx.window = {"stride": stride, "padding": padding, "dilation": dilation}
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        kernel = weight.flatten(1).T
+        patches = (kernel @ part.flatten(2) for part in grad.split(_PATCH_ROWS))
+        images = [F.fold(p, ctx.size, weight.shape[2:], **ctx.window) for p in patches]
+        return torch.cat(images), None, None, None, None, None
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Of BatchNorm with its running statistics: x scale + shift."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()

@@ -1,0 +1,241 @@
+"""`speed="fast"`: the view computes what the model does, and is used only where it does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyadv.attacks import APGD, FAB, PGD, AutoAttack, PGDPlus, Square, _fast, fast_view
+from pyadv.attacks._fast import FastView
+from pyadv.models import Normalized, SmallCNN, WideResNet
+from pyadv.models.resnet import BasicBlock, PreActBlock
+from tests.networks import ConvNet
+
+
+class Odd(nn.Module):
+    """What a fold could get wrong: a convolution with a bias and a BatchNorm without one, one
+    whose output is read twice, one with two BatchNorms, groups, dilation, asymmetry, in-place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, (3, 2), (2, 1), (1, 0), (2, 1))
+        self.bn1 = nn.BatchNorm2d(8, affine=False)
+        self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=4, padding_mode="reflect")
+        self.bn2, self.bn3, self.bn4 = (nn.BatchNorm2d(8) for _ in range(3))
+        self.head = nn.Linear(8, 5)
+        self.bn5 = nn.BatchNorm1d(8)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        a = torch.relu(self.bn1(self.first(x)))
+        b = self.grouped(a)
+        c = F.relu(self.bn2(b) + self.bn3(self.grouped(a)).relu_(), inplace=True) + b
+        c = self.bn4(c * self.scale).tanh() + F.relu(a)
+        return self.head(self.bn5(F.dropout(c, 0.5, self.training).mean((2, 3))))
+
+
+def settled(model, dtype=torch.float64):
+    """In evaluation mode, with statistics and affine parameters as after training."""
+    torch.manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.3)
+    return model.to(dtype).eval()
+
+
+def inputs(shape=(3, 16, 16), rows=3, dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.rand(rows, *shape, dtype=dtype)
+
+
+def gradient(model, x):
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    return logits.detach(), *torch.autograd.grad(logits.square().sum(), leaf)
+
+
+def blocks(block):
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(72, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), block(8, 72, 2), block(72, 72, 1), *head)
+
+
+MODELS = {
+    "odd": Odd,
+    "post-activation": lambda: blocks(BasicBlock),
+    "pre-activation": lambda: Normalized(blocks(PreActBlock), 0.5, (0.2, 0.3, 0.4)),
+    "leaky": lambda: WideResNet(10, 1, slope=0.1, shortcut="pad"),
+    "no BatchNorm": lambda: SmallCNN(3, 10, (16, 16)),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_logits_and_input_gradients_are_the_models(make):
+    model, x = settled(make()), inputs()
+    view = fast_view(model, x)
+    assert isinstance(view, FastView)
+    for ours, theirs in zip(gradient(view, x), gradient(model, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), model(x), rtol=1e-9, atol=1e-11)
+
+
+def test_batch_norms_are_folded():
+    view = fast_view(settled(blocks(BasicBlock)), inputs())
+    assert not any(isinstance(m, (nn.BatchNorm2d, _fast._Affine)) for m in view._graph.modules())
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = settled(Odd(), torch.float32).train(), inputs(dtype=torch.float32)
+    model.bn4.eval()
+    before = copy.deepcopy(model)
+    attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+    state = torch.get_rng_state()
+    PGD(model, steps=2, speed="bfloat16", seed=0)(x, torch.tensor([0, 1, 2]))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, m in model.named_modules():
+        assert vars(m).keys() == attributes[name].keys()
+        assert all(vars(m)[k] is v for k, v in attributes[name].items())
+        assert m.training == before.get_submodule(name).training
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+        assert ours.requires_grad and ours.grad is None
+
+
+def test_changes_of_the_model_are_seen():
+    model, x = settled(blocks(BasicBlock)), inputs()
+    view = fast_view(model, x)
+    old = view(x)
+    with torch.no_grad():
+        model[1].conv1.weight.mul_(1.01)
+        model[1].bn1.running_var.mul_(2)
+    assert torch.equal(view(x), old)
+    view.refresh()
+    torch.testing.assert_close(view(x), model(x), rtol=1e-9, atol=1e-11)
+    model[2] = nn.Identity().eval()  # traced anew
+    torch.testing.assert_close(fast_view(model, x)(x), model(x), rtol=1e-9, atol=1e-11)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.inside, self.calls, self.function = settled(ConvNet()), 0, forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def counting(self, x):
+    self.calls += 1
+    return self.inside(x)
+
+
+STRANGE = {
+    "branches on values": lambda self, x: self.inside(x) if x.sum() > 0 else -self.inside(x),
+    "asks for tensors": lambda self, x: self.inside(2 * x if isinstance(x, torch.Tensor) else x),
+    "is random": lambda self, x: self.inside(x + 0.1 * torch.randn_like(x)),
+    "has fixed noise": lambda self, x: self.inside(x + 0.1 * torch.rand(3, 16, 16)),
+    "counts": counting,
+}
+
+
+@pytest.mark.parametrize("forward", STRANGE.values(), ids=STRANGE)
+def test_a_model_that_cannot_be_read_is_attacked_as_it_is(forward):
+    model, x = Wrapped(forward).eval(), inputs()
+    state = torch.get_rng_state()
+    assert fast_view(model, x) is model
+    assert model.calls <= 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_hooks_and_replaced_forwards_are_respected():
+    model, x = settled(ConvNet()), inputs()
+    handle = model.head.register_forward_hook(lambda m, args, out: 2 * out)
+    assert fast_view(model, x) is model
+    handle.remove()
+    assert isinstance(fast_view(model, x), FastView)
+    model.body[0].forward = lambda x: x[:, [0, 1, 2, 0, 1, 2]]
+    assert fast_view(model, x) is model
+    assert fast_view(function := (lambda x: x), x) is function
+    assert fast_view(model, x[:0]) is model
+    with pytest.raises(ValueError, match="evaluation mode"):
+        fast_view(ConvNet(), x)
+
+
+ATTACKS = {
+    "PGD": lambda **k: PGD(steps=5, **k),
+    "targets": lambda **k: PGD(steps=3, targeted=True, restarts=2, **k),
+    "PGD+": lambda **k: PGDPlus(eps=0.03, alpha=0.01, steps=6, restarts=2, **k),
+    "APGD": lambda **k: APGD(norm="L2", eps=0.5, steps=10, **k),
+    "Square": lambda **k: Square(eps=0.03, queries=25, **k),
+    "FAB": lambda **k: FAB(steps=8, **k),
+}
+
+
+def problem(rows=5):
+    model, x = settled(ConvNet()), inputs((3, 8, 8), rows)
+    return model, x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS)
+def test_attacks_find_the_same_points(make):
+    model, x, y = problem()
+    exact, fast = (make(seed=0, speed=s).run(x, y, model=model) for s in ("exact", "fast"))
+    torch.testing.assert_close(fast.x_adv, exact.x_adv, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fast.logits, model(fast.x_adv))
+    assert torch.equal(fast.correct, exact.correct)
+
+
+@pytest.mark.parametrize("name", ["PGD+", "APGD", "Square", "FAB"])
+def test_who_fools_the_view_alone_is_searched_again(name, monkeypatch):
+    model, x, y = problem()
+
+    class Gullible(FastView):
+        def __call__(self, x):
+            logits = super().__call__(x)
+            return logits - 10 * F.one_hot(y[:1], logits.shape[1]).to(logits)
+
+    monkeypatch.setattr(_fast, "FastView", Gullible)
+    monkeypatch.setattr(_fast, "_agrees", lambda *args: True)
+    exact, misled = (
+        ATTACKS[name](seed=0, speed=s).run(x, y, model=model) for s in ("exact", "fast")
+    )
+    again = y == y[0]
+    assert again.any()
+    assert torch.equal(misled.correct[again], exact.correct[again])
+    assert (misled.queries[again] > exact.queries[again]).all()
+
+
+def test_sixteen_bits():
+    model, x, y = problem()
+    model, x = model.float(), x.float()
+    view = fast_view(model, x, dtype=torch.bfloat16)
+    assert isinstance(view, FastView) and view(x).dtype == torch.bfloat16
+    result = PGD(model, eps=0.03, steps=5, seed=0, speed="bfloat16").run(x, y)
+    exact = PGD(model, eps=0.03, steps=5, seed=0).run(x, y)
+    assert (result.x_adv - x).abs().max() <= 0.03 + 1e-6
+    torch.testing.assert_close(result.logits, model(result.x_adv))
+    torch.testing.assert_close(result.loss, exact.loss, rtol=0.05, atol=0.05)
+
+
+def test_the_ensemble_at_speed():
+    model, x, y = problem()
+    runs = [
+        AutoAttack(model, eps=0.03, version="custom", attacks=["apgd-ce", "fab-t"], seed=0, **k)
+        for k in ({"progress": None}, {"progress": None, "speed": "fast"})
+    ]
+    for run in runs:
+        run.plan["apgd-ce"].steps = run.plan["fab-t"].steps = 5
+    exact, fast = (run.run(x, y) for run in runs)
+    assert torch.equal(fast.correct, exact.correct)
+
+
+def test_speed_is_one_of_three():
+    with pytest.raises(ValueError, match="speed must be one of"):
+        PGD(speed="faster")
