@@ -5,21 +5,29 @@ from pyadv.attacks._grid import to_uint8
 from pyadv.attacks._result import AttackResult, MinimumNormResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
 from pyadv.attacks.autoattack import AutoAttack, EnsembleResult, Parity
+from pyadv.attacks.cw import CW, cw
+from pyadv.attacks.ddn import DDN, ddn
+from pyadv.attacks.deepfool import DeepFool, deepfool
 from pyadv.attacks.fab import FAB, TargetedFAB, fab, targeted_fab
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
+from pyadv.attacks.fmn import FMN, fmn
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
 from pyadv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
+    "CW",
+    "DDN",
     "FAB",
     "FGSM",
+    "FMN",
     "FastView",
     "MIFGSM",
     "PGD",
     "AttackResult",
     "AutoAttack",
     "EnsembleResult",
+    "DeepFool",
     "FriendlyPGD",
     "MinimumNormResult",
     "PGDPlus",
@@ -29,9 +37,13 @@ __all__ = [
     "TargetedAPGD",
     "TargetedFAB",
     "apgd",
+    "cw",
+    "ddn",
+    "deepfool",
     "fab",
     "fast_view",
     "fgsm",
+    "fmn",
     "mifgsm",
     "pgd",
     "square",

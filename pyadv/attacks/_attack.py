@@ -14,7 +14,7 @@ from pyadv.attacks import _checks
 from pyadv.attacks._engine import judge, search
 from pyadv.attacks._fast import SPEEDS, FastView, attacked
 from pyadv.attacks._result import AttackResult, Perturbed
-from pyadv.attacks._rows import BESTS, Settings
+from pyadv.attacks._rows import Settings
 from pyadv.attacks._start import Noise
 
 Model = Callable[..., Any]
@@ -46,7 +46,6 @@ class GradientAttack:
         _checks.box(s.norm, s.eps, s.lo, s.hi)
         _checks.count("steps", s.steps, 0)
         _checks.count("eot", s.eot, 1)
-        _checks.choice("best", s.best, BESTS)
         _checks.choice("bn", s.bn, ("eval", "train", "as_is"))
         _checks.choice("compact", s.compact, ("auto", True, False))
         _checks.choice("validate", s.validate, ("auto", True, False))
@@ -118,7 +117,7 @@ class GradientAttack:
         s = self.settings
         return ", ".join(
             [
-                f"{s.norm} {_show(s.eps)}",
+                self._ball_words(),
                 *self._search_words(),
                 *(["targeted"] if s.loss.targeted else []),
                 *([f"{_show(s.start)} start"] if s.start != "none" else []),
@@ -126,6 +125,10 @@ class GradientAttack:
                 *([f"{s.eot} gradients a step"] if s.eot > 1 else []),
             ]
         )
+
+    def _ball_words(self) -> str:
+        """What `describe` says of where the attack looks."""
+        return f"{self.settings.norm} {_show(self.settings.eps)}"
 
     def _search_words(self) -> list[str]:
         """What `describe` says of steps and loss."""

@@ -20,14 +20,19 @@ _NORMS = {
     "l1": "L1",
     "1": "L1",
     "1.0": "L1",
+    "l0": "L0",
+    "0": "L0",
+    "0.0": "L0",
 }
 _TOLERANCE = 1e-5  # of the box: pixels that float arithmetic put just outside are not refused
 
 
-def canonical_norm(norm: str | float) -> str:
+def canonical_norm(norm: str | float, known: tuple[str, ...] = ("Linf", "L2", "L1")) -> str:
     name = _NORMS.get(str(norm).lower())
-    if name is None:
-        raise ValueError(f"norm must be Linf, L2 or L1 (or inf, 2, 1), got {norm!r}")
+    if name not in known:
+        *others, last = known
+        numbers = ", ".join(k.removeprefix("L") for k in known)
+        raise ValueError(f"norm must be {', '.join(others)} or {last} (or {numbers}), got {norm!r}")
     return name
 
 
@@ -40,6 +45,11 @@ def count(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return value
+
+
+def share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
 
 
 def size(name: str, value: float | Tensor) -> None:

@@ -20,6 +20,7 @@ from pyadv import ops
 from pyadv.attacks import _checks
 from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import borrowed, gradients_on, owned, pick_logits, unwrap
+from pyadv.attacks._norms import distance
 from pyadv.attacks._result import AttackResult, Perturbed
 from pyadv.attacks._rows import Best, Parameter, Rows, Settings
 from pyadv.attacks._start import Noise
@@ -29,11 +30,13 @@ __all__ = [
     "Parameter",
     "Settings",
     "check_first",
+    "counts_rows",
     "input_gradient",
     "judge",
     "may_compact",
     "predict",
     "search",
+    "worth_compacting",
 ]
 
 
@@ -117,7 +120,8 @@ def _loop(
     rows.rule = s.rule.begin(rows)
     done = Perturbed(rows.x_adv, rows.kappa, *(torch.zeros_like(y) for _ in range(3)))
     broken = torch.zeros_like(y)  # groups
-    releases = s.patience < s.steps
+    nearest = s.best == "nearest"
+    releases = s.patience < s.steps or nearest
     compact = releases and may_compact(model, x, s)
     for k in range(s.steps + (s.best != "last")):
         steps_on = k < s.steps
@@ -126,8 +130,13 @@ def _loop(
         if k == 0:
             check_first(logits, y, s.loss, validate, differentiate)
         _add(done.queries, rows, s.eot * rows.active)
+        rows.still = still
+        if nearest:
+            _remember(rows, _nearness(rows), None)
+            rows.active &= rows.best.loss < 0  # nothing is nearer than x itself
         if not steps_on:
-            _remember(rows, loss, None)
+            if not nearest:
+                _remember(rows, loss, None)
             rows.active &= still  # the others have fooled the model just now
             break
         ops.track(still, rows.kappa, rows.active, rows.patience)
@@ -135,17 +144,18 @@ def _loop(
             broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
             rows.active &= broken[rows.group] == 0
         _add(done.steps, rows, rows.active)
-        if differentiate:
-            _add(done.gradients, rows, s.eot * rows.active)
-        counts = compact and (x.device.type == "cpu" or k % _GPU_STEPS == _GPU_STEPS - 1)
+        counts = compact and counts_rows(x, k + 1)
         if counts and not rows.active.any():
             break
-        grad = gradient() if differentiate else None
-        if s.best != "last":
+        grad = None
+        if differentiate:
+            grad, passes = gradient()
+            _add(done.gradients, rows, passes * rows.active)
+        if s.best != "last" and not nearest:
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
         rows.rule.step(rows, grad, k, rows.active if releases else None)
-        if counts and _worth_compacting(rows.active):
+        if counts and worth_compacting(rows.active):
             _write_back(done, rows)
             rows = rows.select(rows.active.nonzero()[:, 0])
     _write_back(done, rows)
@@ -154,10 +164,11 @@ def _loop(
 
 def _look(
     model: Callable[..., Any], rows: Rows, differentiate: bool
-) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
-    """The loss of the current iterates, the logits, which rows are still classified as y, and the
-    input gradient, when it is asked for. The loss and the gradient are means over `eot` looks; the
-    rest is of the last."""
+) -> tuple[Tensor, Tensor, Tensor, Callable[[], tuple[Tensor, int]]]:
+    """The loss of the current iterates, the logits, which rows are still classified as y, and, when
+    asked for, the input gradient (or the direction of the settings) with the number of backward
+    passes it cost. The loss and the gradient are means over `eot` looks; the rest is of the last.
+    """
     s = rows.settings
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
@@ -170,8 +181,10 @@ def _look(
         if remaining and differentiate:
             grads.append(input_gradient(logits, leaf, grad_logits))
 
-    def gradient() -> Tensor:
-        return _mean([*grads, input_gradient(logits, leaf, grad_logits)])
+    def gradient() -> tuple[Tensor, int]:
+        if s.direction is not None:
+            return s.direction(rows, logits, leaf)
+        return _mean([*grads, input_gradient(logits, leaf, grad_logits)]), s.eot
 
     return _mean(losses), logits, still, gradient
 
@@ -204,10 +217,16 @@ def _remember(rows: Rows, loss: Tensor, grad: Tensor | None) -> None:
         rows.best.update(rows.x_adv, loss, grad)
 
 
+def _nearness(rows: Rows) -> Tensor:
+    """Minus the distance from x, of the iterates that fool the model now."""
+    away = distance(rows.x_adv, rows.x, rows.settings.norm)
+    return torch.where(rows.active & ~rows.still, -away, -torch.inf)
+
+
 def _write_back(done: Perturbed, rows: Rows) -> None:
     """The result of the rows, as far as they have come."""
     x_adv = rows.x_adv
-    if rows.settings.best == "loss":
+    if rows.settings.best in ("loss", "nearest"):
         x_adv = rows.best.x_adv
     elif rows.settings.best == "fooled" and rows.best is not None:
         x_adv = torch.where(per_row(rows.active, x_adv), rows.best.x_adv, x_adv)
@@ -251,10 +270,15 @@ def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
     )
 
 
-_GPU_STEPS = 10  # between counts of the active rows, for which the GPU is waited for
+_GPU_STEPS = 10
 
 
-def _worth_compacting(active: Tensor) -> bool:
+def counts_rows(x: Tensor, k: int) -> bool:
+    """Whether to count the active rows before step k: a GPU is waited for then."""
+    return x.is_cpu or k % _GPU_STEPS == 0
+
+
+def worth_compacting(active: Tensor) -> bool:
     """A row less saves a row of forward and backward and costs a copy of the rows that stay, which
     for any network is little; not for one row of hundreds though."""
     remaining, now = int(active.sum()), active.numel()

@@ -47,6 +47,7 @@ class Loss:
     targeted: bool
     grad_mode: str
     scale: str
+    confidence: float = 0.0  # what the loss must reach for a row to count as fooled
 
     def __post_init__(self) -> None:
         if self.grad_mode not in ("fused", "autograd"):
@@ -75,8 +76,8 @@ class Loss:
                 logits.detach(), y, self.loss, reference_logits, target, scale=self.scale
             )
         if self.targeted:
-            return -rows, -grad, ~correct
-        return rows, grad, correct
+            rows, grad, correct = -rows, -grad, ~correct
+        return rows, grad, correct | (rows < self.confidence) if self.confidence else correct
 
     def _differentiate(
         self, logits: Tensor, y: Tensor, reference_logits: Tensor | None, target: Tensor | None

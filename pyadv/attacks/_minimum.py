@@ -1,5 +1,5 @@
-"""What the attacks that look for the nearest point have in common: what distance means, and how
-they end."""
+"""What the attacks that look for the nearest point have in common: the linearised
+boundaries, and how they end."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyadv.attacks._attack import GradientAttack, Model
+from pyadv.attacks._attack import GradientAttack, Model, _show
 from pyadv.attacks._engine import input_gradient
+from pyadv.attacks._losses import Loss
+from pyadv.attacks._model import Output
+from pyadv.attacks._norms import DUAL, ORDER, distance, row_norm
 from pyadv.attacks._result import MinimumNormResult
-from pyadv.attacks._rows import Parameter, Settings
-from pyadv.reference._common import per_row, rows, widen
+from pyadv.attacks._rows import Direction, Parameter, Settings, StepRule
+from pyadv.reference._common import clip_to_box, parameter, per_row, widen
 
-ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
-_DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 _TINY = 1e-12
-
-
-def row_norm(t: Tensor, order: float) -> Tensor:
-    """(B,), also for rows without entries."""
-    t = rows(t)
-    return torch.linalg.vector_norm(t, order, dim=1) if t.shape[1] else t.new_zeros(len(t))
-
-
-def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
-    return row_norm(widen(x_adv) - widen(x), ORDER[norm])
 
 
 def boundaries(
@@ -43,7 +34,7 @@ def boundaries(
     for j in range(m):
         cotangent = torch.zeros_like(logits).scatter_(1, classes[:, j : j + 1], 1.0) - of_label
         grad = widen(input_gradient(logits, leaf, cotangent, retain_graph=j + 1 < m))
-        yield values[:, j], grad, row_norm(grad, _DUAL[norm])
+        yield values[:, j], grad, row_norm(grad, DUAL[norm])
 
 
 def nearest_boundary(
@@ -66,6 +57,31 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
     """(B, C - 1): all classes but y."""
     k = torch.arange(logits.shape[1] - 1, device=y.device)
     return k + (k >= y[:, None])
+
+
+def box_width(lo: Parameter | None, hi: Parameter | None) -> float:
+    """Settings published for the box [0, 1] are multiplied by it; 1 if a bound is no number."""
+    bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
+    return float(abs(hi - lo)) if bounded else 1.0
+
+
+def reach(x: Tensor, norm: str, lo: Parameter | None, hi: Parameter | None) -> Tensor:
+    """(B,): how far from x the farthest point of the box is; inf without a box."""
+    wide = widen(x)
+    infinity = torch.full_like(wide, torch.inf)
+    above = infinity if hi is None else parameter(hi, wide) - wide
+    below = infinity if lo is None else wide - parameter(lo, wide)
+    return row_norm(torch.maximum(above, below), ORDER[norm])
+
+
+def annealed(first: float, last: float, k: int, steps: int) -> float:
+    """From `first` at k = 0 along half a cosine to `last` at k = steps."""
+    return last + (first - last) * (1 + math.cos(math.pi * k / steps)) / 2
+
+
+def rounded(point: Tensor, x: Tensor, lo: Parameter | None, hi: Parameter | None) -> Tensor:
+    """A point of the box in the dtype of x, still in the box."""
+    return point if point.dtype == x.dtype else clip_to_box(point.to(x.dtype), lo, hi)
 
 
 class MinimumNorm(GradientAttack):
@@ -111,3 +127,62 @@ class MinimumNorm(GradientAttack):
             eps = torch.as_tensor(self.eps, dtype=distances.dtype, device=distances.device)
             result.correct |= distances > eps
         return MinimumNormResult(**vars(result), distances=distances)
+
+    def _ball_words(self) -> str:
+        within = "" if self.eps is None else f" within {_show(self.eps)}"
+        return f"{self.settings.norm}, the nearest point{within}"
+
+    def _search_words(self) -> list[str]:
+        return [f"{self.settings.steps} steps"]
+
+
+class NearestIterate(MinimumNorm):
+    """The minimum-norm attacks that the engine runs: of all iterates that fool the model, x and the
+    last included, the nearest to x is the result. A sample that is wrong at x leaves at once.
+
+    Args:
+        norm, steps, loss, rule, direction, patience: as in `Settings`.
+        alpha: size of the first step.
+        eps, lo, hi, compact, output, validate: as in `FAB`.
+        targeted: y is the class to reach.
+    """
+
+    def __init__(
+        self,
+        model: Model | None,
+        *,
+        norm: str,
+        steps: int,
+        loss: str,
+        rule: StepRule,
+        scale: str = "exact",
+        confidence: float = 0.0,
+        alpha: float = 0.0,
+        patience: int | None = None,
+        direction: Direction | None = None,
+        targeted: bool = False,
+        eps: Parameter | None = None,
+        lo: Parameter | None = 0.0,
+        hi: Parameter | None = 1.0,
+        compact: bool | str = "auto",
+        output: Output = None,
+        validate: bool | str = "auto",
+    ):
+        settings = Settings(
+            norm=norm,
+            eps=0.0 if eps is None else eps,
+            alpha=alpha,
+            steps=steps,
+            loss=Loss(loss, targeted, "fused", scale, confidence),
+            start="none",
+            lo=lo,
+            hi=hi,
+            compact=compact,
+            output=output,
+            validate=validate,
+            rule=rule,
+            patience=steps if patience is None else patience,
+            best="nearest",
+            direction=direction,
+        )
+        super().__init__(model, settings, restarts=1, seed=None, eps=eps)

@@ -17,6 +17,8 @@ from pyadv.attacks._start import Noise, Start, start
 from pyadv.reference._common import per_row
 
 Parameter = float | Tensor
+# From rows, logits and the input they belong to: the direction, and its number of backward passes.
+Direction = Callable[["Rows", Tensor, Tensor], tuple[Tensor, int]]
 BESTS = ("last", "loss", "fooled")
 
 
@@ -53,9 +55,10 @@ class Settings:
     rule: StepRule
     patience: int  # fooled iterates a sample may have before it is released
     start_from: Callable[..., Tensor] = start  # what the name `start` means
-    best: str = "last"  # which iterate is the result
+    best: str = "last"  # which iterate is the result; "nearest": of those that fool the model
     eot: int = 1  # gradients averaged at each iterate
     by_gradient: bool = True  # False: a search without backward passes
+    direction: Direction | None = None  # where steps go, if not along the gradient of the loss
     bn: str = "eval"
     update_stats: bool = False
     keep: Parameter = 0.2  # share of the coordinates an L1 step moves
@@ -130,6 +133,7 @@ class Rows(PerRow):
     rule: StepRule
     index: Tensor | None = None  # their places in the batch; None: all of it
     best: Best | None = None
+    still: Tensor | None = None  # classified as y at this iterate
 
     def select(self, kept: Tensor) -> Rows:
         return replace(

@@ -13,7 +13,7 @@ from pyadv.attacks._attack import GradientAttack, functional
 from pyadv.attacks._losses import Loss, LossFunction
 from pyadv.attacks._losses import check as check_loss
 from pyadv.attacks._model import Output
-from pyadv.attacks._rows import Parameter, Settings
+from pyadv.attacks._rows import BESTS, Parameter, Settings
 from pyadv.attacks._rules import PlainRule
 from pyadv.attacks._start import STARTS, Start
 
@@ -104,6 +104,7 @@ class PGD(GradientAttack):
     ):
         if not callable(start):
             _checks.choice("start", start, STARTS)
+        _checks.choice("best", best, BESTS)
         _checks.choice("scale", scale, (None, "unit", "exact"))
         if loss == "kl" and start == "none":
             raise ValueError(

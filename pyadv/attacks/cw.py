@@ -1,0 +1,227 @@
+"""The attack of Carlini and Wagner in L2 ("Towards Evaluating the Robustness of Neural Networks",
+IEEE S&P 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv.attacks import _checks
+from pyadv.attacks._attack import Model, functional
+from pyadv.attacks._minimum import NearestIterate, rounded
+from pyadv.attacks._norms import distance
+from pyadv.attacks._rows import PerRow, Rows, Settings
+from pyadv.reference._common import clip_to_box, parameter, per_row, rows, widen
+
+_INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
+_BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
+_NO_PROGRESS = 0.9999
+
+
+class CW(NearestIterate):
+    """The nearest point in L2, by descent on distance and margin together:
+
+        ||x_adv - x||^2 + c max(confidence - m, 0),  m = max_{j != y} z_j - z_y
+
+    (in units of the box's width) over w, where x_adv is lo + (hi - lo) (tanh(w) + 1) / 2, by Adam;
+    without two bounds w is x_adv itself. c is found by binary search: it is ten times as large
+    after a search without success, until one has succeeded, and then halves the interval. Each
+    sample has its own c, Adam state and end.
+
+    `attack(x, y)` gives the nearest iterate with m >= confidence, x itself where there is none;
+    `attack.run(x, y)` a `MinimumNormResult`. It costs at most `searches * steps + 1` forward passes
+    and `searches * steps` input gradients. The module and its state are afterwards as they were, as
+    with `PGD`.
+
+    Args:
+        model: anything that maps x to logits (B, C); may be None when every call names a model.
+        steps: of each search.
+        searches: number of searches over c.
+        confidence: the margin m that counts as a success, in units of the logits; >= 0.
+        lr: Adam's step size, in units of w.
+        c: the first weight of the margin.
+        abort_early: end a search in which a tenth of the steps has not lowered the objective by
+            0.01 %.
+        targeted: y is the class to reach, and m is z_y - max_{j != y} z_j.
+        eps, lo, hi, compact, output, validate: as in `FAB`.
+
+    Raises:
+        ValueError, TypeError: at construction for settings, at the call for x, y and the model's
+            logits.
+
+    Source: section VI.A, and the authors' code for Adam, the ends and the binary search. There a
+    search ends for the whole batch, and takes 10,000 steps; and entries on the bounds start at
+    0.999999 of the way from the middle, from where they hardly move, here at 0.99 (x_adv still
+    starts at x itself, and such entries reach 99.5 % of the box).
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        steps: int = 1000,
+        searches: int = 9,
+        confidence: float = 0.0,
+        lr: float = 0.01,
+        c: float = 0.001,
+        abort_early: bool = True,
+        **settings: Any,
+    ):
+        _checks.count("steps", steps, 1)
+        _checks.count("searches", searches, 1)
+        for name, value in (("confidence", confidence), ("lr", lr), ("c", c)):
+            _checks.size(name, value)
+        super().__init__(
+            model,
+            norm="L2",
+            steps=searches * steps,
+            loss="margin",
+            confidence=confidence,
+            rule=SearchRule(searches, steps, lr, c, abort_early),
+            **settings,
+        )
+
+    def _search_words(self) -> list[str]:
+        rule, confidence = self.settings.rule, self.settings.loss.confidence
+        words = [f"{rule.searches} searches of {rule.steps} steps"]
+        return [*words, f"confidence {confidence:g}"] if confidence else words
+
+
+@dataclass
+class SearchRule(PerRow):
+    """Searches one after the other, each from x. The gradient at x is asked for once."""
+
+    searches: int
+    steps: int
+    lr: float
+    first_c: float
+    abort_early: bool
+    c: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    done: Tensor | None = None  # searches
+    age: Tensor | None = None  # steps taken in this search
+    found: Tensor | None = None  # a success in this search
+    before: Tensor | None = None  # the objective at the last check
+    width: Tensor | None = None  # (B,) of the box
+    loss: Tensor | None = None
+    loss_at_x: Tensor | None = None
+    grad_at_x: Tensor | None = None
+    place: Tensor | None = None  # tanh(w), which needs no w; without two bounds x_adv - x
+    place_of_x: Tensor | None = None
+    mean: Tensor | None = None  # Adam's, of the gradient and of its square
+    square: Tensor | None = None
+    decay: Tensor | None = None  # (B, 2) the powers of beta1 and beta2
+
+    def begin(self, r: Rows) -> SearchRule:
+        x, s = widen(r.x), r.settings
+        place, width = torch.zeros_like(x), torch.ones_like(x)
+        if _bounded(s):
+            half = _half_width(s, x).expand_as(x)
+            place = torch.where(half > 0, (x - parameter(s.lo, x)) / half - 1, 0.0)
+            place, width = place.clamp(-_INSIDE, _INSIDE), 2 * half
+        width = rows(width).amax(1) if x[:1].numel() else torch.ones_like(x[:, 0])
+        return replace(
+            self,
+            c=torch.full_like(width, self.first_c),
+            lower=torch.zeros_like(width),
+            upper=torch.full_like(width, torch.inf),
+            done=torch.zeros_like(r.y),
+            age=torch.zeros_like(r.y),
+            found=torch.zeros_like(r.active),
+            width=torch.where(width > 0, width, 1.0),
+            place=place,
+            place_of_x=place,
+            mean=torch.zeros_like(x),
+            square=torch.zeros_like(x),
+            decay=width.new_ones(len(x), 2),
+        )
+
+    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+        self.loss = loss.to(self.c.dtype)
+        if k == 0:
+            self.loss_at_x, self.grad_at_x = self.loss, grad.clone()
+            self.before = self.c * self._hinge(r)
+            return grad
+        self.found |= ~r.still
+        away = distance(r.x_adv, r.x, "L2") / self.width
+        objective = away.square() + self.c * self._hinge(r)
+        check = self.age % max(self.steps // 10, 1) == 0
+        ended = self.age == self.steps
+        if self.abort_early:
+            ended |= check & (objective > _NO_PROGRESS * self.before)
+        self.before = torch.where(check, objective, self.before)
+        return self._next_search(r, ended, grad)
+
+    def _next_search(self, r: Rows, ended: Tensor, grad: Tensor) -> Tensor:
+        """Rows whose search has ended go back to x, with another c; the gradients to step with."""
+        self.upper = torch.where(ended & self.found, self.c, self.upper)
+        self.lower = torch.where(ended & ~self.found, self.c, self.lower)
+        middle = torch.where(self.upper < torch.inf, (self.lower + self.upper) / 2, 10 * self.c)
+        self.c = torch.where(ended, middle, self.c)
+        self.done += ended
+        r.active &= self.done < self.searches
+        self.age = torch.where(ended, 0, self.age)
+        self.found &= ~ended
+        self.loss = torch.where(ended, self.loss_at_x, self.loss)
+        self.before = torch.where(ended, self.c * self._hinge(r), self.before)
+        here = per_row(ended, grad)
+        self.place = torch.where(here, self.place_of_x, self.place)
+        self.mean = torch.where(here, 0.0, self.mean)
+        self.square = torch.where(here, 0.0, self.square)
+        self.decay = torch.where(ended[:, None], 1.0, self.decay)
+        return torch.where(here, self.grad_at_x, grad)
+
+    def _hinge(self, r: Rows) -> Tensor:
+        return (r.settings.loss.confidence - self.loss).clamp(min=0)
+
+    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
+        s, x, grad = r.settings, widen(r.x), widen(grad)
+        usable = (self._hinge(r) > 0) & rows(grad).isfinite().all(1)
+        grad = torch.where(per_row(usable, x), per_row(-self.c, x) * grad, 0.0)
+        grad = grad + 2 * self._offset(s) / per_row(self.width.square(), x)
+        if _bounded(s):
+            grad = grad * _half_width(s, x) * (1 - self.place.square())
+            self.place = _tanh_of_sum(self.place, self._adam(grad))
+        else:
+            self.place = clip_to_box(x + self.place + self._adam(grad), s.lo, s.hi) - x
+        r.x_adv = rounded(clip_to_box(x + self._offset(s), s.lo, s.hi), r.x, s.lo, s.hi)
+
+    def _offset(self, s: Settings) -> Tensor:
+        """x_adv - x, exactly 0 where nothing has moved."""
+        if _bounded(s):
+            return _half_width(s, self.place) * (self.place - self.place_of_x)
+        return self.place
+
+    def _adam(self, grad: Tensor) -> Tensor:
+        """The step of w."""
+        self.age = self.age + 1
+        self.decay = self.decay * self.decay.new_tensor([_BETA1, _BETA2])
+        seen1, seen2 = (per_row(1 - d, grad) for d in self.decay.unbind(1))
+        self.mean = _BETA1 * self.mean + (1 - _BETA1) * grad
+        self.square = _BETA2 * self.square + (1 - _BETA2) * grad.square()
+        return -self.lr / seen1 * self.mean / ((self.square / seen2).sqrt() + _ADAM_TINY)
+
+
+def _bounded(s: Settings) -> bool:
+    return s.lo is not None and s.hi is not None
+
+
+def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
+    """tanh(w + step) from tanh(w), by the addition theorem and a Pade approximation for the step
+    (relative error step^6 / 1575). Unlike torch's tanh and atanh on a CPU it rounds every entry
+    alike, wherever in the tensor it lies, so that no sample depends on its batch."""
+    step = step.clamp(-2, 2)
+    square = step * step
+    part = step * (15 + square) / (15 + 6 * square)
+    return (tanh + part) / (1 + tanh * part)
+
+
+def _half_width(s: Settings, like: Tensor) -> Tensor:
+    return (parameter(s.hi, like) - parameter(s.lo, like)) / 2
+
+
+cw = functional("cw", CW)

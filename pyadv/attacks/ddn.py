@@ -1,0 +1,101 @@
+"""Decoupled direction and norm (Rony et al., "Decoupling Direction and Norm for Efficient
+Gradient-Based L2 Adversarial Attacks and Defenses", CVPR 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv import ops
+from pyadv.attacks import _checks
+from pyadv.attacks._attack import Model, functional
+from pyadv.attacks._minimum import NearestIterate, annealed, box_width, reach, rounded
+from pyadv.attacks._rows import PerRow, Rows
+from pyadv.reference._common import widen
+
+_LAST_ALPHA = 0.01  # as a share of the first
+
+
+class DDN(NearestIterate):
+    """The nearest point in L2, by steps along the cross-entropy's gradient on a sphere around x.
+
+    The sphere shrinks by the factor 1 - gamma after an iterate that fools the model, and else grows
+    by 1 + gamma. `attack(x, y)` gives the nearest iterate that fools the model, x itself where
+    there is none; `attack.run(x, y)` a `MinimumNormResult`. It costs `steps + 1` forward passes and
+    `steps` input gradients, of which samples that are wrong at x take one forward pass. The module
+    and its state are afterwards as they were, as with `PGD`.
+
+    Args:
+        model: anything that maps x to logits (B, C); may be None when every call names a model.
+        steps: number of steps.
+        gamma: change of the radius at each step, in (0, 1).
+        alpha: size of the first step, in units of x; the width of the box by default (1 if lo and
+            hi are not both numbers). It falls along half a cosine to a hundredth.
+        start_radius: of the sphere, like alpha.
+        targeted: y is the class to reach.
+        eps, lo, hi, compact, output, validate: as in `FAB`.
+
+    Raises:
+        ValueError, TypeError: at construction for settings, at the call for x, y and the model's
+            logits.
+
+    Source: algorithm 1, without its rounding to 256 grey levels (`to_uint8` rounds).
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        steps: int = 100,
+        gamma: float = 0.05,
+        alpha: float | None = None,
+        start_radius: float | None = None,
+        **settings: Any,
+    ):
+        _checks.share("gamma", gamma)
+        width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
+        radius = width if start_radius is None else start_radius
+        _checks.size("start_radius", radius)
+        super().__init__(
+            model,
+            norm="L2",
+            steps=steps,
+            loss="ce",
+            scale="unit",
+            alpha=width if alpha is None else alpha,
+            rule=SphereRule(gamma, radius),
+            **settings,
+        )
+
+
+@dataclass
+class SphereRule(PerRow):
+    gamma: float
+    start_radius: float
+    radius: Tensor | None = None
+    most: Tensor | None = None  # radius that reaches all of the box
+    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+
+    def begin(self, r: Rows) -> SphereRule:
+        most = reach(r.x, "L2", r.settings.lo, r.settings.hi)
+        radius = torch.full_like(most, self.start_radius)
+        return replace(self, radius=radius, most=most, point=widen(r.x_adv))
+
+    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+        change = torch.where(r.still, 1 + self.gamma, 1 - self.gamma)
+        self.radius = torch.minimum(self.radius * change, self.most)
+        return grad
+
+    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
+        s, x = r.settings, widen(r.x)
+        alpha = annealed(s.alpha, _LAST_ALPHA * s.alpha, k, s.steps)
+        ahead = ops.l2_step(self.point, widen(grad), x, alpha, torch.inf, None, None)
+        # From x along the offset, by the radius: the sphere's point in the new direction.
+        self.point = ops.l2_step(x, ahead - x, x, self.radius, torch.inf, s.lo, s.hi)
+        r.x_adv = rounded(self.point, r.x, s.lo, s.hi)
+
+
+ddn = functional("ddn", DDN)
