@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-BLUE, RED, GREEN, GOLD, GREY = "#2b6cb0", "#c53030", "#2f855a", "#b7791f", "#4a5568"
+BLUE, RED, GREEN = "#2b6cb0", "#c53030", "#2f855a"
+PURPLE, GOLD, GREY = "#6b46c1", "#b7791f", "#4a5568"
 
 
 def plain(axes: Axes) -> None:

@@ -1,17 +1,30 @@
-"""Robust accuracy and the report that states it, and signs of masking."""
+"""Robust accuracy and the report that states it, signs of masking, and margins."""
 
+from pyadv.evaluation.bisection import Bisection
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate, standard_attacks
+from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
+from pyadv.evaluation.margins import Margins, margin_attacks, measure_margins
 from pyadv.evaluation.masking import Check, MaskingReport, check_masking
+from pyadv.evaluation.normalized_margins import effective_margin, spectrally_normalized_margin
 from pyadv.evaluation.report import Report, Row
 
 __all__ = [
     "AUTOATTACKS",
     "SUITES",
+    "Bisection",
     "Check",
+    "LipschitzBound",
+    "Margins",
     "MaskingReport",
+    "NotCovered",
     "Report",
     "Row",
     "check_masking",
+    "effective_margin",
     "evaluate",
+    "lipschitz_bound",
+    "margin_attacks",
+    "measure_margins",
+    "spectrally_normalized_margin",
     "standard_attacks",
 ]

@@ -1,0 +1,133 @@
+"""The smallest radius at which an attack of fixed radius succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyadv import ops
+from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD, _checks
+from pyadv.attacks._attack import GradientAttack, Model
+from pyadv.attacks._model import Output, owned
+from pyadv.attacks._norms import ORDER, distance, row_norm
+from pyadv.attacks._rows import Parameter
+from pyadv.evaluation.normalized_margins import effective_margin
+from pyadv.reference._common import parameter, widen
+
+_LEAST = 1e-4  # first radius at least, as a share of the radius that holds the whole box
+
+
+class Bisection:
+    """The smallest radius at which an attack fools the model, for each sample its own.
+
+    The first radius is the sample's effective margin. It doubles until the attack succeeds; then
+    the bracket between the largest radius that failed and the smallest distance of a point that
+    fooled the model is halved. All samples are attacked as one batch, with a radius each. The point
+    is kept, so the distance found is an upper bound of the true one; that smaller radii failed
+    proves nothing.
+
+    `run(x, y)` gives a `MinimumNormResult`, as the minimum-norm attacks do: `distances` is 0 where
+    x is not classified as y, and inf where the attack failed at every radius, up to the one that
+    holds the whole box.
+
+    Args:
+        model: anything that maps x to logits (B, C); may be None when every call names a model.
+        norm: "Linf", "L2" or "L1".
+        attack: makes the attack for radii (B,), in the same norm and box; by default 20 steps of
+            APGD towards each of 3 classes, whose loss does not change with the scale of the logits.
+        rounds: how often it runs, at most, >= 1. Each round after the first success halves the
+            bracket.
+        lo, hi: the box inputs lie in; None for no bound; float, or tensor that broadcasts to x.
+        seed: of the keyed noise of the default attack; torch.initial_seed() by default.
+        output: as in `PGD`.
+
+    Raises:
+        ValueError, TypeError: for settings, and at the call for what `attack` refuses.
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        norm: str | float = "Linf",
+        attack: Callable[[Tensor], GradientAttack] | None = None,
+        rounds: int = 10,
+        lo: Parameter | None = 0.0,
+        hi: Parameter | None = 1.0,
+        seed: int | None = None,
+        output: Output = None,
+    ):
+        self.model, self.output = model, output
+        self.norm = norm = _checks.canonical_norm(norm)
+        self.rounds = _checks.count("rounds", rounds, 1)
+        self.lo, self.hi = lo, hi
+        common = {"norm": norm, "lo": lo, "hi": hi, "output": output}
+        self.clean = PGD(eps=0.0, steps=0, start="none", loss="margin", **common)
+        self.attack = attack or (
+            lambda eps: TargetedAPGD(eps=eps, steps=20, targets=3, seed=seed, **common)
+        )
+        self.draw = 0
+
+    def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The nearest points found, x itself where there is none."""
+        return self.run(x, y, ids).x_adv
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        draw: int | None = None,
+        model: Model | None = None,
+    ) -> MinimumNormResult:
+        """The search and how it ended. Arguments as in `PGD.run`."""
+        model = self.model if model is None else model
+        if draw is None:
+            draw = self.draw
+            self.draw += 1
+        x, y = owned(x), owned(y)
+        found = self.clean.run(x, y, model=model)  # and the checks of x and y
+        found = MinimumNormResult(**vars(found), distances=torch.where(found.correct, torch.inf, 0))
+        ids = ops.row_hash(x) if ids is None else ids
+        right, most = found.correct.clone(), self._radius_of_the_box(x)
+        eps = effective_margin(model, x, y, norm=self.norm, output=self.output)
+        found.queries += 1
+        found.gradients += found.logits.shape[1] - 1
+        eps = torch.minimum(eps, most)
+        eps = torch.where(eps.isfinite(), eps, 1.0)  # flat, and no box: no scale to begin with
+        eps = torch.maximum(eps, _LEAST * torch.where(most.isfinite(), most, 1.0))
+        failed, nearest = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
+        for _ in range(self.rounds):
+            rows = (right & (failed < most)).nonzero()[:, 0]
+            if not len(rows):
+                break
+            result = self.attack(eps[rows]).run(x[rows], y[rows], ids[rows], draw, model)
+            length = distance(result.x_adv, x[rows], self.norm)
+            nearer = ~result.correct & (length < nearest[rows])
+            hits = rows[nearer]
+            nearest[hits] = length[nearer]
+            failed[rows] = torch.where(result.correct, eps[rows], failed[rows])
+            failed = torch.where(failed < nearest, failed, 0.0)  # a larger radius failed: no proof
+            eps = torch.where(
+                nearest.isfinite(), (failed + nearest) / 2, torch.minimum(2 * eps, most)
+            )
+            for name in ("x_adv", "logits", "correct", "loss"):
+                getattr(found, name)[hits] = getattr(result, name)[nearer]
+            for name in ("kappa", "steps", "queries", "gradients"):
+                getattr(found, name)[rows] += getattr(result, name)
+        found.distances = torch.where(right, nearest, 0.0)
+        return found
+
+    def describe(self) -> str:
+        """One line that lets a reader repeat the search."""
+        return f"{self.attack(torch.ones(1)).describe()}, chosen in {self.rounds} rounds"
+
+    def _radius_of_the_box(self, x: Tensor) -> Tensor:
+        """(B,): from x to the corner of the box farthest from it; inf without a box."""
+        wide = widen(x)
+        if self.lo is None or self.hi is None:
+            return torch.full_like(wide.flatten(1)[:, 0], torch.inf)
+        below, above = wide - parameter(self.lo, wide), parameter(self.hi, wide) - wide
+        return row_norm(torch.maximum(below, above), ORDER[self.norm])

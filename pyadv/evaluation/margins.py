@@ -1,0 +1,311 @@
+"""How far the samples are from the decision boundary: estimates, upper bounds by attacks, and a
+lower bound by proof."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyadv.attacks import DeepFool, MinimumNormResult, TargetedFAB, _checks
+from pyadv.attacks._attack import Model
+from pyadv.attacks._ensemble import Progress
+from pyadv.attacks._model import Output, device_of, unwrap
+from pyadv.attacks._rows import Parameter
+from pyadv.attacks.autoattack import Lines
+from pyadv.evaluation.bisection import Bisection
+from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
+from pyadv.evaluation.normalized_margins import logits_and_margin
+from pyadv.reference._common import compute_dtype
+
+_QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+
+
+class NearestPoint(Protocol):
+    """What a margin is measured with: `FAB`, `DeepFool`, `Bisection` and their like."""
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        draw: int | None = None,
+        model: Model | None = None,
+    ) -> MinimumNormResult: ...
+
+    def describe(self) -> str: ...
+
+
+def margin_attacks(
+    norm: str | float = "Linf",
+    *,
+    lo: Parameter | None = 0.0,
+    hi: Parameter | None = 1.0,
+    seed: int | None = 0,
+    output: Output = None,
+) -> dict[str, NearestPoint]:
+    """The searches for the nearest adversarial point, by the name of their column: "DeepFool", in
+    Linf and L2, which costs least; "FAB-T", which costs most and finds the nearest points; and
+    "bisection" of the radius of an attack that knows only one."""
+    norm = _checks.canonical_norm(norm)
+    box = {"norm": norm, "lo": lo, "hi": hi, "output": output}
+    return {
+        **({} if norm == "L1" else {"DeepFool": DeepFool(**box)}),
+        "FAB-T": TargetedFAB(seed=seed, **box),
+        "bisection": Bisection(seed=seed, **box),
+    }
+
+
+@dataclass(frozen=True)
+class Margins:
+    """How far N samples are from the decision boundary, in `norm` and units of x, on the CPU.
+
+    Attributes:
+        label, prediction: (N,) int64.
+        effective: (N,) `effective_margin`: a first-order estimate, negative where the prediction is
+            not the label.
+        distances: attack name -> (N,) distance of the nearest point it found: an upper bound; 0
+            where the prediction is not the label, inf where nothing was found.
+        certified: (N,) radius within which no point changes the class; a lower bound; None if there
+            is no certificate.
+        uncertified: why there is none.
+        x_adv: (N, ...) the nearest point that any attack found, x where there is none.
+        queries, gradients: (N,) int64: forward and backward passes spent.
+        descriptions: attack name -> what a reader needs to repeat it.
+    """
+
+    norm: str
+    label: Tensor
+    prediction: Tensor
+    effective: Tensor
+    distances: dict[str, Tensor]
+    certified: Tensor | None
+    uncertified: str | None
+    x_adv: Tensor = field(repr=False)
+    queries: Tensor
+    gradients: Tensor
+    descriptions: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool."""
+        return self.prediction == self.label
+
+    @property
+    def nearest(self) -> Tensor:
+        """(N,): the least of the distances, the best upper bound there is; inf without attacks."""
+        none = torch.where(self.correct, torch.inf, torch.zeros_like(self.effective))
+        return torch.stack([none, *self.distances.values()]).amin(0)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """All that was measured, by name."""
+        certified = {} if self.certified is None else {"certified": self.certified}
+        nearest = {"nearest": self.nearest} if len(self.distances) > 1 else {}
+        return {**certified, "effective": self.effective, **self.distances, **nearest}
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """For each column its quantiles over the correctly classified samples, from "q05" to "q95"
+        and the "median" among them, and "found", the share of those samples with a finite value.
+        NaN where no sample is classified correctly."""
+        return {name: _summary(values[self.correct]) for name, values in self.columns.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which knows no infinity: None stands for it, and for NaN."""
+        summary = {
+            name: {k: v if math.isfinite(v) else None for k, v in row.items()}
+            for name, row in self.summary().items()
+        }
+        return {
+            "n": len(self),
+            "norm": self.norm,
+            "accuracy": self.correct.double().mean().item(),
+            "summary": summary,
+            "uncertified": self.uncertified,
+            "attacks": self.descriptions,
+            "forward_passes_per_sample": self.queries.double().mean().item(),
+            "backward_passes_per_sample": self.gradients.double().mean().item(),
+        }
+
+    def to_csv(self, path: str | Path) -> None:
+        """One row per sample: id (its place in the data), label, prediction and the columns."""
+        columns = self.columns
+        values = (self.label, self.prediction, *columns.values())
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "label", "prediction", *columns])
+            for i, row in enumerate(zip(*(v.tolist() for v in values), strict=True)):
+                writer.writerow([i, *(f"{v:.6g}" if isinstance(v, float) else v for v in row)])
+
+    def to_markdown(self) -> str:
+        """The quantiles as a table, and what was measured with."""
+        head, *rows = self._table()
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+        attacks = [f"- {name}: {text}" for name, text in self.descriptions.items()]
+        return "\n".join([f"{self._title()}.", "", *lines, "", *attacks, *self._reason()])
+
+    def __str__(self) -> str:
+        lines = (
+            f"{name:<12}{''.join(f'{c:>10}' for c in cells)}" for name, *cells in self._table()
+        )
+        return "\n".join([self._title(), *lines, *self._reason()])
+
+    def _title(self) -> str:
+        right = int(self.correct.sum())
+        return f"{self.norm} margins of the {right:,} of {len(self):,} samples classified correctly"
+
+    def _reason(self) -> list[str]:
+        return [f"No certificate: {self.uncertified}."] if self.uncertified else []
+
+    def _table(self) -> list[list[str]]:
+        rows = [["", *_QUANTILES, "found"]]
+        for name, row in self.summary().items():
+            *quantiles, found = row.values()
+            rows.append([name, *(f"{value:.4g}" for value in quantiles), f"{100 * found:.1f} %"])
+        return rows
+
+
+def measure_margins(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str | float = "Linf",
+    attacks: Mapping[str, NearestPoint] | None = None,
+    certificate: bool = True,
+    lo: Parameter | None = 0.0,
+    hi: Parameter | None = 1.0,
+    batch_size: int = 500,
+    seed: int | None = 0,
+    output: Output = None,
+    progress: Progress | str | None = "auto",
+) -> Margins:
+    """The distance of each sample to the decision boundary, measured in several ways.
+
+    For a true distance d, `certified` <= d <= each of `distances`; `effective` is an estimate
+    without a side. Where the attacks agree and the certificate is far below them, the certificate
+    is loose; where one attack is far above the others, that attack is weak on this model.
+
+    The model is asked in eval mode and left as it was; batches move to the device of its
+    parameters. Nothing depends on `batch_size` or the order of the samples. The scale of the logits
+    changes nothing either.
+
+    Args:
+        model: maps (B, ...) to logits (B, C), C >= 2.
+        x: (N, ...) inputs in the box, N >= 1.
+        y: (N,) int64 labels.
+        norm: "Linf", "L2" or "L1".
+        attacks: name -> search for the nearest point; `margin_attacks` by default, which costs
+            a few thousand passes per sample; {} for none. Samples that are wrong from the start are
+            not attacked.
+        certificate: whether to look for one by `lipschitz_bound`. It bounds L2 distances; those in
+            L1 are no smaller, those in Linf no smaller than a sqrt(d)-th for d numbers in x.
+        lo, hi: the box of the default attacks; None for no bound.
+        batch_size: samples per batch, >= 1.
+        seed: of the default attacks.
+        output: as in `PGD`, of the default attacks too.
+        progress: as in `evaluate`, by column; the last number counts the samples for which no
+            adversarial point is known yet.
+
+    Raises:
+        ValueError, TypeError: for an empty or mismatched (x, y), and for what the attacks refuse.
+    """
+    norm = _checks.canonical_norm(norm)
+    _checks.batch(x, y, None)
+    _checks.count("batch_size", batch_size, 1)
+    if not len(x):
+        raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
+    if attacks is None:
+        attacks = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
+    for name, attack in attacks.items():
+        measured = getattr(getattr(attack, "settings", attack), "norm", norm)
+        if measured != norm:
+            raise ValueError(f"attacks must measure in {norm}, but {name!r} does in {measured}")
+    progress = Lines() if progress == "auto" else progress
+    model, device, label = unwrap(model), device_of(model, x), y.cpu()
+    bound, uncertified = _bound(model, x, output) if certificate else (None, None)
+    nearest = torch.full((len(x),), torch.inf, dtype=compute_dtype(x.dtype))
+
+    def batches(name: str, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        done = 0
+        for rows in chosen.split(batch_size):
+            at = rows.to(x.device)
+            yield rows, x[at].to(device), y[at].to(device)
+            done += len(rows)
+            if progress:
+                progress(name, done, len(chosen), int(nearest.isinf().sum()))
+
+    looks = []
+    for rows, inputs, labels in batches("effective", torch.arange(len(x))):
+        logits, effective = logits_and_margin(model, inputs, labels, norm, output)
+        radius = effective if bound is None else bound.certified_radius(logits, labels)
+        prediction = logits.argmax(1)
+        nearest[rows[(prediction != labels).cpu()]] = 0.0
+        looks.append([t.cpu() for t in (prediction, effective, radius)])
+    prediction, effective, radius = (torch.cat(parts) for parts in zip(*looks, strict=True))
+    if norm == "Linf":
+        radius = radius / math.sqrt(x[0].numel())
+
+    right = (prediction == label).nonzero()[:, 0]
+    distances = {name: nearest.clone() for name in attacks}
+    x_adv = x.detach().cpu().clone()
+    queries = torch.ones_like(label)
+    gradients = torch.full_like(label, logits.shape[1] - 1)
+    for name, attack in attacks.items():
+        for rows, inputs, labels in batches(name, right):
+            found = attack.run(inputs, labels, draw=0, model=model)
+            distance = found.distances.cpu().to(nearest.dtype)
+            distances[name][rows] = distance
+            queries[rows] += found.queries.cpu()
+            gradients[rows] += found.gradients.cpu()
+            nearer = distance < nearest[rows]
+            nearest[rows[nearer]] = distance[nearer]
+            x_adv[rows[nearer]] = found.x_adv.cpu()[nearer]
+    return Margins(
+        norm=norm,
+        label=label,
+        prediction=prediction,
+        effective=effective,
+        distances=distances,
+        certified=None if bound is None else radius,
+        uncertified=uncertified,
+        x_adv=x_adv,
+        queries=queries,
+        gradients=gradients,
+        descriptions={name: attack.describe() for name, attack in attacks.items()},
+    )
+
+
+def _bound(
+    model: Model, x: Tensor, output: Output
+) -> tuple[LipschitzBound, None] | tuple[None, str]:
+    """What certificates rest on, or why there are none."""
+    if not isinstance(model, nn.Module):
+        return None, "the model is no Module"
+    if output is not None:
+        return None, "output= may do anything to the logits"
+    try:
+        return lipschitz_bound(model, x.shape[1:]), None
+    except NotCovered as error:
+        return None, str(error)
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    """Quantiles are values that occur: between a number and infinity there is no mean."""
+    values = values.double().sort().values
+    last = len(values) - 1
+    row = {
+        name: values[int(share * last)].item() if len(values) else math.nan
+        for name, share in _QUANTILES.items()
+    }
+    found = values.isfinite().double().mean().item()  # NaN for none
+    return {**row, "found": found}

@@ -1,0 +1,120 @@
+"""Differences of logits in units that the scale of the logits does not change: divided by how steep
+the network is at the input, or by how steep its layers make it at most."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyadv import ops
+from pyadv.attacks import _checks
+from pyadv.attacks._attack import Model
+from pyadv.attacks._engine import check_first
+from pyadv.attacks._losses import check_classes
+from pyadv.attacks._minimum import boundaries, other_classes
+from pyadv.attacks._model import (
+    Output,
+    borrowed,
+    device_of,
+    gradients_on,
+    owned,
+    pick_logits,
+    unwrap,
+)
+from pyadv.reference._common import compute_dtype
+
+_POWER_ITERATIONS = 100  # for a number that is reported
+
+
+def effective_margin(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str | float = "Linf",
+    output: Output = None,
+) -> Tensor:
+    """min over j != y of (z_y - z_j) / ||grad_x (z_y - z_j)||_q: (B,), in units of x.
+
+    The distance to the decision boundary while the network stays linear: a first-order estimate,
+    neither upper nor lower bound. Where x is not classified as y it is negative: minus the distance
+    to the farthest of the boundaries that x is on the wrong side of. A gradient of zeros is an
+    infinite distance; one that is not finite is no boundary.
+
+    All classes count, one input gradient each, one at a time.
+
+    Args:
+        model: maps x to logits (B, C), C >= 2. It is asked in eval mode and left as it was.
+        x: (B, ...) floating point.
+        y: (B,) int64 labels.
+        norm: of the distance, "Linf", "L2" or "L1", for q = 1, 2 or inf.
+        output: as in `PGD`.
+
+    Raises:
+        ValueError, TypeError: for x, y and logits that an attack refuses.
+
+    Source: the distance in the first step of DeepFool (Moosavi-Dezfooli et al., CVPR 2016,
+    equations 8 and 11).
+    """
+    return logits_and_margin(model, x, y, norm, output)[1]
+
+
+def logits_and_margin(
+    model: Model, x: Tensor, y: Tensor, norm: str | float, output: Output
+) -> tuple[Tensor, Tensor]:
+    """The effective margin and the logits (B, C) it was computed from, both detached."""
+    norm = _checks.canonical_norm(norm)
+    _checks.batch(x, y, None)
+    model, x, y = unwrap(model), owned(x), owned(y)
+    with gradients_on(), borrowed(model):
+        leaf = x.requires_grad_()
+        logits = pick_logits(model(leaf), output)
+        check_first(logits, y, None, validate=x.device.type == "cpu", differentiate=True)
+        check_classes(logits)
+        known = y.clamp(0, logits.shape[1] - 1)  # others are refused where values are read
+        least = torch.full_like(y, torch.inf, dtype=compute_dtype(x.dtype))
+        others = other_classes(logits, known)
+        for difference, _, slope in boundaries(logits, leaf, known, others, norm):
+            margin = torch.where(difference == 0, 0.0, -difference / slope)
+            least = torch.where(slope.isfinite(), torch.minimum(least, margin), least)
+    return logits.detach(), least
+
+
+def spectrally_normalized_margin(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    batch_size: int = 500,
+    output: Output = None,
+) -> Tensor:
+    """(z_y - max over j != y of z_j) / prod_l ||W_l||, with the spectral norms of the linear maps
+    of all linear and convolution layers: (N,) float64 on the CPU.
+
+    It compares networks of one architecture, and the same network over training, whatever the scale
+    of their weights. It is no distance: normalisation layers and shortcuts do not count, see
+    `ops.NormProduct`; `lipschitz_bound` is for certificates. The spectral complexity of Bartlett et
+    al. has another factor, with the (2,1) norms of the layers, which is left out here.
+
+    Args:
+        model: maps x to logits (B, C). It is asked in eval mode and left as it was.
+        x: (N, ...) floating point; batches move to the device of the model.
+        y: (N,) int64 labels.
+        batch_size: samples per batch, >= 1.
+        output: as in `PGD`.
+
+    Source: Bartlett, Foster and Telgarsky, "Spectrally-normalized margin bounds for neural
+    networks" (NeurIPS 2017).
+    """
+    _checks.batch(x, y, None)
+    _checks.count("batch_size", batch_size, 1)
+    model, device, parts = unwrap(model), device_of(model, x), []
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model):
+        product = ops.NormProduct(model, x.shape[1:], "spectral", "operator").eval()
+        product.iterate(_POWER_ITERATIONS)
+        log_product = product().double().cpu()
+        for rows, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            logits = pick_logits(model(rows.to(device, copy=True)), output)
+            _checks.logits(logits, labels)
+            parts.append(ops.row_stats(logits, labels.to(device)).margin.double().cpu())
+    return torch.cat(parts) * torch.exp(-log_product)
