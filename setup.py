@@ -1,4 +1,5 @@
-"""Ships the C++ sources in the package and, where PyTorch is there, compiles them ahead of time.
+"""Ships the C++ sources and the benchmarks in the package and, where PyTorch is there, compiles
+the sources ahead of time.
 
 `pip install .` builds in isolation, without PyTorch: it installs sources, the first use compiles
 them. `pip install --no-build-isolation .` compiles now, against the installed PyTorch;
@@ -29,14 +30,17 @@ def load_build():
 
 
 class ShipSources(build_py):
-    """Adds csrc to the package as pyadv/_csrc; an editable install finds it in the checkout."""
+    """Adds csrc to the package as pyadv/_csrc, and what `pyadv bench` runs as pyadv/_benchmarks; an
+    editable install finds both in the checkout."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "pyadv", "_csrc")
-            shutil.rmtree(target, ignore_errors=True)  # a file that was deleted must not linger
-            shutil.copytree(ROOT / "csrc", target)
+            only_code = shutil.ignore_patterns("results", "__pycache__")
+            for name in ("csrc", "benchmarks"):
+                target = Path(self.build_lib, "pyadv", f"_{name}")
+                shutil.rmtree(target, ignore_errors=True)  # a file that was deleted must not linger
+                shutil.copytree(ROOT / name, target, ignore=only_code)
 
 
 class CompileAhead(build_ext):

@@ -1,30 +1,37 @@
-"""One way to time: check the results first, then interleave the providers, report median and
-spread.
+"""One way to time: check the results first, then interleave the providers, keep every sample.
+
+A question (`ops.py`, `attacks.py`, ...) yields cases; a case holds providers, which do the same
+thing in different ways. `measure` calls each once and compares its result with what is expected,
+so that nothing wrong is timed, then lets them take turns in random order. Ratios are taken round by
+round, which a machine that is busy elsewhere disturbs least.
 
 The eager baseline moves several-fold with the state of the C heap, because a fresh output tensor
 pays for its pages. `tuned_heap()` starts the process again with a heap that keeps its pages, which
-favours eager; every row says so.
+favours eager; every result says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-_HEAP = {
+HERE = Path(__file__).parent
+
+HEAP = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
@@ -33,120 +40,379 @@ _HEAP = {
 
 def tuned_heap() -> None:
     """Run this script again under a heap that keeps its pages, unless it does already."""
-    if any(os.environ.get(k) != v for k, v in _HEAP.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_HEAP})
+    if any(os.environ.get(k) != v for k, v in HEAP.items()):
+        quiet = {"KINETO_LOG_LEVEL": "99"}  # the profiler, which tells the peak of memory
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP, **quiet})
 
 
-_CODE = ("--", ":(top)csrc", ":(top)pyadv")
+def use_checkout() -> None:
+    """What lies beside this folder is measured, also in other processes, whatever is installed."""
+    root = str(HERE.parent)
+    if (HERE.parent / "pyadv").is_dir():
+        sys.path.insert(0, root)
+        rest = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{rest}" if rest else root
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a question is asked with."""
+
+    device: torch.device
+    threads: int
+    quick: bool = False
+    peers: tuple[str, ...] = ()  # those that are installed and asked for
+
+    @property
+    def steps(self) -> int:
+        """Of the attacks."""
+        return 2 if self.quick else 10
+
+    def least_and_most(self, least: int, most: int) -> tuple[int, int]:
+        return (2, 2) if self.quick else (least, most)
+
+
+@dataclass
+class Provider:
+    """One way to do what a case asks.
+
+    `bytes` is the least memory traffic that the work needs; `passes` are the samples that went
+    forward and backward through the network. A yardstick computes something else than the case
+    asks for, and is not checked. `result` is one that is there already, of a call that takes long.
+    """
+
+    call: Callable[[], Any]
+    bytes: int | None = None
+    passes: tuple[int, int] | None = None
+    peer: bool = False
+    yardstick: bool = False
+    facts: dict[str, float] = field(default_factory=dict)
+    result: Any = None
+
+
+@dataclass
+class Case:
+    """Providers to be timed against each other.
+
+    `check(result)` returns what is wrong with a result, or None. Ratios are to the provider `ours`.
+    `images` and `steps` are the samples and the attack steps of one call. `series` and `at` place
+    the case on a curve of the page.
+    """
+
+    name: str
+    providers: dict[str, Provider | Callable[[], Any]]
+    check: Callable[[Any], str | None] | None = None
+    ours: str = "pyadv"
+    group: str = ""
+    images: int = 0
+    steps: int = 0
+    series: str = ""
+    at: float | None = None
+    runs: tuple[int, int] = (30, 60)  # at least, at most
+    budget_s: float = 3.0
+    peak: bool = True
 
 
 @dataclass
 class Row:
-    """One provider in one case; times in microseconds, `share` relative to the copy of the case."""
+    """One provider in one case. `times_us` holds a sample for each round; the rounds of a case's
+    providers belong together. `refused` says why there is none."""
 
     case: str
     provider: str
-    median_us: float
-    low_us: float  # quartiles
-    high_us: float
-    runs: int
-    over_copy: float | None = None
+    ours: str
+    threads: int
+    group: str = ""
+    images: int = 0
+    steps: int = 0
+    bytes: int | None = None
+    forwards: int | None = None
+    backwards: int | None = None
+    peak_bytes: int | None = None
+    peer: bool = False
+    yardstick: bool = False
+    series: str = ""
+    at: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
+    times_us: list[float] = field(default_factory=list)
+
+    @property
+    def median_us(self) -> float:
+        return statistics.median(self.times_us)
+
+    @property
+    def quartiles_us(self) -> tuple[float, float]:
+        return quartiles(self.times_us)
+
+    def per_second(self, count: int) -> float:
+        return count / self.median_us * 1e6
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        return self.bytes / self.median_us / 1e3 if self.bytes else None
 
 
-Provider = Callable[[], Tensor]
+def quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
-def measure(
-    case: str,
-    providers: dict[str, Provider],
-    expected: Tensor | None = None,
-    *,
-    unchecked: tuple[str, ...] = ("copy_",),
-    runs: int = 60,
-    least_us: float = 500.0,
-) -> list[Row]:
-    """Time the providers against each other.
+def ratios(row: Row, other: Row) -> list[float]:
+    """How many times the time of `other` the row took: round by round in one case, else once."""
+    if (row.case, row.threads) == (other.case, other.threads):
+        return [a / b for a, b in zip(row.times_us, other.times_us, strict=True)]
+    return [row.median_us / other.median_us]
 
-    Each returns its result, which must equal `expected` (bit for bit) before anything is timed; the
-    `unchecked` are yardsticks that compute something else. The providers take turns in random
-    order, `runs` times; one sample repeats a call until it lasts `least_us`.
-    """
-    for name, provider in providers.items():
-        result = provider()
-        if expected is not None and name not in unchecked and not torch.equal(result, expected):
-            worst = (result - expected).abs().max()
-            raise AssertionError(f"{case}: {name} differs from the reference by {worst}")
-    repeats = {name: _repeats(provider, least_us) for name, provider in providers.items()}
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    order = list(providers)
-    for _ in range(runs):
-        random.shuffle(order)
-        for name in order:
-            samples[name].append(_time(providers[name], repeats[name]))
-    rows = [_row(case, name, times) for name, times in samples.items()]
-    yardstick = {r.provider: r.median_us for r in rows}.get("copy_")
+
+def measure(case: Case, options: Options) -> list[Row]:
+    """Time the providers of a case, those first refused whose result is wrong."""
+    rows, calls = [], {}
+    for name, given in case.providers.items():
+        provider = given if isinstance(given, Provider) else Provider(given)
+        forwards, backwards = provider.passes or (None, None)
+        row = Row(
+            case.name,
+            name,
+            case.ours,
+            options.threads,
+            case.group,
+            case.images,
+            case.steps,
+            provider.bytes,
+            forwards,
+            backwards,
+            peer=provider.peer,
+            yardstick=provider.yardstick,
+            series=case.series,
+            at=case.at,
+            facts=provider.facts,
+        )
+        rows.append(row)
+        row.refused = _wrong(case, provider) or ""
+        if not row.refused:
+            calls[name] = provider.call
+            if case.peak:
+                row.peak_bytes = _peak(provider.call, options.device)
+    samples = _interleave(case, calls, options)
     for row in rows:
-        row.over_copy = row.median_us / yardstick if yardstick else None
+        row.times_us = samples.get(row.provider, [])
     return rows
 
 
-def _time(call: Provider, repeats: int) -> float:
-    begin = time.perf_counter_ns()
-    for _ in range(repeats):
+def _wrong(case: Case, provider: Provider) -> str | None:
+    try:
+        result = provider.call() if provider.result is None else provider.result
+        return None if provider.yardstick or case.check is None else case.check(result)
+    except Exception as error:  # a peer may raise anything; the others are still to be timed
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _interleave(
+    case: Case, calls: dict[str, Callable[[], Any]], options: Options
+) -> dict[str, list[float]]:
+    clock = _clock(options.device)
+    least_us = 50.0 if options.quick else 500.0  # a sample repeats a call until it lasts this
+    repeats, round_s = {}, 0.0
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        once = clock(call, 1)
+        samples[name].append(once)
+        if once < least_us:
+            once = min(clock(call, 1) for _ in range(4))
+        repeats[name] = max(1, round(least_us / max(once, 0.1)))
+        round_s += repeats[name] * once / 1e6
+    if max(repeats.values(), default=1) > 1 or round_s < 1:  # else that was the first round
+        samples = {name: [] for name in calls}
+    least, most = options.least_and_most(*case.runs)
+    rounds = max(least, min(most, int(case.budget_s / max(round_s, 1e-9))))
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    while any(len(times) < rounds for times in samples.values()):
+        shuffle(order)
+        for name in order:
+            samples[name].append(clock(calls[name], repeats[name]))
+    return {name: [float(f"{t:.5g}") for t in times] for name, times in samples.items()}
+
+
+def _clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
+    """Microseconds per call: the host's clock, or events in the stream of a CUDA device."""
+
+    def host(call: Callable[[], Any], repeats: int) -> float:
+        begin = time.perf_counter_ns()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter_ns() - begin) / repeats / 1000
+
+    def stream(call: Callable[[], Any], repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats * 1000
+
+    return stream if device.type == "cuda" else host
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes of tensors that a call held beyond those before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         call()
-    return (time.perf_counter_ns() - begin) / repeats / 1000
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return peak
 
 
-def _repeats(call: Provider, least_us: float) -> int:
-    once = min(_time(call, 1) for _ in range(5))
-    return max(1, round(least_us / max(once, 0.1)))
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _row(case: str, name: str, times: list[float]) -> Row:
-    low, median, high = statistics.quantiles(times, n=4)
-    return Row(case, name, median, low, high, len(times))
+def close(expected: Any, rtol: float = 0.0, atol: float = 0.0) -> Callable[[Any], str | None]:
+    """A check: all tensors equal (bit for bit without tolerances), NaN equal to NaN."""
+
+    def check(result: Any) -> str | None:
+        for got, want in zip(_tensors(result), _tensors(expected), strict=True):
+            got = got.to(want.dtype)  # some give the loss in half precision, some in float32
+            if not torch.allclose(got, want, rtol, atol, equal_nan=True):
+                worst = (got.double() - want.double()).abs().max().item()
+                return f"differs from the reference by {worst:.3g}"
+        return None
+
+    return check
 
 
-def environment() -> dict[str, Any]:
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`ours` takes at most `at_most` times the time of `against`, or is at least `at_least` times
+    as fast. `against` may be "peers", the fastest of them; `against_case` is another case. With
+    `fact`, that number of the row is bounded instead; with `beyond_s`, the time beyond that of
+    `against`, in seconds; with `share_of`, that time as a share of what `against` takes in this
+    other case."""
+
+    text: str
+    case: str
+    against: str
+    at_most: float | None = None
+    at_least: float | None = None
+    ours: str = "pyadv"
+    against_case: str | None = None
+    fact: str | None = None
+    beyond_s: float | None = None
+    share_of: str | None = None
+
+    def outcome(self, rows: Iterable[Row], threads: int) -> tuple[float, bool] | None:
+        """(value, met), or None where it was not measured."""
+        rows = [r for r in rows if r.threads == threads and r.times_us]
+        mine = [r for r in rows if (r.case, r.provider) == (self.case, self.ours)]
+        if self.fact:
+            value = mine[0].facts.get(self.fact) if mine else None
+            return None if value is None else (value, value <= self.at_most)
+        wanted = self.against_case or self.case
+        others = [r for r in rows if r.case == wanted and self._is_against(r)]
+        if not mine or not others:
+            return None
+        if self.beyond_s is not None or self.share_of:
+            pairs = zip(mine[0].times_us, others[0].times_us, strict=True)
+            beyond = statistics.median(a - b for a, b in pairs)
+            if self.beyond_s is not None:
+                return beyond / 1e6, beyond / 1e6 <= self.beyond_s
+            whole = [r for r in rows if (r.case, r.provider) == (self.share_of, self.against)]
+            value = beyond / whole[0].median_us if whole else None
+            return None if value is None else (value, value <= self.at_most)
+        value = max(statistics.median(ratios(mine[0], other)) for other in others)
+        if self.at_most is not None:
+            return value, value <= self.at_most
+        return 1 / value, 1 / value >= self.at_least
+
+    def _is_against(self, row: Row) -> bool:
+        return row.peer if self.against == "peers" else row.provider == self.against
+
+    @property
+    def bound(self) -> str:
+        if self.beyond_s is not None:
+            return f"<= {self.beyond_s:g} s"
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     import pyadv
+    from pyadv import _native
 
     return {
+        "device": device_name(device),
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "cores": cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pyadv": pyadv.__version__,
+        "kernels": _native.load().backend,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", *_CODE)),
-        "heap": "tuned" if all(os.environ.get(k) == v for k, v in _HEAP.items()) else "default",
+        "heap": "tuned" if all(os.environ.get(k) == v for k, v in HEAP.items()) else "default",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def save(path: Path, rows: list[Row], **more: Any) -> None:
+_CODE = ("--", ":(top)csrc", ":(top)pyadv", ":(top)benchmarks/*.py")
+
+
+def cores() -> int:
+    """That this process may use."""
+    has = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def folder_name(device: torch.device) -> str:
+    """ "amd-epyc-2026-11-21"."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return f"{name}-{time.strftime('%Y-%m-%d')}"
+
+
+def save(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:
+    """One row a line; what a row does not have is left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), **more, "rows": [asdict(r) for r in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    lines = [
+        json.dumps({k: v for k, v in asdict(row).items() if v or k == "threads"}) for row in rows
+    ]
+    head = json.dumps(environment, indent=1)
+    path.write_text(f'{{"environment": {head},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, a table for each case."""
-    lines = []
-    for case in dict.fromkeys(r.case for r in rows):
-        lines += [
-            f"**{case}**",
-            "",
-            "| provider | median us | quartiles | x copy_ |",
-            "|---|---|---|---|",
-        ]
-        for r in (r for r in rows if r.case == case):
-            share = f"{r.over_copy:.2f}" if r.over_copy else ""
-            lines.append(
-                f"| {r.provider} | {r.median_us:.0f} | {r.low_us:.0f} - {r.high_us:.0f} | {share} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    content = json.loads(path.read_text())
+    return content["environment"], [Row(**row) for row in content["rows"]]
 
 
 def _processor() -> str:
@@ -158,7 +424,9 @@ def _processor() -> str:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(
-        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """Empty outside a checkout."""
+    try:
+        done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""The command line: `pyadv train | recipes | evaluate | info`.
+"""The command line: `pyadv train | recipes | evaluate | bench | info`.
 
 Options that are not given stay None, so that `pyadv.training.Config` alone decides defaults.
 """
@@ -6,6 +6,7 @@ Options that are not given stay None, so that `pyadv.training.Config` alone deci
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -293,6 +294,37 @@ def _evaluate(
     out = out or (run if run.is_dir() else run.parent) / "report.json"
     report.save(out)
     console.print(f"written to {out}", highlight=False)
+
+
+@app.command()
+def bench(
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="ops, attacks, training, evaluation, startup, scaling \\[all].", show_default=False
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny cases: does all run?")] = False,
+    against: Annotated[
+        str,
+        typer.Option(
+            help='"peers", the other libraries that are installed; "none"; or names with commas.',
+            metavar="NAMES",
+        ),
+    ] = "peers",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Results folder \\[pyadv-bench/DEVICE-DATE].", show_default=False),
+    ] = None,
+) -> None:
+    """Measure pyadv on this machine against plain PyTorch, and other libraries if installed."""
+    package = Path(__file__).parent
+    folders = package / "_benchmarks", package.parent / "benchmarks"
+    script = next(f / "run.py" for f in folders if f.is_dir())
+    command = [sys.executable, str(script), *(questions or ()), "--against", against]
+    command += ["--quick"] if quick else []
+    command += ["--out", str(out)] if out else []
+    raise typer.Exit(subprocess.call(command))
 
 
 @app.command()

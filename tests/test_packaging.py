@@ -97,6 +97,8 @@ def test_wheel_of_sources_holds_everything(tmp_path):
     sources = {p.relative_to(tree) for p in (tree / "csrc").rglob("*") if p.is_file()}
     shipped = {name for name in names if name.startswith("pyadv/_csrc/")}
     assert shipped == {f"pyadv/_{name.as_posix()}" for name in sources}
+    scripts = {f"pyadv/_benchmarks/{p.name}" for p in (tree / "benchmarks").glob("*.py")}
+    assert scripts and scripts <= names and not any("_benchmarks/results" in name for name in names)
     package = (p for p in (tree / "pyadv").rglob("*") if p.is_file())
     assert {p.relative_to(tree).as_posix() for p in package} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]

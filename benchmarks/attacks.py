@@ -1,0 +1,191 @@
+"""What does a whole attack cost beyond the network's own forward and backward passes?
+
+The floor is as many bare forward passes and input gradients as the attack has steps. All PGD
+providers start at x and follow the same iterates; `eager` is the loop a careful hand writes. What
+the engine adds is measured where the network is free, and then set against the floor of a real one:
+their difference would drown in the noise of the network's own time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peers
+import problems
+import torch
+import torch.nn.functional as F
+from harness import Case, Goal, Options, Provider
+from problems import Maker, Problem
+from torch import Tensor, nn
+
+TITLE = "Attacks"
+LAYOUT = "list"
+BATCH = 32
+
+_PGD, _APGD, _FRIENDLY = "PGD", "APGD", "friendly PGD, tau 0"
+_SMALL, _LARGE, _FREE = (
+    f"10 steps, {n}, batch {BATCH}" for n in ("SmallCNN", "ResNet-18", "no network")
+)
+
+GOALS = [
+    Goal(
+        "The engine adds less than 2 % to SmallCNN's own passes (share)",
+        f"{_PGD}, {_FREE}",
+        "floor",
+        at_most=0.02,
+        share_of=f"{_PGD}, {_SMALL}",
+    ),
+    Goal(
+        "The engine adds less than 0.3 % to ResNet-18's own passes (share)",
+        f"{_PGD}, {_FREE}",
+        "floor",
+        at_most=0.003,
+        share_of=f"{_PGD}, {_LARGE}",
+    ),
+    Goal("Faster than every peer on SmallCNN", f"{_PGD}, {_SMALL}", "peers", at_most=1.0),
+    Goal("Faster than every peer on ResNet-18", f"{_PGD}, {_LARGE}", "peers", at_most=1.0),
+    Goal(
+        'PGD-10 on ResNet-18, speed="fast": 2.5 times torchattacks',
+        f"{_PGD}, {_LARGE}",
+        "torchattacks",
+        at_least=2.5,
+        ours="pyadv fast",
+    ),
+]
+
+
+def cases(options: Options) -> Iterator[Case]:
+    batch = 4 if options.quick else BATCH
+    for build in (problems.free, problems.small_cnn, problems.resnet18):
+        problem = build(options, batch)
+        attacks = [(_PGD, _pgd(problem, options), 2), (_APGD, _apgd(problem, options), 3)]
+        if problem.name == "SmallCNN":  # the labels of the others are predictions: all fall at once
+            attacks.append((_FRIENDLY, _friendly(problem, options), 3))
+        large = problem.name == "ResNet-18"
+        for name, makers, tolerance in attacks:
+            yield Case(
+                f"{name}, {options.steps} steps, {problem.name}, batch {batch}",
+                {k: _provider(problem, k, make) for k, make in makers.items()},
+                _check(problem, tolerance),
+                images=batch,
+                steps=options.steps,
+                runs=(30, 60) if not large else (3, 5) if name == _PGD else (2, 3),
+                budget_s=60.0 if large else 10.0,
+                peak=not large,
+            )
+
+
+def _provider(problem: Problem, name: str, make: Maker) -> Provider:
+    counted, result = problems.count(problem.model, make)
+    return Provider(
+        make(problem.model),
+        passes=counted,
+        peer=name in peers.MODULES,
+        yardstick=name == "floor",
+        result=None if name == "pyadv fast" else result,  # the wrapper that counts is not fast
+    )
+
+
+def _check(problem: Problem, tolerance: int) -> Callable[[Tensor], str | None]:
+    """Inside the ball and the box, and as many samples left as after pyadv's attack, give or take
+    `tolerance`: starts and the rounding of small gradients differ."""
+    x, y, eps = problem.x, problem.y, problem.eps
+    left: list[int] = []
+
+    def check(x_adv: Tensor) -> str | None:
+        outside = ((x_adv - x).abs().max() - eps).item()
+        if not outside < 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
+            return f"leaves the ball by {outside:.2g} or the box"
+        with torch.no_grad():
+            left.append(int((problem.model(x_adv).argmax(1) == y).sum()))
+        if abs(left[-1] - left[0]) > tolerance:
+            return f"leaves {left[-1]} of {len(y)} samples correct where pyadv leaves {left[0]}"
+        return None
+
+    return check
+
+
+def fast(attack: type) -> dict[str, Any] | None:
+    """The settings of the fast form, where the attack has one."""
+    has = "speed" in inspect.signature(attack.__init__).parameters
+    return {"speed": "fast"} if has else None
+
+
+def _pgd(problem: Problem, options: Options) -> dict[str, Maker]:
+    from pyadv.attacks import PGD
+
+    _, _, x, y, eps, alpha = problem
+    settings: dict[str, Any] = dict(eps=eps, alpha=alpha, steps=options.steps, start="none")
+
+    def ours(model: nn.Module, **more: Any) -> Callable[[], Tensor]:
+        attack = PGD(model, **settings, **more)
+        return lambda: attack(x, y)
+
+    makers: dict[str, Maker] = {"pyadv": ours}
+    if fast(PGD):
+        makers["pyadv fast"] = lambda model: ours(model, **fast(PGD))
+    makers["floor"] = lambda model: problems.floor(model, x, options.steps)
+    makers["eager"] = lambda model: lambda: eager_pgd(model, x, y, eps, alpha, options.steps)
+    theirs = peers.pgd(x, y, eps, alpha, options.steps)
+    return makers | {k: make for k, make in theirs.items() if k in options.peers}
+
+
+def eager_pgd(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int
+) -> Tensor:
+    """In place, without weight gradients, the ball's bounds computed once."""
+    low, high = (x - eps).clamp_min_(0), (x + eps).clamp_max_(1)
+    x_adv = x.clone()
+    for _ in range(steps):
+        leaf = x_adv.requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+        x_adv = x_adv.detach().add_(grad.sign_(), alpha=alpha)
+        torch.minimum(torch.maximum(x_adv, low, out=x_adv), high, out=x_adv)
+    return x_adv
+
+
+def _apgd(problem: Problem, options: Options) -> dict[str, Maker]:
+    from pyadv.attacks import APGD
+
+    _, _, x, y, eps, _ = problem
+
+    def ours(model: nn.Module, **more: Any) -> Callable[[], Tensor]:
+        attack = APGD(model, eps=eps, steps=options.steps, best="loss", seed=0, **more)
+        return lambda: attack(x, y)
+
+    makers: dict[str, Maker] = {"pyadv": ours}
+    if fast(APGD):
+        makers["pyadv fast"] = lambda model: ours(model, **fast(APGD))
+    makers["floor"] = lambda model: problems.floor(model, x, options.steps)
+    theirs = peers.apgd(x, y, eps, options.steps)
+    return makers | {k: make for k, make in theirs.items() if k in options.peers}
+
+
+def _friendly(problem: Problem, options: Options) -> dict[str, Maker]:
+    from official import earlystop
+
+    from pyadv.attacks import FriendlyPGD
+
+    _, _, x, y, eps, alpha = problem
+    settings: dict[str, Any] = dict(eps=eps, alpha=alpha, steps=options.steps)
+
+    def ours(model: nn.Module) -> Callable[[], Tensor]:
+        attack = FriendlyPGD(model, tau=0, seed=0, **settings)
+        return lambda: attack(x, y)
+
+    def official(model: nn.Module) -> Callable[[], Tensor]:
+        order = torch.arange(len(x), device=x.device)
+
+        def call() -> Tensor:
+            x_adv, index = earlystop(model, x, y, order, alpha, eps, options.steps, tau=0)
+            return torch.empty_like(x).index_copy_(0, index, x_adv)
+
+        return call
+
+    return {
+        "pyadv": ours,
+        "floor": lambda model: problems.floor(model, x, options.steps),
+        "official form": official,
+    }

@@ -1,0 +1,136 @@
+"""What does an evaluation by AutoAttack cost, and are the verdicts the same?
+
+On a SmallCNN trained adversarially on the embedded images. `pyautoattack` is the authors' code.
+torchattacks' class of that name runs 10 iterations of each attack where the authors run 100: it is
+another, weaker ensemble; the other peers have none. The floor makes as many bare passes as pyadv,
+in full batches. "differs" counts the samples whose verdict is not that of the authors' code: both
+draw their own random numbers, so a few may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peers
+import problems
+import torch
+from attacks import fast
+from harness import Case, Goal, Options, Provider
+from problems import ALPHA, EPS, Maker, Problem
+from torch import Tensor, nn
+
+TITLE = "Evaluation"
+LAYOUT = "list"
+IMAGES = 64
+
+_ENSEMBLE = f"AutoAttack standard, SmallCNN, {IMAGES} images"
+_PGD = "PGD-10, SmallCNN, all 2,000 test images"
+_OFF = "points off torchattacks"
+
+GOALS = [
+    Goal("AutoAttack: faster than the authors' code", _ENSEMBLE, "pyautoattack", at_most=1.0),
+    Goal(
+        'AutoAttack, speed="fast": faster than the authors\' code',
+        _ENSEMBLE,
+        "pyautoattack",
+        at_most=1.0,
+        ours="pyadv fast",
+    ),
+    Goal(
+        'PGD-10, speed="fast": success within 0.2 points of torchattacks\' over all test images',
+        _PGD,
+        "torchattacks",
+        at_most=0.2,
+        ours="pyadv fast",
+        fact=_OFF,
+    ),
+]
+
+
+def cases(options: Options) -> Iterator[Case]:
+    from pyadv.attacks import PGD
+
+    problem = problems.small_cnn(options, 2 if options.quick else IMAGES)
+    yield _case(
+        _ENSEMBLE.replace(str(IMAGES), str(len(problem.x))),
+        problem,
+        _autoattack(problem, options),
+        "pyautoattack",
+        runs=(2, 3),
+        budget_s=60.0,
+    )
+    problem = problems.small_cnn(options, 4 if options.quick else 2000)
+    x, y = problem.x, problem.y
+    settings: dict[str, Any] = dict(eps=EPS, alpha=ALPHA, steps=options.steps, start="none")
+
+    def ours(model: nn.Module, **more: Any) -> Callable[[], Tensor]:
+        attack = PGD(model, **settings, **more)
+        return lambda: attack(x, y)
+
+    makers: dict[str, Maker] = {"pyadv": ours}
+    if fast(PGD):
+        makers["pyadv fast"] = lambda model: ours(model, **fast(PGD))
+    theirs = peers.pgd(x, y, EPS, ALPHA, options.steps)
+    makers |= {k: make for k, make in theirs.items() if k in options.peers}
+    yield _case(
+        _PGD, problem, makers, "torchattacks", runs=(3, 5), budget_s=20.0, steps=options.steps
+    )
+
+
+def _autoattack(problem: Problem, options: Options) -> dict[str, Maker]:
+    from pyadv.attacks import AutoAttack
+
+    _, _, x, y, eps, _ = problem
+
+    def ours(model: nn.Module, **more: Any) -> Callable[[], Tensor]:
+        attack = AutoAttack(model, eps=eps, seed=0, progress=None, **more)
+        return lambda: attack.run_standard_evaluation(x, y, bs=len(x))
+
+    makers: dict[str, Maker] = {"pyadv": ours}
+    if fast(AutoAttack):
+        makers["pyadv fast"] = lambda model: ours(model, **fast(AutoAttack))
+    theirs = peers.autoattack(x, y, eps, len(x), seed=0)
+    return makers | {k: make for k, make in theirs.items() if k in options.peers}
+
+
+def _case(name: str, problem: Problem, makers: dict[str, Maker], judge: str, **more: Any) -> Case:
+    """The verdicts of all are set against those of the peer `judge`, where it is there."""
+    _, model, x, y, eps, _ = problem
+    providers, standing = {}, {}
+    for who, make in makers.items():
+        call = make(model)
+        counted, x_adv = problems.count(model, make)
+        if x_adv is None or who == "pyadv fast":  # which the wrapper that counts would slow down
+            x_adv = call()
+        providers[who] = Provider(call, passes=counted, peer=who in peers.MODULES, result=x_adv)
+        with torch.no_grad():
+            standing[who] = model(x_adv).argmax(1) == y
+        providers[who].facts["robust %"] = round(100 * standing[who].double().mean().item(), 2)
+    if judge in standing:
+        for who, provider in providers.items():
+            differs = standing[who] != standing[judge]
+            provider.facts["differs"] = int(differs.sum())
+            off = standing[who].double().mean() - standing[judge].double().mean()
+            provider.facts[_OFF.replace("torchattacks", judge)] = round(abs(100 * off.item()), 3)
+    if name.startswith("AutoAttack") and providers["pyadv"].passes:
+        call = _bare_passes(model, x, *providers["pyadv"].passes)
+        providers["floor"] = Provider(call, passes=providers["pyadv"].passes, yardstick=True)
+
+    def check(x_adv: Tensor) -> str | None:
+        outside = ((x_adv - x).abs().max() - eps).item()
+        return None if outside < 1e-5 else f"leaves the ball by {outside:.2g}"
+
+    return Case(name, providers, check, images=len(x), peak=False, **more)
+
+
+def _bare_passes(model: nn.Module, x: Tensor, forwards: int, backwards: int) -> Callable[[], Any]:
+    both = problems.floor(model, x, -(-backwards // len(x)))
+
+    def call() -> None:
+        both()
+        with torch.no_grad():
+            for _ in range(-(-(forwards - backwards) // len(x))):
+                model(x)
+
+    return call

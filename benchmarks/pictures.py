@@ -1,0 +1,116 @@
+"""The pictures of docs/benchmarks.md: ratio bars, a roofline, and costs as curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import Row, quartiles, ratios
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from pyadv._look import BLUE, GOLD, GREEN, GREY, RED, plain
+
+_COLOURS = {"floor": GREY, "copy_": GREY, "reference": GOLD, "eager": RED, "compile": GREEN}
+
+
+def draw(question: str, rows: list[Row], images: Path, folder: str) -> Iterator[tuple[str, str]]:
+    """(file name, caption) of each picture that these rows are enough for."""
+    rows = [r for r in rows if r.times_us and r.threads == max(x.threads for x in rows)]
+    stem = f"bench-{folder[:-11]}-{question}"
+    curves = [r for r in rows if r.series and r.at is not None]
+    if question in ("attacks", "training", "evaluation"):
+        yield _bars(rows, images / f"{stem}.png"), "Time of each provider, in times of pyadv's"
+    if question == "ops" and curves:
+        caption = "Bandwidth that is reached, against the size of the tensor"
+        yield _roofline(curves, images / f"{stem}-roofline.png"), caption
+    if question == "scaling" and curves:
+        yield _curves(curves, images / f"{stem}.png"), "Time of a call, against what grows"
+
+
+def _panels(n: int, heights: list[float]) -> tuple[Figure, list[Axes]]:
+    """Two columns; `heights` of the lines."""
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), min(n, 2), height_ratios=heights)
+    return figure, [figure.add_subplot(grid[i // 2, i % 2]) for i in range(n)]
+
+
+def _save(figure: Figure, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path.name
+
+
+def _bars(rows: list[Row], path: Path) -> str:
+    cases = [[r for r in rows if r.case == c] for c in dict.fromkeys(r.case for r in rows)]
+    lines = [max(map(len, cases[i : i + 2])) for i in range(0, len(cases), 2)]
+    figure, axes = _panels(len(cases), [0.8 + 0.25 * n for n in lines])
+    for axis, case in zip(axes, cases, strict=True):
+        ours = next((r for r in case if r.provider == r.ours), case[0])
+        for i, row in enumerate(case):
+            values = ratios(row, ours)
+            middle, (low, high) = statistics.median(values), quartiles(values)
+            mine = row.provider.startswith(row.ours)
+            colour = BLUE if mine else GREY if row.yardstick else RED
+            axis.barh(i, middle, color=colour, height=0.65)
+            axis.plot([low, high], [i, i], color="black", linewidth=1)
+            axis.text(max(high, middle), i, f"  {middle:.2f}", va="center", fontsize=8)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(case)), [r.provider for r in case], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(case[0].case, fontsize=9)
+        plain(axis)
+        axis.grid(False)
+    figure.supxlabel("time, in times of the first line's; black lines: quartiles", fontsize=9)
+    return _save(figure, path)
+
+
+def _roofline(rows: list[Row], path: Path) -> str:
+    """The ops move bytes and hardly compute: their roof is the bandwidth of a copy."""
+    figure, axes = _lines(rows, lambda r: (r.at / 1e6, r.gigabytes_per_second))
+    for axis in axes:
+        axis.set(xlabel="size of a tensor, MB", ylabel="GB/s")
+    return _save(figure, path)
+
+
+def _curves(rows: list[Row], path: Path) -> str:
+    figure, axes = _lines(rows, lambda r: (r.at, r.median_us / 1e3))
+    for axis in axes:
+        axis.set_ylabel("ms per call")
+    return _save(figure, path)
+
+
+def _lines(rows: list[Row], point) -> tuple[Figure, list[Axes]]:
+    """A panel for each series, a line for each provider, both axes logarithmic."""
+    series = [[r for r in rows if r.series == s] for s in dict.fromkeys(r.series for r in rows)]
+    figure, axes = _panels(len(series), [3.0] * -(-len(series) // 2))
+    for axis, here in zip(axes, series, strict=True):
+        for provider in dict.fromkeys(r.provider for r in here):
+            points = sorted(point(r) for r in here if r.provider == provider)
+            kind, _, variant = provider.partition(",")
+            axis.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=4,
+                label=provider,
+                color=_COLOURS.get(
+                    kind.removesuffix(" in place"), BLUE if "pyadv" in kind else RED
+                ),
+                linestyle=":" if variant else "--" if kind.endswith("in place") else "-",
+            )
+        axis.set(xscale="log", yscale="log", title=here[0].series)
+        ticks = sorted({point(r)[0] for r in here})
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(_short))
+        axis.yaxis.set_major_formatter(FuncFormatter(_short))
+        plain(axis)
+        axis.legend(frameon=False, fontsize=7)
+    return figure, axes
+
+
+def _short(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,0 +1,144 @@
+"""The networks that are attacked and trained, real images for them, and the wrapper that counts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from harness import Options
+from torch import Tensor, nn
+
+EPS, ALPHA = 0.1, 0.025  # of the embedded grey images
+COLOUR_EPS, COLOUR_ALPHA = 8 / 255, 2 / 255
+
+
+class Problem(NamedTuple):
+    name: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    alpha: float
+
+
+def small_cnn(options: Options, batch: int) -> Problem:
+    """Adversarially trained on the embedded images, so that attacks have something to do; a batch
+    of its test images."""
+    x, y = (t[:batch].to(options.device) for t in _images()[2:])
+    return Problem("SmallCNN", trained(options), x, y, EPS, ALPHA)
+
+
+class Free(nn.Module):
+    """Ten of the inputs as logits: a network that costs next to nothing, so that what remains is
+    the attack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x.flatten(1)[:, :10]
+
+
+def free(options: Options, batch: int) -> Problem:
+    """Images of CIFAR's size for a network that is free."""
+    torch.manual_seed(0)
+    model = Free().to(options.device)
+    x = torch.rand(batch, 3, 32, 32).to(options.device)
+    return Problem("no network", model, x, model(x).argmax(1), COLOUR_EPS, COLOUR_ALPHA)
+
+
+def resnet18(options: Options, batch: int) -> Problem:
+    """Random weights and images, labels as predicted: what an attack costs does not depend on
+    them."""
+    from pyadv.models import ResNet18
+
+    size = 8 if options.quick else 32
+    torch.manual_seed(0)
+    model = ResNet18().eval().to(options.device)
+    x = torch.rand(batch, 3, size, size).to(options.device)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return Problem("ResNet-18", model, x, y, COLOUR_EPS, COLOUR_ALPHA)
+
+
+def trained(options: Options) -> nn.Module:
+    """A SmallCNN after four epochs of adversarial training, in eval mode."""
+    return _trained(options.device, 1 if options.quick else 4, 500 if options.quick else None)
+
+
+@functools.cache
+def _trained(device: torch.device, epochs: int, images: int | None) -> nn.Module:
+    from pyadv.attacks import PGD
+    from pyadv.models import SmallCNN
+    from pyadv.objectives import AT
+
+    torch.manual_seed(0)
+    model = SmallCNN().to(device)
+    x, y = (t[:images].to(device) for t in _images()[:2])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    objective = AT(PGD(eps=EPS, alpha=EPS / 2, steps=4, seed=0))
+    for epoch in range(1, epochs + 1):
+        for rows in torch.randperm(len(x), device=device).split(128):
+            optimizer.zero_grad()
+            objective(model, x[rows], y[rows], epoch=epoch).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+@functools.cache
+def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from pyadv.data import load
+
+    data = load("fashion-mini")
+    return data.train_x, data.train_y, data.test_x, data.test_y
+
+
+class Counted(nn.Module):
+    """Counts the samples that go forward through the model and backward to its input."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        logits = self.model(x)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.backwards += len(grad)
+
+
+Maker = Callable[[nn.Module], Callable[[], Any]]
+
+
+def count(model: nn.Module, make: Maker) -> tuple[tuple[int, int] | None, Any]:
+    """The samples that went forward and backward in one call of what `make(model)` gives, and what
+    it gave; None and None if it fails, which the timing then tells."""
+    counted = Counted(model)
+    counted.train(model.training)
+    try:
+        result = make(counted)()
+    except Exception:
+        return None, None
+    return (counted.forwards, counted.backwards), result
+
+
+def floor(model: nn.Module, x: Tensor, steps: int) -> Callable[[], None]:
+    """`steps` bare forward passes and input gradients, from a constant gradient of the logits."""
+
+    def call() -> None:
+        for _ in range(steps):
+            leaf = x.detach().requires_grad_()
+            logits = model(leaf)
+            torch.autograd.grad(logits, leaf, torch.ones_like(logits))
+
+    return call

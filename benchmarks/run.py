@@ -1,0 +1,108 @@
+"""The benchmarks, one question a file: what pyadv takes, against what else there is.
+
+    python benchmarks/run.py [ops attacks training evaluation startup scaling]
+                             [--quick] [--against peers] [--threads 1 2] [--device cpu] [--out DIR]
+
+Each question checks the results of its providers, times them in turns, prints a table and writes
+its rows to DIR/<question>.json. A full run takes about a quarter of an hour on two cores;
+`--quick` takes seconds and says nothing about speed. `python benchmarks/render.py` makes
+docs/benchmarks.md of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import harness
+
+QUESTIONS = ("ops", "attacks", "training", "evaluation", "startup", "scaling")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", nargs="*", help=f"of {', '.join(QUESTIONS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that all runs")
+    parser.add_argument(
+        "--against",
+        default="peers",
+        help='"peers", all that are installed (the default), "none", or names with commas',
+    )
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads, each a measurement")
+    parser.add_argument("--device", default="cuda" if _cuda() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    options = parser.parse_args(given)
+    unknown = set(options.questions) - set(QUESTIONS)
+    if unknown:
+        parser.error(f"questions are {', '.join(QUESTIONS)}; got {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> None:
+    given = arguments()
+    harness.tuned_heap()
+    harness.use_checkout()
+    import peers
+    import render
+    import torch
+
+    device = torch.device(given.device)
+    versions = peers.installed()
+    against = _against(given.against, versions)
+    environment = {**harness.environment(device), "peers": versions}
+    results = harness.HERE / "results"  # of a checkout
+    base = results if results.is_dir() else Path("pyadv-bench")
+    out = given.out or base / harness.folder_name(device)
+    wrong = []
+    for name in given.questions or QUESTIONS:
+        question = importlib.import_module(name)
+        rows, begin = [], time.perf_counter()
+        for n in _threads(given, device, getattr(question, "THREADS", None)):
+            options = harness.Options(device, n, given.quick, against)
+            with harness.threads(n), peers.quiet():
+                for case in question.cases(options):
+                    rows += harness.measure(case, options)
+                    print(f"\r{name}: {case.name[:70]:<70}", end="", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - begin
+        print(f"\r{name}: {seconds:.0f} s{'':<70}\n", file=sys.stderr)
+        harness.save(out / f"{name}.json", {**environment, "seconds": round(seconds, 1)}, rows)
+        print(render.text(question, rows))
+        # A peer's trouble is a finding, listed on the page; our own is a failure.
+        wrong += [f"{r.case}: {r.provider}: {r.refused}" for r in rows if r.refused and not r.peer]
+    print(f"results in {out}")
+    if wrong:
+        sys.exit("not timed:\n" + "\n".join(wrong))
+
+
+def _against(wanted: str, versions: dict[str, str | None]) -> tuple[str, ...]:
+    there = tuple(name for name, version in versions.items() if version)
+    if wanted in ("peers", "none"):
+        return there if wanted == "peers" else ()
+    names = tuple(wanted.split(","))
+    missing = [name for name in names if name not in there]
+    if missing:
+        sys.exit(f"--against: {', '.join(missing)} cannot be imported; there is {', '.join(there)}")
+    return names
+
+
+def _threads(given: argparse.Namespace, device, wanted) -> list[int]:
+    """Of the command line, or all cores, and one too where the question wants it so."""
+    if given.threads:
+        return given.threads
+    if given.quick:
+        return [1]
+    both = wanted == "one and all" and device.type == "cpu"
+    return sorted({1, harness.cores()}) if both else [harness.cores()]
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The benchmarks run, refuse what is wrong, and make their page. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="not a checkout")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def harness():
+    return importlib.import_module("harness")
+
+
+@pytest.fixture
+def options(harness):
+    return harness.Options(torch.device("cpu"), threads=1, quick=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all questions, as the command line asks them."""
+    folder = tmp_path_factory.mktemp("results") / "some-cpu-2026-01-01"
+    command = [sys.executable, BENCHMARKS / "run.py", "--quick", "--out", folder]
+    done = subprocess.run(
+        [*map(str, command), "--against", "none"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("linf_step in place", "AT + EMR", "AutoAttack standard", "a process that imports"):
+        assert word in done.stdout
+    return folder
+
+
+def test_every_row_has_what_the_page_shows(harness, results):
+    run = importlib.import_module("run")
+    for name in run.QUESTIONS:
+        environment, rows = harness.load(results / f"{name}.json")
+        assert environment["torch"] == torch.__version__ and environment["heap"] == "tuned"
+        assert rows and not any(r.refused for r in rows)
+        for row in rows:
+            assert len(row.times_us) == 2 and min(row.times_us) > 0
+            assert any((r.case, r.provider) == (row.case, row.ours) for r in rows)
+        if name == "attacks":
+            floors = {r.case: r for r in rows if r.provider == "floor"}
+            for row in rows:  # PGD makes exactly the passes of the floor
+                if row.case.startswith("PGD") and row.provider in ("pyadv", "eager"):
+                    floor = floors[row.case]
+                    assert (row.forwards, row.backwards) == (floor.forwards, floor.backwards)
+
+
+def test_page(harness, results, tmp_path, monkeypatch):
+    render = importlib.import_module("render")
+    monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results" / results.name).symlink_to(results)
+    render.main()
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    pictures = list((tmp_path / "docs" / "images").iterdir())
+    assert pictures and all(f"images/{p.name}" in page for p in pictures)
+    # Every goal of every question has a line, whether these small cases measure it or not.
+    for name in importlib.import_module("run").QUESTIONS:
+        for goal in getattr(importlib.import_module(name), "GOALS", []):
+            assert f"| {goal.text} |" in page
+
+
+def test_a_wrong_result_is_not_timed(harness, options):
+    right = torch.arange(3.0)
+    case = harness.Case(
+        "case",
+        {
+            "pyadv": lambda: right,
+            "wrong": lambda: right + 1e-3,
+            "raises": harness.Provider(lambda: 1 / 0, peer=True),
+            "other": harness.Provider(lambda: None, yardstick=True),
+        },
+        harness.close(right, atol=1e-6),
+    )
+    rows = {r.provider: r for r in harness.measure(case, options)}
+    assert rows["wrong"].refused == "differs from the reference by 0.001"
+    assert rows["raises"].refused == "ZeroDivisionError: division by zero"
+    assert not rows["wrong"].times_us and not rows["raises"].times_us
+    assert len(rows["pyadv"].times_us) == len(rows["other"].times_us) > 0
+
+
+def row(harness, provider, times, **more):
+    return harness.Row("case", provider, "pyadv", threads=1, times_us=times, **more)
+
+
+@pytest.mark.parametrize(
+    "bound, value, met",
+    [
+        ({"at_most": 0.5}, 0.5, True),
+        ({"at_most": 0.4}, 0.5, False),
+        ({"at_least": 2.0}, 2.0, True),
+        ({"at_least": 2.1}, 2.0, False),
+        ({"beyond_s": 0.0}, -2e-6, True),
+    ],
+)
+def test_goals_are_judged_round_by_round(harness, bound, value, met):
+    # Rounds of one disturbed machine: medians of the times alone would say 1.0.
+    rows = [row(harness, "pyadv", [1.0, 4.0, 2.0]), row(harness, "other", [2.0, 8.0, 4.0])]
+    goal = harness.Goal("goal", "case", "other", **bound)
+    assert goal.outcome(rows, 1) == (pytest.approx(value), met)
+    assert goal.outcome(rows, 2) is None
+
+
+def test_peers_means_the_fastest_of_them(harness):
+    rows = [row(harness, "pyadv", [3.0]), row(harness, "other", [1.0])]
+    rows += [row(harness, name, [t], peer=True) for name, t in (("slow", 6.0), ("quick", 4.0))]
+    goal = harness.Goal("goal", "case", "peers", at_least=1.5)
+    assert goal.outcome(rows, 1) == (pytest.approx(4 / 3), False)
+
+
+def test_peak_memory_is_that_of_tensors(harness, options):
+    x = torch.zeros(1000)
+    case = harness.Case("case", {"pyadv": lambda: ((x + 1) * 2).sum()}, None)
+    (found,) = harness.measure(case, options)
+    assert 2 * x.nbytes <= found.peak_bytes < 2 * x.nbytes + 1000
+
+
+def test_passes_are_counted_in_samples():
+    problems = importlib.import_module("problems")
+    model, x = problems.Free(), torch.rand(5, 1, 4, 4)
+    counted, _ = problems.count(model, lambda m: problems.floor(m, x, 3))
+    assert counted == (15, 15)
+
+
+def test_command(monkeypatch):
+    """`pyadv bench` runs the driver in a process of its own, which sets up its heap."""
+    typer_testing = pytest.importorskip("typer.testing")
+    from pyadv import cli
+
+    calls = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 3)
+    result = typer_testing.CliRunner().invoke(cli.app, ["bench", "ops", "--quick", "--out", "here"])
+    assert result.exit_code == 3
+    script = str(BENCHMARKS / "run.py")
+    assert calls == [
+        [sys.executable, script, "ops", "--against", "peers", "--quick", "--out", "here"]
+    ]
