@@ -6,6 +6,7 @@ Options that are not given stay None, so that `pyadv.training.Config` alone deci
 from __future__ import annotations
 
 import contextlib
+import importlib
 import subprocess
 import sys
 import time
@@ -219,7 +220,23 @@ def recipes(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder or checkpoint file.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run folder or checkpoint of `pyadv train`, or module:callable, which is called "
+            "and returns a model of images in \\[0, 1].",
+            show_default=False,
+        ),
+    ],
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="pgd20, pgdplus, autoattack, masking (does it mask its gradients?), margins (how "
+            "far is the decision boundary?), or all.",
+            metavar="NAME",
+        ),
+    ] = "pgd20",
     data: Annotated[
         str | None, typer.Option(help="Data set \\[the run's].", show_default=False)
     ] = None,
@@ -230,32 +247,52 @@ def evaluate(
         ),
     ] = None,
     norm: Annotated[
-        str | None, typer.Option(help="Linf, L2 or L1 \\[the run's].", show_default=False)
+        str | None,
+        typer.Option(help="Linf, L2 or L1 \\[the run's; else Linf].", show_default=False),
     ] = None,
     n: Annotated[
         int | None, typer.Option("--n", help="First n test images \\[all].", show_default=False)
     ] = None,
-    bs: Annotated[int, typer.Option("--bs", help="Batch size.")] = 500,
+    bs: Annotated[int, typer.Option("--bs", help="Rows that go through the model at once.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the random starts.")] = 0,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model for the same task, as MODEL, whose adversarial examples the "
+            "masking checks try.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda \\[cuda if there].", show_default=False)
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Report file \\[report.json beside it].", show_default=False),
+        typer.Option(
+            help="Folder for the report \\[evaluation, beside the checkpoint].",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Measure clean and robust accuracy of a trained network on test images."""
+    """Measure how robust a network is, and write a report with pictures.
+
+    Ctrl-C keeps what was found: the same command goes on from there.
+    """
     with _errors_as_messages():
-        _evaluate(run, data, eps, norm, n, bs, device, out)
+        _evaluate(target, suite, data, eps, norm, n, bs, seed, surrogate, device, out)
 
 
 def _evaluate(
-    run: Path,
+    target: str,
+    suite: str,
     data: str | None,
     eps: float | None,
     norm: str | None,
     n: int | None,
     bs: int,
+    seed: int,
+    surrogate: str | None,
     device: str | None,
     out: Path | None,
 ) -> None:
@@ -266,34 +303,85 @@ def _evaluate(
     from pyadv.training import build
     from pyadv.training.display import report_table
 
-    trained = training.load_model(run)
-    model, config = trained.model, trained.config
-    if norm is not None and norm.lower() != config.norm.lower() and eps is None:
-        raise ValueError(
-            f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
-        )
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
-    images = load(data or config.data)
-    trained.check(images)
-    model.to(build.device(device))
+    model, run = _load_target(target)
+    if run is None:
+        absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
+        if absent:
+            raise ValueError(f"{target} does not say its data and radius: give {', '.join(absent)}")
+        images, norm, folder = load(data), norm or "Linf", Path()
+    else:
+        config, folder = run.config, Path(target)
+        if norm is not None and norm.lower() != config.norm.lower() and eps is None:
+            raise ValueError(
+                f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
+            )
+        images, norm = load(data or config.data), norm or config.norm
+        eps = config.eps if eps is None else eps
+        run.check(images)
+        folder = folder if folder.is_dir() else folder.parent
+    place, out = build.device(device), folder / "evaluation" if out is None else out
+    x, y = images.test_x[:n], images.test_y[:n]
     console = Console()
     with training.Display(console).progress() as bar:
-        x, y = images.test_x[:n], images.test_y[:n]
-        task = bar.add_task("evaluating", total=len(y), text="")
-        report = evaluation.evaluate(
-            model,
-            x,
-            y,
-            eps=config.eps if eps is None else eps,
-            norm=norm or config.norm,
-            batch_size=bs,
-            progress=lambda name, done, *_: bar.update(task, completed=done, text=name),
-        )
-    console.print(report_table(report, f"{run} on {images.name}"))
-    out = out or (run if run.is_dir() else run.parent) / "report.json"
-    report.save(out)
-    console.print(f"written to {out}", highlight=False)
+        task = bar.add_task(suite, total=None, text="")
+
+        def show(name: str, done: int, total: int, standing: int) -> None:
+            text = f"{name}: {standing} of {len(y)} not broken"
+            bar.update(task, completed=done, total=total, text=text)
+
+        try:
+            document = evaluation.run_suite(
+                suite,
+                model.to(place),
+                x,
+                y,
+                eps=eps,
+                norm=norm,
+                batch_size=bs,
+                seed=seed,
+                surrogate=None if surrogate is None else _load_target(surrogate)[0].to(place),
+                state=out,
+                progress=show,
+                title=f"{target} on {images.name}",
+                command=" ".join(["pyadv", *sys.argv[1:]]),
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo("pyadv: interrupted; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+    for name, report in document.reports.items():
+        console.print(report_table(report, f"{document.title}: {name}"))
+    for part in (document.masking, document.margins):
+        if part is not None:
+            console.print(str(part), highlight=False, markup=False, soft_wrap=True)
+    for line in document.write(out, model, x, y, images.classes):
+        console.print(line, highlight=False)
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+def _load_target(target: str) -> tuple[Any, Any]:
+    """The model in eval mode, and what its run says of it, if it comes from one."""
+    from pyadv import training
+
+    module, colon, name = target.partition(":")
+    if not colon or Path(target).exists():
+        run = training.load_model(target)
+        return run.model, run
+    sys.path.insert(0, "")  # as `python -m` finds modules
+    try:
+        make = importlib.import_module(module)
+        for part in name.split("."):
+            make = getattr(make, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{target} is neither a run nor an importable callable: {error}") from None
+    finally:
+        sys.path.remove("")
+    model = make()
+    if not hasattr(model, "parameters"):
+        raise ValueError(f"{target} must return a torch.nn.Module, got {type(model).__name__}")
+    return model.eval(), None
 
 
 @app.command()

@@ -56,12 +56,36 @@ def test_train_writes_what_it_was_told(run: Path) -> None:
 
 def test_evaluate(run: Path, source: Path, tmp_path: Path) -> None:
     output = pyadv("evaluate", run, "--n", "20", "--bs", "7", "--device", "cpu")
-    assert "20 samples, Linf, eps 0.03137" in output
-    report = json.loads((run / "report.json").read_text())
-    assert report["n"] == 20 and [r["name"] for r in report["rows"]][0] == "clean"
-    out = tmp_path / "l2.json"
+    assert "20 samples, Linf, eps 0.03137" in output and "clean" in output
+    report = json.loads((run / "evaluation" / "report.json").read_text())
+    assert report["accuracy"]["pgd20"]["n"] == 20 and report["masking"] is None
+    out = tmp_path / "l2"
     pyadv("evaluate", run / "checkpoint.pt", "--norm", "l2", "--eps", "0.5", "--out", out)
-    assert json.loads(out.read_text())["norm"] == "L2"
+    accuracy = json.loads((out / "report.json").read_text())["accuracy"]["pgd20"]
+    assert accuracy["norm"] == "L2" and [r["name"] for r in accuracy["rows"]][0] == "clean"
+
+
+def test_evaluate_a_model_of_ones_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from pyadv.models import SmallCNN\n"
+        "class zoo:\n"
+        "    def small(): return SmallCNN()\n"
+        "    def nothing(): return lambda x: x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--data", source, "--eps", "0.1", "--n", "8", "--device", "cpu")
+    output = pyadv("evaluate", "mine:zoo.small", *arguments)
+    assert "written to evaluation" in output and (tmp_path / "evaluation" / "report.md").exists()
+    assert "" not in sys.path[:1]
+    for target, message in (
+        ("mine:zoo.nothing", "must return a torch.nn.Module, got function"),
+        ("mine:zoo.absent", "neither a run nor an importable callable"),
+        ("no_such_module:f", "neither a run nor an importable callable"),
+    ):
+        assert message in pyadv("evaluate", target, *arguments, code=1)
+    assert "give --data, --eps" in pyadv("evaluate", "mine:zoo.small", code=1)
 
 
 def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
@@ -106,6 +130,8 @@ def test_mistakes_about_a_run(run: Path, tmp_path: Path) -> None:
     output = pyadv("evaluate", run, "--data", tmp_path / "colour.npz", code=1)
     assert "has (3, 32, 32) images of 10 classes, the network takes (1, 28, 28)" in output
     assert "--n must be >= 1" in pyadv("evaluate", run, "--n", "0", code=1)
+    suites = "suite must be one of pgd20, pgdplus, autoattack, masking, margins, all, got 'aa'"
+    assert suites in pyadv("evaluate", run, "--suite", "aa", code=1)
     assert "is not a number or a fraction" in pyadv("train", "--eps", "8/0", code=2)
 
 

@@ -1,6 +1,8 @@
 """Robust accuracy and the report that states it, signs of masking, and margins."""
 
 from pyadv.evaluation.bisection import Bisection
+from pyadv.evaluation.curves import accuracy_curves
+from pyadv.evaluation.document import Document, run_suite
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate, standard_attacks
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.margins import Margins, margin_attacks, measure_margins
@@ -13,18 +15,21 @@ __all__ = [
     "SUITES",
     "Bisection",
     "Check",
+    "Document",
     "LipschitzBound",
     "Margins",
     "MaskingReport",
     "NotCovered",
     "Report",
     "Row",
+    "accuracy_curves",
     "check_masking",
     "effective_margin",
     "evaluate",
     "lipschitz_bound",
     "margin_attacks",
     "measure_margins",
+    "run_suite",
     "spectrally_normalized_margin",
     "standard_attacks",
 ]

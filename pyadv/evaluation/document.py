@@ -1,0 +1,214 @@
+"""The folder an evaluation leaves behind:
+
+report.json       every number
+report.md         the same to read, with the pictures
+*.png             accuracy against eps and steps, worst examples, margins
+adversarial.npz   x_adv, with the samples' index, y, prediction, and the attack that found it
+margins.csv       the margins of each sample
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyadv._version import __version__
+from pyadv.attacks import PGD
+from pyadv.attacks._engine import predict
+from pyadv.attacks._model import device_of
+from pyadv.evaluation.curves import Curves, accuracy_curves
+from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, Progress, evaluate
+from pyadv.evaluation.margins import Margins, measure_margins
+from pyadv.evaluation.masking import MaskingReport, check_masking
+from pyadv.evaluation.report import Report
+
+_EXAMPLES = 8  # in the picture
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was measured of one model: accuracy by suite, and whatever else was asked for."""
+
+    title: str
+    command: str
+    reports: Mapping[str, Report]
+    curves: Curves = field(default_factory=dict)
+    masking: MaskingReport | None = None
+    margins: Margins | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "command": self.command,
+            "versions": {
+                "pyadv": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "accuracy": {name: report.to_dict() for name, report in self.reports.items()},
+            "curves": {name: [list(p) for p in points] for name, points in self.curves.items()},
+            "masking": None if self.masking is None else self.masking.to_dict(),
+            "margins": None if self.margins is None else self.margins.to_dict(),
+        }
+
+    def write(
+        self,
+        folder: Path,
+        model: Callable[..., Any],
+        x: Tensor,
+        y: Tensor,
+        classes: Sequence[str],
+    ) -> list[str]:
+        """Everything into `folder`, which is made; x (N, C, H, W) and y are the samples. Returns
+        what could not be written, and why."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        missing: list[str] = []
+        examples = self._examples(x, y)
+        np.savez_compressed(folder / "adversarial.npz", **examples)
+        if self.margins is not None:
+            self.margins.to_csv(folder / "margins.csv")
+        try:
+            pictures = self._draw(folder, model, x, examples, classes)
+        except ImportError:
+            pictures = {}
+            missing.append("no pictures: they need matplotlib (pip install matplotlib)")
+        (folder / "report.md").write_text(self.to_markdown(pictures))
+        return missing
+
+    def to_markdown(self, pictures: Mapping[str, str]) -> str:
+        """`pictures`: caption -> file name."""
+        lines = [f"# {self.title}", "", f"`{self.command}`, pyadv {__version__}", ""]
+        for name, report in self.reports.items():
+            lines += [f"## Accuracy: {name}", "", report.to_markdown(), ""]
+        if self.masking is not None:
+            lines += ["## Is it really robust?", "", self.masking.to_markdown(), ""]
+        if self.margins is not None:
+            lines += ["## Margins", "", self.margins.to_markdown(), ""]
+        for caption, file in pictures.items():
+            lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
+        return "\n".join(lines)
+
+    def _examples(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        """Of each sample that an attack broke, the first example found, by the strongest suite."""
+        report = min(self.reports.values(), key=lambda r: r.worst.accuracy)
+        rows, x_adv = report.findings.examples()
+        found = report.findings
+        return {
+            "index": rows.numpy(),
+            "x_adv": x_adv.numpy() if len(rows) else np.zeros((0, *x.shape[1:]), np.float32),
+            "y": y[rows].numpy(),
+            "prediction": found.prediction[rows].numpy(),
+            "attack": np.array([found.names[k] for k in found.broken_by[rows].tolist()], str),
+        }
+
+    def _draw(
+        self,
+        folder: Path,
+        model: Callable[..., Any],
+        x: Tensor,
+        examples: Mapping[str, np.ndarray],
+        classes: Sequence[str],
+    ) -> dict[str, str]:
+        from pyadv.evaluation import plots
+
+        drawn: dict[str, str] = {}
+        if self.curves:
+            drawn["Accuracy against the attack"] = "curves.png"
+            plots.accuracy_against(self.curves, folder / "curves.png")
+        if len(examples["index"]) and x.dim() == 4:
+            chosen = _most_wrong(model, examples)
+            rows = torch.from_numpy(examples["index"][chosen])
+            drawn["Worst examples"] = "examples.png"
+            plots.worst_examples(
+                x[rows],
+                torch.from_numpy(examples["x_adv"][chosen]),
+                torch.from_numpy(examples["y"][chosen]),
+                torch.from_numpy(examples["prediction"][chosen]),
+                classes,
+                folder / "examples.png",
+            )
+        if self.margins is not None and self.margins.correct.any():
+            drawn["Distribution of the margins"] = "margins.png"
+            plots.margin_distributions(self.margins, folder / "margins.png")
+        return drawn
+
+
+SUITE_PARTS: dict[str, tuple[str, ...]] = {
+    "pgd20": ("pgd20",),
+    "pgdplus": ("pgdplus",),
+    "autoattack": ("autoattack",),
+    "masking": ("pgd20", "masking"),
+    "margins": ("pgd20", "margins"),
+    "all": ("pgd20", "autoattack", "masking", "margins"),
+}
+_CURVE_SAMPLES = 500
+
+
+def run_suite(
+    suite: str,
+    model: Callable[..., Any],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str | float = "Linf",
+    batch_size: int = 500,
+    seed: int = 0,
+    surrogate: Callable[..., Any] | None = None,
+    state: str | Path | None = None,
+    progress: Progress | str | None = "auto",
+    title: str = "Evaluation",
+    command: str = "",
+) -> Document:
+    """All that `pyadv evaluate --suite` measures.
+
+    Args:
+        suite: "pgd20", "pgdplus" or "autoattack" (see `evaluate`), "masking" (`check_masking`),
+            "margins" (`measure_margins`), "all". Each also has accuracy against eps and steps, of
+            the first 500 samples.
+        surrogate: for the transfer check.
+        state: a folder for what an interrupted call has found; the files are removed at the end.
+        title, command: of the document.
+
+    The other arguments and errors are those of `evaluate`.
+    """
+    if suite not in SUITE_PARTS:
+        raise ValueError(f"suite must be one of {', '.join(SUITE_PARTS)}, got {suite!r}")
+    parts = SUITE_PARTS[suite]
+    files = {} if state is None else {k: Path(state) / f"{k}.state" for k in (*parts, "curves")}
+    common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
+    reports = {
+        name: evaluate(model, x, y, eps=eps, attacks=name, state=files.get(name), **common)
+        for name in parts
+        if name in SUITES | AUTOATTACKS
+    }
+    few = x[:_CURVE_SAMPLES], y[:_CURVE_SAMPLES]
+    curves = accuracy_curves(model, *few, eps=eps, state=files.get("curves"), **common)
+    masking = margins = None
+    if "masking" in parts:
+        masking = check_masking(model, x, y, eps=eps, surrogate=surrogate, **common)
+    if "margins" in parts:
+        margins = measure_margins(model, x, y, **common)
+    for file in files.values():
+        file.unlink(missing_ok=True)
+    return Document(title, command, reports, curves, masking, margins)
+
+
+def _most_wrong(model: Callable[..., Any], examples: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The examples whose wrong class leads by most."""
+    settings, gaps = PGD().settings, []
+    x_adv, y = (torch.from_numpy(examples[name]) for name in ("x_adv", "y"))
+    device = device_of(model, x_adv)
+    for part, labels in zip(x_adv.split(500), y.split(500), strict=True):
+        z = predict(model, part.to(device), settings).float().cpu()
+        gaps.append(z.amax(1) - z.gather(1, labels[:, None])[:, 0])
+    return torch.cat(gaps).argsort(descending=True)[:_EXAMPLES].numpy()
