@@ -123,6 +123,7 @@ class GradientAttack:
                 *([f"{_show(s.start)} start"] if s.start != "none" else []),
                 *([f"{self.restarts} restarts"] if self.restarts > 1 else []),
                 *([f"{s.eot} gradients a step"] if s.eot > 1 else []),
+                *([f"speed {s.speed}"] if s.speed != "exact" else []),
             ]
         )
 

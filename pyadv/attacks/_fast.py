@@ -48,13 +48,16 @@ _views: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, FastView]]
 
 
 class FastView:
-    """The network in evaluation mode with weights of its own, those at the last `refresh`. It gives
-    input gradients; parameters get none."""
+    """The network in evaluation mode with weights of its own, those at the last `refresh`. It has
+    input gradients, of first order; parameters get none."""
 
-    def __init__(self, graph: fx.GraphModule, parts: list[_Part], dtype: torch.dtype | None):
+    def __init__(
+        self, graph: fx.GraphModule, parts: list[_Weighted | _Affine], dtype: torch.dtype | None
+    ):
         self._graph, self._parts, self._dtype = graph, parts, dtype
         wide = any(isinstance(p, _Weighted) and p.out_channels >= _WIDE for p in parts)
         self._layout = torch.channels_last if wide else torch.contiguous_format
+        self.refresh()
 
     def __call__(self, x: Tensor) -> Any:
         if self._dtype is None:
@@ -80,7 +83,8 @@ def fast_view(
 
     It holds the weights of this moment; after a change of the model call its `refresh()`, or this
     function again. The model is not changed. Where no view can be had (`model` is compiled, has
-    hooks, branches on values, draws random numbers, ...) the result is the model itself.
+    hooks, branches on values, draws random numbers, ...) the result is the model itself. While a
+    model is read for the first time, no other thread may run one: torch.fx looks at all calls.
 
     The logits on the first two rows of x have been compared: no entry is farther from the model's
     than sqrt(u) times their largest, u the machine epsilon of `dtype` or of the logits (3e-4 in
@@ -105,17 +109,14 @@ def fast_view(
         return model
     known = _views.setdefault(model, {})
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
-        expected = pick_logits(model(x[:_CHECKED].clone()), output)
-        for view in (known.get(dtype), None):  # what was traced once may have changed since
-            view = view or _trace(model, dtype)
-            if view is None:
-                break
+        view = known.pop(dtype, None)
+        if view:
             view.refresh()
-            if _agrees(view, x, expected, dtype, output):
-                known[dtype] = view
-                return view
-    known.pop(dtype, None)
-    return model
+        if not (view and _agrees(view, model, x, dtype, output)):
+            view = _trace(model, dtype)  # for the first time, or because the model has changed
+            if not (view and _agrees(view, model, x, dtype, output)):
+                return model
+    return known.setdefault(dtype, view)
 
 
 @contextlib.contextmanager
@@ -131,11 +132,11 @@ def attacked(
 
 
 def _agrees(
-    view: FastView, x: Tensor, expected: Tensor, dtype: torch.dtype | None, output: Output
+    view: FastView, model: nn.Module, x: Tensor, dtype: torch.dtype | None, output: Output
 ) -> bool:
     try:
-        logits = pick_logits(view(x[:_CHECKED].clone()), output)
-    except Exception:  # the user's code, run in a way it was not written for
+        expected, logits = (pick_logits(m(x[:_CHECKED].clone()), output) for m in (model, view))
+    except Exception:  # the user's code, on fewer rows or in a form it was not written for
         return False
     if logits.shape != expected.shape:
         return False
@@ -189,9 +190,9 @@ def _restore(m: nn.Module, old: dict[str, Any]) -> bool:
     return not same or any(not k.startswith("_tensor_constant") for k in new)
 
 
-def _rewrite(graph: fx.Graph, held: dict[str, Any]) -> list[_Part]:
+def _rewrite(graph: fx.Graph, held: dict[str, Any]) -> list[_Weighted | _Affine]:
     """Puts parts of our own in the place of layers; `held` gets them under new names."""
-    parts: dict[fx.Node, _Part] = {}
+    parts: dict[fx.Node, _Weighted | _Affine] = {}
     for node in list(graph.nodes):
         layer = held[node.target] if node.op == "call_module" else None
         before = node.args[0] if node.args else None
@@ -228,16 +229,9 @@ def _is_sum(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (operator.add, torch.add)
 
 
-class _Part(nn.Module):
-    """Stands for a layer of the model, which it reads at each `refresh`. (Layers are held in
-    tuples, so that they do not become sub-modules here.)"""
-
-    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
-        raise NotImplementedError
-
-
-class _Weighted(_Part):
-    """A convolution, with the BatchNorm after it if there is one, or a linear layer."""
+class _Weighted(nn.Module):
+    """A convolution, with the BatchNorm after it if there is one, or a linear layer. The model's
+    layers are held in tuples, so that they do not become sub-modules here."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -279,7 +273,7 @@ class _Weighted(_Part):
         return layer._conv_forward(x, self.weight, self.bias)
 
 
-class _Affine(_Part):
+class _Affine(nn.Module):
     """A BatchNorm that no convolution takes in."""
 
     def __init__(self, norm: nn.Module):

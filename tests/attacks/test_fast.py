@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -144,6 +146,7 @@ STRANGE = {
     "has fixed noise": lambda self, x: self.inside(x + 0.1 * torch.rand(3, 16, 16)),
     "counts": counting,
 }
+SPEEDS = ("exact", "fast")
 
 
 @pytest.mark.parametrize("forward", STRANGE.values(), ids=STRANGE)
@@ -152,6 +155,24 @@ def test_a_model_that_cannot_be_read_is_attacked_as_it_is(forward):
     state = torch.get_rng_state()
     assert fast_view(model, x) is model
     assert model.calls <= 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_view_keeps_no_model_alive():
+    model, x = settled(ConvNet()), inputs()
+    assert isinstance(fast_view(model, x), FastView)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_for_whole_batches_only():
+    def forward(self, x):
+        return self.inside(x.reshape(3, 3, 16, 16))
+
+    model, x = Wrapped(forward).eval(), inputs()
+    exact, fast = (PGD(model, steps=2, seed=0, speed=s)(x, torch.tensor([0, 1, 2])) for s in SPEEDS)
+    assert torch.equal(fast, exact)
 
 
 def test_hooks_and_replaced_forwards_are_respected():
@@ -186,7 +207,7 @@ def problem(rows=5):
 @pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS)
 def test_attacks_find_the_same_points(make):
     model, x, y = problem()
-    exact, fast = (make(seed=0, speed=s).run(x, y, model=model) for s in ("exact", "fast"))
+    exact, fast = (make(seed=0, speed=s).run(x, y, model=model) for s in SPEEDS)
     torch.testing.assert_close(fast.x_adv, exact.x_adv, rtol=0, atol=1e-6)
     torch.testing.assert_close(fast.logits, model(fast.x_adv))
     assert torch.equal(fast.correct, exact.correct)
@@ -203,9 +224,7 @@ def test_who_fools_the_view_alone_is_searched_again(name, monkeypatch):
 
     monkeypatch.setattr(_fast, "FastView", Gullible)
     monkeypatch.setattr(_fast, "_agrees", lambda *args: True)
-    exact, misled = (
-        ATTACKS[name](seed=0, speed=s).run(x, y, model=model) for s in ("exact", "fast")
-    )
+    exact, misled = (ATTACKS[name](seed=0, speed=s).run(x, y, model=model) for s in SPEEDS)
     again = y == y[0]
     assert again.any()
     assert torch.equal(misled.correct[again], exact.correct[again])
