@@ -5,7 +5,7 @@ how near the nearest such point is."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +13,27 @@ from torch import Tensor
 
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import Model, Plan, functional
-from pyadv.attacks._engine import check_first, may_compact, predict
+from pyadv.attacks._engine import (
+    check_first,
+    counts_rows,
+    may_compact,
+    predict,
+    worth_compacting,
+)
 from pyadv.attacks._hyperplane import offset_to_hyperplane
 from pyadv.attacks._losses import Loss, check_classes, ranked_targets
-from pyadv.attacks._minimum import (
-    ORDER,
-    MinimumNorm,
-    distance,
-    nearest_boundary,
-    other_classes,
-    row_norm,
-)
+from pyadv.attacks._minimum import MinimumNorm, box_width, nearest_boundary, other_classes
 from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
+from pyadv.attacks._norms import ORDER, distance, row_norm
 from pyadv.attacks._result import Perturbed
-from pyadv.attacks._rows import Parameter, Settings
+from pyadv.attacks._rows import Parameter, PerRow, Settings
 from pyadv.attacks._rules import PlainRule
 from pyadv.attacks._start import Noise, start_on_sphere
-from pyadv.reference._common import clip_to_box, per_row, rows, widen
+from pyadv.reference._common import clip_to_box, parameter, per_row, rows, widen
 
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
 _SHORTEST = 1e-8  # way to a hyperplane, in the weights of the two ways
+_CPU_ROWS = 128  # as one batch, from which on more only leave the caches
 
 
 class FAB(MinimumNorm):
@@ -51,17 +52,20 @@ class FAB(MinimumNorm):
         model: anything that maps x to logits (B, C); may be None when every call names a model.
         norm: "Linf", "L2" or "L1" (or inf, 2, 1): what distance means.
         eps: radius within which a point counts as a success in `run`, in units of x; float or per
-            sample (B,); None for any. The result is the nearest point either way.
+            sample (B,); None for any.
         steps: number of steps.
         restarts: the first from x, the others from the sphere of radius eps / 2 around it (with
             eps=None 0.15 in Linf, 0.5 in L2, 2.5 in L1, times the width of the box); run as one
-            batch, the nearest point wins.
+            batch (on the CPU in parts of 128 rows), the nearest point wins.
+        early_stop: a sample leaves, with all its attempts, at its first point within eps: the same
+            verdicts, for less, but not the nearest points.
         alpha_max: largest share of the way from x, in [0, 1].
         eta: how far beyond the hyperplane to go, >= 1.
         beta: what stays of x_adv - x after a success, in (0, 1).
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps in `PGD`.
         seed: of the keyed noise; torch.initial_seed() by default.
-        compact: leave samples out that the model gets wrong at x: "auto", True or False.
+        compact: leave samples out that the model gets wrong at x, and those that have left: "auto",
+            True or False.
         output, validate, speed: as in `PGD`.
 
     Raises:
@@ -77,6 +81,7 @@ class FAB(MinimumNorm):
         eps: Parameter | None = None,
         steps: int = 100,
         restarts: int = 1,
+        early_stop: bool = False,
         alpha_max: float = 0.1,
         eta: float = 1.05,
         beta: float = 0.9,
@@ -89,15 +94,15 @@ class FAB(MinimumNorm):
         speed: str = "exact",
     ):
         norm = _checks.canonical_norm(norm)
+        if early_stop and eps is None:
+            raise ValueError("early_stop=True stops within eps, so it needs eps, got None")
         if not 0 <= alpha_max <= 1:
             raise ValueError(f"alpha_max must be a share in [0, 1], got {alpha_max!r}")
         if not 1 <= eta < math.inf:
             raise ValueError(f"eta must be a finite number >= 1, got {eta!r}")
-        if not 0 < beta < 1:
-            raise ValueError(f"beta must lie in (0, 1), got {beta!r}")
-        bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
-        start_eps = _START_EPS[norm] * (abs(hi - lo) if bounded else 1.0)
-        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
+        _checks.share("beta", beta)
+        start_eps = _START_EPS[norm] * box_width(lo, hi)
+        self.early_stop, self.alpha_max, self.eta, self.beta = early_stop, alpha_max, eta, beta
         settings = Settings(
             norm=norm,
             eps=start_eps if eps is None else eps,
@@ -141,98 +146,127 @@ class FAB(MinimumNorm):
         validate = s.checks_values(x)
         if validate:
             _checks.values(x, {"eps": s.eps}, s.lo, s.hi)
-        with gradients_on(), borrowed(model):
+        with gradients_on(), borrowed(model, s.bn, s.update_stats):
             logits = predict(model, x, s)
             check_first(logits, y, s.loss, validate, differentiate=False)
             check_classes(logits)
             right = s.loss.at(logits, y, None)[2]
             y = y.clamp(0, logits.shape[1] - 1)  # other labels are wrong at x, and refused above
-            classes, kept = self._classes(logits, y), torch.arange(len(x), device=x.device)
-            if may_compact(model, x, s):
-                kept = right.nonzero()[:, 0]
+            classes, b = self._classes(logits, y), len(x)
             n, m = classes.shape[0], classes.shape[2]
-            done = Perturbed(
-                torch.empty_like(x).copy_(x),
-                right.long(),
-                torch.zeros_like(y).index_fill_(0, kept, s.steps),
-                torch.ones_like(y).index_fill_(0, kept, 1 + 2 * s.steps * n),
-                torch.zeros_like(y).index_fill_(0, kept, s.steps * n * m),
-            )
-            if not len(kept):
-                return done
-            tries = _Tries(x, y, classes, kept, noise.restarted(n).ids.view(n, -1), noise)
-            try:
-                x_adv, length, kappa = self._attempts(model, tries, s, 0, n)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                parts = (self._attempts(model, tries, s, r, r + 1) for r in range(n))
-                x_adv, length, kappa = (torch.cat(p) for p in zip(*parts, strict=True))
-        nearest, column = length.argmin(0), torch.arange(len(kept), device=x.device)
-        x_adv = x_adv[nearest, column]
-        done.x_adv[kept] = torch.where(per_row(right[kept], x_adv), x_adv, x[kept])
-        done.kappa[kept] += torch.where(right[kept], kappa[nearest, column], 0)
-        return done
+            every, s = self._attempts(x, y, right, classes, noise, s)
+            places = every.place.unflatten(0, (n, b))
+            first, at_once = 0, max(_CPU_ROWS // n, 1) if x.is_cpu else b
+            while first < b:
+                try:
+                    kept = places[:, first : first + at_once].flatten()
+                    self._approach(model, every, kept, s)
+                    first += at_once
+                except torch.OutOfMemoryError:
+                    if at_once == 1:
+                        raise
+                    torch.cuda.empty_cache()
+                    at_once = max(at_once // n, 1)
+        column = torch.arange(b, device=x.device)
+        nearest = every.select(every.length.unflatten(0, (n, b)).argmin(0) * b + column)
+        steps = every.steps.unflatten(0, (n, b)).sum(0)
+        x_adv = torch.empty_like(x).copy_(nearest.best)
+        return Perturbed(x_adv, nearest.kappa, nearest.steps, 1 + 2 * steps, m * steps)
 
     def _attempts(
-        self, model: Model, tries: _Tries, s: Settings, first: int, last: int
-    ) -> tuple[Tensor, ...]:
-        """What `_approach` finds in the attempts first .. last - 1 at each sample, as one batch."""
-        kept, shape = tries.kept, (last - first, len(tries.kept))
-        sample = kept.repeat(shape[0])
-        x, s = tries.x[sample], s.select(sample, tries.x)
-        begin = x
+        self, x: Tensor, y: Tensor, right: Tensor, classes: Tensor, noise: Noise, s: Settings
+    ) -> tuple[_Attempts, Settings]:
+        """All attempts at all samples before their first step, and the settings of their rows;
+        `right` (B,) says where there is something to look for."""
+        n, b = classes.shape[:2]
+        place = torch.arange(n * b, device=x.device)
+        sample = place % max(b, 1)
+        s, x, right = s.select(sample, x), x[sample], right[sample]
+        x_adv = x
         if self.restarts > 1:
-            ids = tries.ids[first:last, kept].flatten()
-            sphere = (s.start, s.norm, x, s.eps / 2, s.lo, s.hi, replace(tries.noise, ids=ids))
-            number = torch.arange(first, last, device=x.device).repeat_interleave(len(kept))
-            begin = torch.where(per_row(number % self.restarts == 0, x), x, s.start_from(*sphere))
-        classes = tries.classes[first:last, kept].flatten(0, 1)
-        found = self._approach(model, x, begin, tries.y[sample], classes, s)
-        return tuple(t.unflatten(0, shape) for t in found)
+            from_x = place // max(b, 1) % self.restarts == 0
+            sphere = (s.start, s.norm, x, s.eps / 2, s.lo, s.hi, noise.restarted(n))
+            x_adv = torch.where(per_row(from_x, x), x, s.start_from(*sphere))
+        every = _Attempts(
+            x=x,
+            y=y[sample],
+            classes=classes.flatten(0, 1),
+            sample=sample,
+            place=place,
+            active=right,
+            x_adv=x_adv,
+            best=x.clone(),
+            length=widen(x).new_full(place.shape, torch.inf),
+            kappa=right.long(),
+            steps=torch.zeros_like(place),
+        )
+        return every, s
 
-    def _approach(
-        self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, classes: Tensor, s: Settings
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The nearest points found, their distances (inf: none, the point is x), and how many
-        iterates were classified as y."""
-        wide = widen(x)
-        best, nearest = x, wide.new_full(y.shape, torch.inf)
-        kappa = torch.zeros_like(y)
+    def _approach(self, model: Model, every: _Attempts, kept: Tensor, s: Settings) -> None:
+        """All steps of the attempts `kept`, as one batch."""
+        compact = may_compact(model, every.x, s)
+        found = torch.zeros_like(every.sample)  # samples; there are not more than attempts
+        r, s = every.select(kept), s.select(kept, every.x)
         for k in range(s.steps):
-            leaf = x_adv.detach().requires_grad_()
-            logits = pick_logits(model(leaf), s.output)
-            if k == 0:
-                check_first(logits, y, s.loss, validate=False, differentiate=True)
-            value, w = nearest_boundary(logits, leaf, y, classes, s.norm)
-            at_x = value + rows((wide - widen(x_adv)) * w).sum(1)
-            d = offset_to_hyperplane(x_adv, w, value, s.norm, s.lo, s.hi)
-            d_x = offset_to_hyperplane(x, w, at_x, s.norm, s.lo, s.hi)
-            way, way_x = (row_norm(t, ORDER[s.norm]).clamp(min=_SHORTEST) for t in (d, d_x))
-            share = per_row((way / (way + way_x)).clamp(max=self.alpha_max), x)
-            point = (widen(x_adv) + self.eta * d) * (1 - share) + (wide + self.eta * d_x) * share
-            x_adv = clip_to_box(point.to(x.dtype), s.lo, s.hi)
-            still = s.loss.at(predict(model, x_adv, s), y, None)[2]
-            kappa += still
-            length = distance(x_adv, x, s.norm)
-            closer = ~still & (length < nearest)
-            best = torch.where(per_row(closer, x), x_adv, best)
-            nearest = torch.where(closer, length, nearest)
-            back = (wide + (widen(x_adv) - wide) * self.beta).to(x.dtype)
-            x_adv = torch.where(per_row(still, x), x_adv, back)
-        return best, nearest, kappa
+            if compact and counts_rows(r.x, k):
+                if not r.active.any():
+                    break
+                if worth_compacting(r.active):
+                    every.store(r)
+                    kept = r.active.nonzero()[:, 0]
+                    r, s = r.select(kept), s.select(kept, r.x)
+            self._step(model, r, s, first=k == 0)
+            if self.early_stop:
+                within = r.length <= parameter(s.eps, r.length)
+                found.scatter_reduce_(0, r.sample, within.long(), "amax")
+                r.active = r.active & (found[r.sample] == 0)
+        every.store(r)
+
+    def _step(self, model: Model, r: _Attempts, s: Settings, first: bool) -> None:
+        leaf = r.x_adv.detach().requires_grad_()
+        logits = pick_logits(model(leaf), s.output)
+        if first:
+            check_first(logits, r.y, s.loss, validate=False, differentiate=True)
+        value, w = nearest_boundary(logits, leaf, r.y, r.classes, s.norm)
+        x, x_adv = widen(r.x), widen(r.x_adv)
+        points = torch.stack([x_adv, x])
+        values = torch.stack([value, value + rows((x - x_adv) * w).sum(1)])
+        d = offset_to_hyperplane(points, w, values, s.norm, s.lo, s.hi)
+        way, way_x = row_norm(d.flatten(0, 1), ORDER[s.norm]).clamp(min=_SHORTEST).view_as(values)
+        share = per_row((way / (way + way_x)).clamp(max=self.alpha_max), x)
+        point, point_x = points.add_(d, alpha=self.eta)
+        r.x_adv = clip_to_box(point.lerp_(point_x, share).to(r.x.dtype), s.lo, s.hi)
+        still = s.loss.at(predict(model, r.x_adv, s), r.y, None)[2]
+        r.steps = r.steps + r.active
+        r.kappa = r.kappa + (r.active & still)
+        length = distance(r.x_adv, r.x, s.norm)
+        closer = r.active & ~still & (length < r.length)
+        r.best = torch.where(per_row(closer, x), r.x_adv, r.best)
+        r.length = torch.where(closer, length, r.length)
+        stays = per_row(torch.where(still, 1.0, self.beta).to(x.dtype), x)
+        r.x_adv = x.lerp(widen(r.x_adv), stays).to(r.x.dtype)
 
 
 @dataclass
-class _Tries:
-    """The attempts at a batch: `classes` (attempts, B, m) to look at and `ids` (attempts, B) of the
-    noise, for the samples `kept`."""
+class _Attempts(PerRow):
+    """Attempts at samples, one row each."""
 
     x: Tensor
     y: Tensor
-    classes: Tensor
-    kept: Tensor
-    ids: Tensor
-    noise: Noise
+    classes: Tensor  # (rows, m) to look at
+    sample: Tensor
+    place: Tensor  # among all attempts
+    active: Tensor
+    x_adv: Tensor
+    best: Tensor  # the nearest point found, x where there is none
+    length: Tensor  # from x to there; inf
+    kappa: Tensor
+    steps: Tensor
+
+    def store(self, r: _Attempts) -> None:
+        """What the rows of `r` have found."""
+        for name in ("best", "length", "kappa", "steps"):
+            getattr(self, name)[r.place] = getattr(r, name)
 
 
 class TargetedFAB(FAB):
@@ -255,6 +289,12 @@ class TargetedFAB(FAB):
     def __init__(self, model: Model | None = None, *, targets: int = 9, **settings: Any):
         self.targets = _checks.count("targets", targets, 1)
         super().__init__(model, **settings)
+
+    def attempts(self, classes: int) -> int:
+        return min(self.targets, classes - 1) * self.restarts
+
+    def _search_words(self) -> list[str]:
+        return [*super()._search_words(), f"{self.targets} targets"]
 
     def _classes(self, logits: Tensor, y: Tensor) -> Tensor:
         targets = ranked_targets(logits, y, self.targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -203,6 +204,45 @@ def test_eps_decides_the_verdict_only(problem):
     assert not free.correct.any()
 
 
+@norms
+@attacks
+@pytest.mark.parametrize("compact", [True, False])
+def test_early_stop(norm, attack, compact, problem, monkeypatch):
+    """The same verdicts, the first point within eps, and every pass counted: 4 attempts at
+    three samples at a time, wrong at x, soon broken, later broken, and robust."""
+    monkeypatch.setattr(sys.modules[FAB.__module__], "_CPU_ROWS", 12)
+    net, x, y = problem
+    y = y.clone()
+    y[1] = (y[1] + 1) % 5
+    more = dict(targets=2, restarts=2) if attack is TargetedFAB else dict(restarts=4)
+    settings = dict(norm=norm, steps=12, seed=0, compact=compact, **more)
+    free = attack(net, eps=0.1, **settings).run(x, y, draw=0)
+    ranks = free.distances.sort().values
+    eps = torch.full((6,), (ranks[3] + ranks[4]).item() / 2, device=x.device)
+    full = attack(net, eps=eps, **settings).run(x, y, draw=0)
+    model = Recorded(net)
+    result = attack(model, eps=eps, early_stop=True, **settings).run(x, y, draw=0)
+
+    assert torch.equal(result.correct, full.correct) and 1 < result.correct.sum() < 4
+    assert torch.equal(result.correct, result.distances > eps)
+    assert (result.distances >= full.distances).all()
+    assert torch.equal(result.x_adv[result.correct], full.x_adv[result.correct])
+    assert (result.queries[result.correct] == 2 + 2 * 12 * 4).all()
+    assert (result.queries[~result.correct] < 60).all() and result.queries[1] == 2
+    assert ((result.queries > 2) == (result.gradients > 0)).all()
+    classes = 1 if attack is TargetedFAB else 4
+    assert torch.equal(result.gradients, classes * (result.queries - 2) // 2)
+    if compact:
+        assert sum(len(v) for v in model.inputs) <= 1.1 * result.queries.sum()
+        alone = [
+            attack(net, eps=eps[i].item(), early_stop=True, **settings).run(
+                x[i : i + 1], y[i : i + 1], draw=0
+            )
+            for i in range(6)
+        ]
+        assert [r.queries.item() for r in alone] == result.queries.tolist()
+
+
 @attacks
 @pytest.mark.parametrize("compact", [True, False])
 def test_wrong_and_unreachable_samples(attack, compact, problem):
@@ -360,6 +400,7 @@ def test_a_gradient_that_is_not_finite_is_no_hyperplane(problem):
         (dict(eps=-1.0), "eps must be"),
         (dict(eps=torch.ones(1, 3)), r"eps must be one radius .* \[1, 3\]"),
         (dict(alpha_max=1.5), "alpha_max must be"),
+        (dict(early_stop=True), "early_stop=True .* needs eps"),
         (dict(eta=0.5), "eta must be"),
         (dict(beta=1.0), "beta must lie"),
         (dict(steps=-1), "steps must be"),
