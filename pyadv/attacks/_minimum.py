@@ -143,7 +143,7 @@ class NearestIterate(MinimumNorm):
     Args:
         norm, steps, loss, rule, direction, patience: as in `Settings`.
         alpha: size of the first step.
-        eps, lo, hi, compact, output, validate: as in `FAB`.
+        eps, lo, hi, compact, output, validate, speed: as in `FAB`.
         targeted: y is the class to reach.
     """
 
@@ -167,6 +167,7 @@ class NearestIterate(MinimumNorm):
         compact: bool | str = "auto",
         output: Output = None,
         validate: bool | str = "auto",
+        speed: str = "exact",
     ):
         settings = Settings(
             norm=norm,
@@ -184,5 +185,6 @@ class NearestIterate(MinimumNorm):
             patience=steps if patience is None else patience,
             best="nearest",
             direction=direction,
+            speed=speed,
         )
         super().__init__(model, settings, restarts=1, seed=None, eps=eps)

@@ -46,7 +46,7 @@ class CW(NearestIterate):
         abort_early: end a search in which a tenth of the steps has not lowered the objective by
             0.01 %.
         targeted: y is the class to reach, and m is z_y - max_{j != y} z_j.
-        eps, lo, hi, compact, output, validate: as in `FAB`.
+        eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's

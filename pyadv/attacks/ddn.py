@@ -36,7 +36,7 @@ class DDN(NearestIterate):
             hi are not both numbers). It falls along half a cosine to a hundredth.
         start_radius: of the sphere, like alpha.
         targeted: y is the class to reach.
-        eps, lo, hi, compact, output, validate: as in `FAB`.
+        eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's

@@ -37,7 +37,7 @@ class DeepFool(NearestIterate):
             beyond the boundary and not on it; >= 0.
         classes: how many classes to look at, those that the model ranks highest at x, y included;
             with fewer, all.
-        eps, lo, hi, compact, output, validate: as in `FAB`.
+        eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's

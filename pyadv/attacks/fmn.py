@@ -40,7 +40,7 @@ class FMN(NearestIterate):
         gamma, gamma_final: change of the radius at the first step and after the last, in (0, 1);
             between them it falls as alpha does. In L0 it is at least one entry.
         targeted: y is the class to reach.
-        eps, lo, hi, compact, output, validate: as in `FAB`.
+        eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's

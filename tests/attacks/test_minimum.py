@@ -219,6 +219,19 @@ def test_a_gradient_that_is_not_finite_moves_nothing(attack, problem):
 
 
 @attacks
+def test_fast_view(attack):
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(150, 5))
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), head).eval()
+    x = torch.rand(4, 3, 5, 5)
+    y = net(x).argmax(1)
+    result = attack(net, speed="fast").run(x, y)
+    assert not result.correct.any()
+    expected = attack(net).run(x, y).distances
+    torch.testing.assert_close(result.distances, expected, rtol=2e-2, atol=1e-3)
+
+
+@attacks
 def test_empty_batch(attack, problem):
     net, x, y = problem
     result = attack(net).run(x[:0], y[:0])
