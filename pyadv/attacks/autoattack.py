@@ -292,9 +292,9 @@ class AutoAttack:
         elif name == "apgd-t":
             attack = TargetedAPGD(**gradient, targets=m.targets)
         elif name == "fab":
-            attack = FAB(**searched)
+            attack = FAB(**searched, early_stop=True)
         elif name == "fab-t":
-            attack = TargetedFAB(**searched, targets=m.targets)
+            attack = TargetedFAB(**searched, targets=m.targets, early_stop=True)
         else:
             draws = "official" if parity.reseed else "keyed"
             attack = Square(**common, queries=m.steps, p=m.p, draws=draws)
