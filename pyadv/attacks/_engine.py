@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks import _checks
-from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.attacks._norms import distance
 from pyadv.attacks._result import AttackResult, Perturbed
@@ -128,7 +127,7 @@ def _loop(
         differentiate = steps_on and s.by_gradient
         loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
-            check_first(logits, y, s.loss, validate, differentiate)
+            check_first(logits, y, validate, differentiate)
         _add(done.queries, rows, s.eot * rows.active)
         rows.still = still
         if nearest:
@@ -252,7 +251,7 @@ def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tens
         return pick_logits(model(x.clone()), s.output)
 
 
-def check_first(logits: Tensor, y: Tensor, loss: Loss, validate: bool, differentiate: bool) -> None:
+def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) -> None:
     if differentiate and not logits.requires_grad:
         raise ValueError(_NO_GRADIENT)
     if validate:

@@ -148,7 +148,7 @@ class FAB(MinimumNorm):
             _checks.values(x, {"eps": s.eps}, s.lo, s.hi)
         with gradients_on(), borrowed(model, s.bn, s.update_stats):
             logits = predict(model, x, s)
-            check_first(logits, y, s.loss, validate, differentiate=False)
+            check_first(logits, y, validate, differentiate=False)
             check_classes(logits)
             right = s.loss.at(logits, y, None)[2]
             y = y.clamp(0, logits.shape[1] - 1)  # other labels are wrong at x, and refused above
@@ -226,7 +226,7 @@ class FAB(MinimumNorm):
         leaf = r.x_adv.detach().requires_grad_()
         logits = pick_logits(model(leaf), s.output)
         if first:
-            check_first(logits, r.y, s.loss, validate=False, differentiate=True)
+            check_first(logits, r.y, validate=False, differentiate=True)
         value, w = nearest_boundary(logits, leaf, r.y, r.classes, s.norm)
         x, x_adv = widen(r.x), widen(r.x_adv)
         points = torch.stack([x_adv, x])

@@ -69,7 +69,7 @@ def logits_and_margin(
     with gradients_on(), borrowed(model):
         leaf = x.requires_grad_()
         logits = pick_logits(model(leaf), output)
-        check_first(logits, y, None, validate=x.device.type == "cpu", differentiate=True)
+        check_first(logits, y, validate=x.device.type == "cpu", differentiate=True)
         check_classes(logits)
         known = y.clamp(0, logits.shape[1] - 1)  # others are refused where values are read
         least = torch.full_like(y, torch.inf, dtype=compute_dtype(x.dtype))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
 from pyadv._look import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
@@ -99,6 +99,7 @@ def accuracy_against(curves: Mapping[str, Points | Mapping[str, Points]], path: 
             values, shares = zip(*sorted(points), strict=True)
             axes.plot(values, [100 * s for s in shares], color=colour, marker=".", label=name)
         axes.set(xlabel=varied, ylabel="accuracy (%)", ylim=(0, 100))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         if varied == "steps":
             _in_steps(axes, sorted({v for points in lines.values() for v, _ in points}))
         if len(lines) > 1:
