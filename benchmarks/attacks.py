@@ -8,7 +8,6 @@ their difference would drown in the noise of the network's own time.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,15 +59,15 @@ def cases(options: Options) -> Iterator[Case]:
     batch = 4 if options.quick else BATCH
     for build in (problems.free, problems.small_cnn, problems.resnet18):
         problem = build(options, batch)
-        attacks = [(_PGD, _pgd(problem, options), 2), (_APGD, _apgd(problem, options), 3)]
+        attacks = [(_PGD, _pgd(problem, options)), (_APGD, _apgd(problem, options))]
         if problem.name == "SmallCNN":  # the labels of the others are predictions: all fall at once
-            attacks.append((_FRIENDLY, _friendly(problem, options), 3))
+            attacks.append((_FRIENDLY, _friendly(problem, options)))
         large = problem.name == "ResNet-18"
-        for name, makers, tolerance in attacks:
+        for name, makers in attacks:
             yield Case(
                 f"{name}, {options.steps} steps, {problem.name}, batch {batch}",
                 {k: _provider(problem, k, make) for k, make in makers.items()},
-                _check(problem, tolerance),
+                _check(problem),
                 images=batch,
                 steps=options.steps,
                 runs=(30, 60) if not large else (3, 5) if name == _PGD else (2, 3),
@@ -78,20 +77,21 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def _provider(problem: Problem, name: str, make: Maker) -> Provider:
-    counted, result = problems.count(problem.model, make)
+    counted, result = problems.count(name, problem.model, make)
     return Provider(
         make(problem.model),
         passes=counted,
         peer=name in peers.MODULES,
         yardstick=name == "floor",
-        result=None if name == "pyadv fast" else result,  # the wrapper that counts is not fast
+        result=result,
     )
 
 
-def _check(problem: Problem, tolerance: int) -> Callable[[Tensor], str | None]:
+def _check(problem: Problem) -> Callable[[Tensor], str | None]:
     """Inside the ball and the box, and as many samples left as after pyadv's attack, give or take
-    `tolerance`: starts and the rounding of small gradients differ."""
+    an eighth: starts and the rounding of small gradients differ."""
     x, y, eps = problem.x, problem.y, problem.eps
+    tolerance = max(len(x) // 8, 2)
     left: list[int] = []
 
     def check(x_adv: Tensor) -> str | None:
@@ -107,12 +107,6 @@ def _check(problem: Problem, tolerance: int) -> Callable[[Tensor], str | None]:
     return check
 
 
-def fast(attack: type) -> dict[str, Any] | None:
-    """The settings of the fast form, where the attack has one."""
-    has = "speed" in inspect.signature(attack.__init__).parameters
-    return {"speed": "fast"} if has else None
-
-
 def _pgd(problem: Problem, options: Options) -> dict[str, Maker]:
     from pyadv.attacks import PGD
 
@@ -123,9 +117,7 @@ def _pgd(problem: Problem, options: Options) -> dict[str, Maker]:
         attack = PGD(model, **settings, **more)
         return lambda: attack(x, y)
 
-    makers: dict[str, Maker] = {"pyadv": ours}
-    if fast(PGD):
-        makers["pyadv fast"] = lambda model: ours(model, **fast(PGD))
+    makers = problems.at_all_speeds(ours)
     makers["floor"] = lambda model: problems.floor(model, x, options.steps)
     makers["eager"] = lambda model: lambda: eager_pgd(model, x, y, eps, alpha, options.steps)
     theirs = peers.pgd(x, y, eps, alpha, options.steps)
@@ -155,9 +147,7 @@ def _apgd(problem: Problem, options: Options) -> dict[str, Maker]:
         attack = APGD(model, eps=eps, steps=options.steps, best="loss", seed=0, **more)
         return lambda: attack(x, y)
 
-    makers: dict[str, Maker] = {"pyadv": ours}
-    if fast(APGD):
-        makers["pyadv fast"] = lambda model: ours(model, **fast(APGD))
+    makers = problems.at_all_speeds(ours)
     makers["floor"] = lambda model: problems.floor(model, x, options.steps)
     theirs = peers.apgd(x, y, eps, options.steps)
     return makers | {k: make for k, make in theirs.items() if k in options.peers}

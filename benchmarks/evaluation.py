@@ -15,14 +15,13 @@ from typing import Any
 import peers
 import problems
 import torch
-from attacks import fast
 from harness import Case, Goal, Options, Provider
 from problems import ALPHA, EPS, Maker, Problem
 from torch import Tensor, nn
 
 TITLE = "Evaluation"
 LAYOUT = "list"
-IMAGES = 64
+IMAGES = 32
 
 _ENSEMBLE = f"AutoAttack standard, SmallCNN, {IMAGES} images"
 _PGD = "PGD-10, SmallCNN, all 2,000 test images"
@@ -68,14 +67,11 @@ def cases(options: Options) -> Iterator[Case]:
         attack = PGD(model, **settings, **more)
         return lambda: attack(x, y)
 
-    makers: dict[str, Maker] = {"pyadv": ours}
-    if fast(PGD):
-        makers["pyadv fast"] = lambda model: ours(model, **fast(PGD))
-    theirs = peers.pgd(x, y, EPS, ALPHA, options.steps)
-    makers |= {k: make for k, make in theirs.items() if k in options.peers}
-    yield _case(
-        _PGD, problem, makers, "torchattacks", runs=(3, 5), budget_s=20.0, steps=options.steps
-    )
+    makers = problems.at_all_speeds(ours)
+    if "torchattacks" in options.peers:
+        makers["torchattacks"] = peers.pgd(x, y, EPS, ALPHA, options.steps)["torchattacks"]
+    more: dict[str, Any] = dict(runs=(3, 5), budget_s=15.0, steps=options.steps)
+    yield _case(_PGD, problem, makers, "torchattacks", **more)
 
 
 def _autoattack(problem: Problem, options: Options) -> dict[str, Maker]:
@@ -87,9 +83,7 @@ def _autoattack(problem: Problem, options: Options) -> dict[str, Maker]:
         attack = AutoAttack(model, eps=eps, seed=0, progress=None, **more)
         return lambda: attack.run_standard_evaluation(x, y, bs=len(x))
 
-    makers: dict[str, Maker] = {"pyadv": ours}
-    if fast(AutoAttack):
-        makers["pyadv fast"] = lambda model: ours(model, **fast(AutoAttack))
+    makers = problems.at_all_speeds(ours)
     theirs = peers.autoattack(x, y, eps, len(x), seed=0)
     return makers | {k: make for k, make in theirs.items() if k in options.peers}
 
@@ -100,9 +94,8 @@ def _case(name: str, problem: Problem, makers: dict[str, Maker], judge: str, **m
     providers, standing = {}, {}
     for who, make in makers.items():
         call = make(model)
-        counted, x_adv = problems.count(model, make)
-        if x_adv is None or who == "pyadv fast":  # which the wrapper that counts would slow down
-            x_adv = call()
+        counted, x_adv = problems.count(who, model, make)
+        x_adv = call() if x_adv is None else x_adv
         providers[who] = Provider(call, passes=counted, peer=who in peers.MODULES, result=x_adv)
         with torch.no_grad():
             standing[who] = model(x_adv).argmax(1) == y

@@ -108,7 +108,7 @@ def _lines(rows: list[Row], point) -> tuple[Figure, list[Axes]]:
         axis.xaxis.set_major_formatter(FuncFormatter(_short))
         axis.yaxis.set_major_formatter(FuncFormatter(_short))
         plain(axis)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, axes
 
 

@@ -1,6 +1,6 @@
 """The benchmarks, one question a file: what pyadv takes, against what else there is.
 
-    python benchmarks/run.py [ops attacks training evaluation startup scaling]
+    python benchmarks/run.py [ops attacks fast training evaluation startup scaling]
                              [--quick] [--against peers] [--threads 1 2] [--device cpu] [--out DIR]
 
 Each question checks the results of its providers, times them in turns, prints a table and writes
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import harness
 
-QUESTIONS = ("ops", "attacks", "training", "evaluation", "startup", "scaling")
+QUESTIONS = ("ops", "attacks", "fast", "training", "evaluation", "startup", "scaling")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -65,10 +65,10 @@ def main() -> None:
             with harness.threads(n), peers.quiet():
                 for case in question.cases(options):
                     rows += harness.measure(case, options)
+                    seconds = round(time.perf_counter() - begin, 1)  # so far: it may be stopped
+                    harness.save(out / f"{name}.json", {**environment, "seconds": seconds}, rows)
                     print(f"\r{name}: {case.name[:70]:<70}", end="", file=sys.stderr, flush=True)
-        seconds = time.perf_counter() - begin
-        print(f"\r{name}: {seconds:.0f} s{'':<70}\n", file=sys.stderr)
-        harness.save(out / f"{name}.json", {**environment, "seconds": round(seconds, 1)}, rows)
+        print(f"\r{name}: {time.perf_counter() - begin:.0f} s{'':<70}\n", file=sys.stderr)
         print(render.text(question, rows))
         # A peer's trouble is a finding, listed on the page; our own is a failure.
         wrong += [f"{r.case}: {r.provider}: {r.refused}" for r in rows if r.refused and not r.peer]

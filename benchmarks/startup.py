@@ -32,7 +32,7 @@ def cases(options: Options) -> Iterator[Case]:
     for name, module in (("torchattacks", "torchattacks"), ("foolbox", "foolbox")):
         if name in options.peers and not options.quick:
             imports[name] = Provider(_process(f"import torch, {module}"), peer=True)
-    yield Case(_IMPORT, imports, runs=(5, 5), peak=False)
+    yield Case(_IMPORT, imports, runs=(4, 4), peak=False)
     if options.quick:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def cases(options: Options) -> Iterator[Case]:
                 "pyadv": _process(_STEP, warm),
                 "torch": Provider(_process("import torch; torch.zeros(2, 3)"), yardstick=True),
             },
-            runs=(5, 5),
+            runs=(4, 4),
             peak=False,
         )
         yield Case(_USE + ", cold", {"pyadv": _fresh(Path(folder))}, runs=(1, 1), peak=False)

@@ -100,7 +100,7 @@ def cases(options: Options) -> Iterator[Case]:
             _same_loss(makers["pyadv"](model)().item()),
             images=batch,
             steps=options.steps,
-            budget_s=12.0,
+            budget_s=8.0,
         )
     yield from _penalties(options)
 
@@ -117,7 +117,7 @@ def _provider(model: nn.Module, name: str, make: problems.Maker) -> Provider:
 
         return call
 
-    counted, _ = problems.count(model, stepped)
+    counted, _ = problems.count(name, model, stepped)
     return Provider(stepped(model), passes=counted, yardstick=name == "floor")
 
 
@@ -171,6 +171,6 @@ def _penalties(options: Options) -> Iterator[Case]:
             close(penalty("double")(), rtol=1e-3),
             ours="tangent",
             images=len(x),
-            runs=(10, 30),
-            budget_s=20.0,
+            runs=(4, 30),
+            budget_s=15.0,
         )

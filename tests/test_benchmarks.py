@@ -139,7 +139,7 @@ def test_peak_memory_is_that_of_tensors(harness, options):
 def test_passes_are_counted_in_samples():
     problems = importlib.import_module("problems")
     model, x = problems.Free(), torch.rand(5, 1, 4, 4)
-    counted, _ = problems.count(model, lambda m: problems.floor(m, x, 3))
+    counted, _ = problems.count("floor", model, lambda m: problems.floor(m, x, 3))
     assert counted == (15, 15)
 
 
