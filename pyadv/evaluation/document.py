@@ -98,8 +98,9 @@ class Document:
         return "\n".join(lines)
 
     def _examples(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
-        """Of each sample that an attack broke, the first example found, by the strongest suite."""
-        report = min(self.reports.values(), key=lambda r: r.worst.accuracy)
+        """Of each sample that an attack broke, the first example found, by the strongest suite (the
+        last of equals)."""
+        report = min(reversed(self.reports.values()), key=lambda r: r.worst.accuracy)
         rows, x_adv = report.findings.examples()
         found = report.findings
         return {
