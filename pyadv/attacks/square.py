@@ -136,9 +136,10 @@ class SquareRule(PerRow):
     @staticmethod
     def _linf(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
         """2 eps along the signs and projected is what `linf_step` does, in one pass."""
-        s, window = r.settings, _Window(draws, side, r.x)
+        s = r.settings
+        rows, columns = _Window(draws, side, r.x).inside()
         signs = draws.signs(r.x.shape[1], 1, 1, shared=True).to(r.x.dtype)
-        direction = window.rows * (window.columns * signs)
+        direction = rows * (columns * signs)
         return linf_step(r.best.x_adv, direction, r.x, 2 * s.eps, s.eps, s.lo, s.hi)
 
     @staticmethod
@@ -151,13 +152,14 @@ class SquareRule(PerRow):
         first, second = _Window(draws, side, x), _Window(draws, side, x)
         eps = parameter(s.eps, x)
         short = (eps**order - _norm(delta, order, (1, 2, 3)) ** order).clamp_min(0)
-        held = _norm(delta * torch.maximum(first.mask, second.mask), order, (2, 3))
-        old = delta[first.index]
+        mask = second.mask()
+        held = _norm(delta * torch.maximum(first.mask(), mask), order, (2, 3))
+        old = first.cut(delta)
         pattern = _pattern(draws, side, order, c, x)
         new = pattern + old / (_TINY + _norm(old, order, (2, 3)))
         mass = (short / c + held**order) ** (1 / order) * (c if order == 1 else 1)
-        delta[second.index] = 0.0
-        delta[first.index] = new / (_TINY + _norm(new, order, (2, 3))) * mass
+        new = new / (_TINY + _norm(new, order, (2, 3))) * mass
+        delta = first.paste(new, delta * (1 - mask))
         return _inside(r.x, delta, s.norm, eps, s.lo, s.hi)
 
 
@@ -208,23 +210,42 @@ def _norm(t: Tensor, order: int, dims: tuple[int, ...]) -> Tensor:
 
 
 class _Window:
-    """One square per sample: `mask` (B, 1, H, W) of ones among zeros, the outer product of `rows`
-    and `columns`, and the `index` of its elements as (B, C, s, s)."""
+    """One square per sample."""
 
     def __init__(self, draws: _Keyed | _Official, side: int, x: Tensor):
-        b, c, h, w = x.shape
-        top, left = (draws.integer(n - side).view(b, 1, 1, 1) for n in (h, w))
+        self.x, self.side = x, side
+        h, w = x.shape[2:]
         i = torch.arange(max(h, w), device=x.device)
-        row, column = i[:h].view(1, 1, h, 1), i[:w].view(1, 1, 1, w)
-        self.rows = ((row >= top) & (row < top + side)).to(x.dtype)
-        self.columns = ((column >= left) & (column < left + side)).to(x.dtype)
-        sample = torch.arange(b, device=x.device).view(b, 1, 1, 1)
-        channel = torch.arange(c, device=x.device).view(1, c, 1, 1)
-        self.index = (sample, channel, top + row[:, :, :side], left + column[..., :side])
+        self.i, self.j = i[:h].view(1, 1, h, 1), i[:w].view(1, 1, 1, w)
+        self.top, self.left = (draws.integer(n - side).view(-1, 1, 1, 1) for n in (h, w))
 
-    @property
+    def inside(self) -> tuple[Tensor, Tensor]:
+        """Rows (B, 1, H, 1) and columns (B, 1, 1, W): ones where it lies, and zeros."""
+        first, last = (self.top, self.left), (self.top + self.side, self.left + self.side)
+        return tuple(
+            ((n >= a) & (n < b)).to(self.x.dtype)
+            for n, a, b in zip((self.i, self.j), first, last, strict=True)
+        )
+
     def mask(self) -> Tensor:
-        return self.rows * self.columns
+        """(B, 1, H, W)"""
+        rows, columns = self.inside()
+        return rows * columns
+
+    def cut(self, image: Tensor) -> Tensor:
+        """(B, C, s, s)"""
+        return image.flatten(2).gather(2, self._index()).unflatten(2, (self.side, self.side))
+
+    def paste(self, piece: Tensor, image: Tensor) -> Tensor:
+        """The image with the piece in it."""
+        flat = image.flatten(2).scatter(2, self._index(), piece.flatten(2))
+        return flat.view(image.shape)
+
+    def _index(self) -> Tensor:
+        """Of its elements in the rows of (B, C, H W)."""
+        i, j = self.i[:, :, : self.side], self.j[..., : self.side]
+        index = (self.top + i) * self.x.shape[3] + self.left + j
+        return index.flatten(2).expand(-1, self.x.shape[1], -1)
 
 
 def _pattern(
