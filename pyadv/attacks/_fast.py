@@ -257,9 +257,8 @@ class _Weighted(nn.Module):
             scale, shift = _scale_and_shift(norm)
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
-        if weight.dim() == 4:
-            weight = weight.contiguous(memory_format=layout)
-        self.weight = weight.to(dtype or weight.dtype)
+        weight = weight.to(dtype or weight.dtype)
+        self.weight = weight.contiguous(memory_format=layout) if weight.dim() == 4 else weight
         self.bias = None if bias is None else bias.detach().to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
