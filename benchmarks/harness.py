@@ -62,6 +62,7 @@ class Options:
     threads: int
     quick: bool = False
     peers: tuple[str, ...] = ()  # those that are installed and asked for
+    clock: str = "wall"  # or "cpu", which other work on the machine does not move
 
     @property
     def steps(self) -> int:
@@ -213,7 +214,7 @@ def _wrong(case: Case, provider: Provider) -> str | None:
 def _interleave(
     case: Case, calls: dict[str, Callable[[], Any]], options: Options
 ) -> dict[str, list[float]]:
-    clock = _clock(options.device)
+    clock = _clock(options)
     least_us = 50.0 if options.quick else 500.0  # a sample repeats a call until it lasts this
     repeats, round_s = {}, 0.0
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -237,18 +238,19 @@ def _interleave(
     return {name: [float(f"{t:.5g}") for t in times] for name, times in samples.items()}
 
 
-def _clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
+def _clock(options: Options) -> Callable[[Callable[[], Any], int], float]:
     """Microseconds per call: the host's clock, or events in the stream of a CUDA device."""
+    now = time.process_time_ns if options.clock == "cpu" else time.perf_counter_ns
 
     def host(call: Callable[[], Any], repeats: int) -> float:
-        begin = time.perf_counter_ns()
+        begin = now()
         for _ in range(repeats):
             call()
-        return (time.perf_counter_ns() - begin) / repeats / 1000
+        return (now() - begin) / repeats / 1000
 
     def stream(call: Callable[[], Any], repeats: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(options.device)
         begin.record()
         for _ in range(repeats):
             call()
@@ -256,7 +258,7 @@ def _clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
         end.synchronize()
         return begin.elapsed_time(end) / repeats * 1000
 
-    return stream if device.type == "cuda" else host
+    return stream if options.device.type == "cuda" else host
 
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int:

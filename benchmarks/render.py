@@ -66,41 +66,42 @@ def _device(folder: str, found: dict[str, tuple[dict[str, Any], list[Row]]]) -> 
 
     environment = next(iter(found.values()))[0]
     parts = [f"## {environment['device']}\n", _where(environment)]
-    questions = {name: importlib.import_module(name) for name in found}
+    questions = {name: importlib.import_module(name) for name in QUESTIONS}
     parts += ["### Goals\n", _goals(questions, found)]
     slower = _slower(row for _, rows in found.values() for row in rows)
     if slower:
         parts += ["### Where pyadv is slower\n", slower]
-    for name, (_, rows) in found.items():
+    for name, (e, rows) in found.items():
         module = questions[name]
-        parts += [f"### {module.TITLE}\n", _prose(module), ""]
+        clock = "; times are CPU time of one thread" if e.get("clock") == "cpu" else ""
+        parts += [f"### {module.TITLE}\n", module.__doc__.strip(), ""]
+        parts.append(f"`python benchmarks/run.py {name}`, {e['seconds']:.0f} s{_at(e)}{clock}.\n")
         for picture, caption in pictures.draw(name, rows, DOCS / "images", folder):
             parts.append(f"![{caption}](images/{picture})\n")
         parts.append(text(module, rows))
     return parts
 
 
-def _prose(module: ModuleType) -> str:
-    return module.__doc__.strip()
+def _at(e: dict[str, Any]) -> str:
+    commit = f" at {e['commit']}" if e["commit"] else ""
+    return commit + (", with uncommitted changes" if e["changed"] else "")
 
 
 def _where(e: dict[str, Any]) -> str:
     peers = ", ".join(f"{k} {v}" for k, v in e["peers"].items() if v) or "none"
     absent = ", ".join(k for k, v in e["peers"].items() if not v)
-    at = f" at {e['commit']}" if e["commit"] else ""
-    at += ", with uncommitted changes" if e["changed"] else ""
     lines = [
         f"{e['processor']}, {e['cores']} cores (load {e['load']} at the start), "
         f"torch {e['torch']}, Python {e['python']}, "
-        f"pyadv {e['pyadv']}{at}, {e['kernels']} kernels, "
+        f"pyadv {e['pyadv']}{_at(e)}, {e['kernels']} kernels, "
         f"{e['heap']} heap, {e['date']}. Peers: {peers}."
     ]
     if absent:
         lines.append(f"Absent, because they could not be imported: {absent}.")
     if e["load"] and e["load"] > _BUSY * e["cores"]:
         lines.append(
-            "**The machine was busy with other work**: times are too long, ratios of short ones "
-            "rough; results of more than one thread would mean nothing."
+            "**The machine was busy with other work**: wall times are too long, and their ratios "
+            "rough."
         )
     return " ".join(lines) + "\n"
 
@@ -109,7 +110,7 @@ def _goals(questions: dict[str, ModuleType], found: dict[str, Any]) -> str:
     """All goals, with what was reached, met or not."""
     lines = ["| goal | threads | bound | measured | |", "|---|---|---|---|---|"]
     for name, module in questions.items():
-        rows = found[name][1]
+        rows = found[name][1] if name in found else []
         for goal in getattr(module, "GOALS", []):
             outcomes = {n: goal.outcome(rows, n) for n in sorted({r.threads for r in rows})}
             outcomes = {n: o for n, o in outcomes.items() if o is not None}

@@ -1,7 +1,8 @@
 """The benchmarks, one question a file: what pyadv takes, against what else there is.
 
     python benchmarks/run.py [ops attacks fast training evaluation startup scaling]
-                             [--quick] [--against peers] [--threads 1 2] [--device cpu] [--out DIR]
+                             [--quick] [--against peers] [--threads 1 2] [--clock wall] [--device cpu]
+                             [--out DIR]
 
 Each question checks the results of its providers, times them in turns, prints a table and writes
 its rows to DIR/<question>.json. A full run takes about a quarter of an hour on two cores;
@@ -32,10 +33,18 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         help='"peers", all that are installed (the default), "none", or names with commas',
     )
     parser.add_argument("--threads", type=int, nargs="+", help="CPU threads, each a measurement")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the process's own time, for one thread on a machine that others use",
+    )
     parser.add_argument("--device", default="cuda" if _cuda() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(given)
     unknown = set(options.questions) - set(QUESTIONS)
+    if options.clock == "cpu" and options.threads != [1]:
+        parser.error("--clock cpu adds up what threads do: it goes with --threads 1")
     if unknown:
         parser.error(f"questions are {', '.join(QUESTIONS)}; got {', '.join(sorted(unknown))}")
     return options
@@ -52,7 +61,7 @@ def main() -> None:
     device = torch.device(given.device)
     versions = peers.installed()
     against = _against(given.against, versions)
-    environment = {**harness.environment(device), "peers": versions}
+    environment = {**harness.environment(device), "peers": versions, "clock": given.clock}
     results = harness.HERE / "results"  # of a checkout
     base = results if results.is_dir() else Path("pyadv-bench")
     out = given.out or base / harness.folder_name(device)
@@ -61,7 +70,7 @@ def main() -> None:
         question = importlib.import_module(name)
         rows, begin = [], time.perf_counter()
         for n in _threads(given, device, getattr(question, "THREADS", None)):
-            options = harness.Options(device, n, given.quick, against)
+            options = harness.Options(device, n, given.quick, against, given.clock)
             with harness.threads(n), peers.quiet():
                 for case in question.cases(options):
                     rows += harness.measure(case, options)
