@@ -35,8 +35,9 @@ class FMN(NearestIterate):
         model: anything that maps x to logits (B, C); may be None when every call names a model.
         norm: "Linf", "L2", "L1" or "L0" (or inf, 2, 1, 0); L0 counts the entries of x that change.
         steps: number of steps.
-        alpha: L2 size of the first step, in units of x; the width of the box by default (1 if lo
-            and hi are not both numbers). It falls along half a cosine to a hundredth.
+        alpha: L2 size of the first step, in units of x; by default the width of the box (1 if lo
+            and hi are not both numbers), in Linf, whose balls are wide in L2, ten times that. It
+            falls along half a cosine to a hundredth.
         gamma, gamma_final: change of the radius at the first step and after the last, in (0, 1);
             between them it falls as alpha does. In L0 it is at least one entry.
         targeted: y is the class to reach.
@@ -63,13 +64,15 @@ class FMN(NearestIterate):
     ):
         _checks.share("gamma", gamma)
         _checks.share("gamma_final", gamma_final)
+        norm = _checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
+        usual = 10 * width if norm == "Linf" else width
         super().__init__(
             model,
-            norm=_checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0")),
+            norm=norm,
             steps=steps,
             loss="margin",
-            alpha=width if alpha is None else alpha,
+            alpha=usual if alpha is None else alpha,
             rule=BallRule(gamma, gamma_final),
             **settings,
         )
