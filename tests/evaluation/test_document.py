@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyadv import evaluation
 from pyadv.evaluation import run_suite
 
 
@@ -26,10 +28,9 @@ SETTINGS = {"eps": 0.05, "batch_size": 16, "progress": None}
 
 def test_everything_is_written(problem, tmp_path: Path) -> None:
     net, x, y = problem
-    document = run_suite(
-        "all", net, x[:10], y[:10], title="A net", command="pyadv evaluate", **SETTINGS
-    )
-    missing = document.write(tmp_path / "out", net, x[:10], y[:10], ["a", "b", "c", "d"])
+    x, y = x[:6], y[:6]
+    document = run_suite("all", net, x, y, title="A net", command="pyadv evaluate", **SETTINGS)
+    missing = document.write(tmp_path / "out", net, x, y, ["a", "b", "c", "d"])
     assert missing == []
     names = {file.name for file in (tmp_path / "out").iterdir()}
     pictures = {"curves.png", "examples.png", "margins.png"}
@@ -78,7 +79,8 @@ def test_an_interrupted_suite_goes_on(problem, tmp_path: Path) -> None:
 def test_nothing_broken_and_no_pictures(problem, tmp_path: Path, monkeypatch) -> None:
     net, x, y = problem
     document = run_suite("pgd20", net, x[:5], y[:5], **{**SETTINGS, "eps": 1e-6})
-    monkeypatch.setitem(__import__("sys").modules, "pyadv.evaluation.plots", None)
+    monkeypatch.delattr(evaluation, "plots", raising=False)
+    monkeypatch.setitem(sys.modules, "pyadv.evaluation.plots", None)  # as without matplotlib
     missing = document.write(tmp_path, net, x[:5], y[:5], ["a", "b", "c", "d"])
     assert len(missing) == 1 and "matplotlib" in missing[0]
     assert np.load(tmp_path / "adversarial.npz")["x_adv"].shape == (0, 1, 8, 8)
