@@ -81,7 +81,7 @@ def fast_view(
 ) -> Callable[..., Any]:
     """A callable that computes what `model` does on inputs like x, and its input gradients, faster.
 
-    It holds the weights of this moment; after a change of the model call its `refresh()`, or this
+    It takes the weights as they are now; after a change of the model call its `refresh()`, or this
     function again. The model is not changed. Where no view can be had (`model` is compiled, has
     hooks, branches on values, draws random numbers, ...) the result is the model itself. While a
     model is read for the first time, no other thread may run one: torch.fx looks at all calls.
@@ -258,7 +258,9 @@ class _Weighted(nn.Module):
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
         weight = weight.to(dtype or weight.dtype)
-        self.weight = weight.contiguous(memory_format=layout) if weight.dim() == 4 else weight
+        if weight.dim() == 4 and (weight.is_cpu or dtype):  # float32 on a GPU stays as it is
+            weight = weight.contiguous(memory_format=layout)
+        self.weight = weight
         self.bias = None if bias is None else bias.detach().to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +283,8 @@ class _Affine(nn.Module):
 
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         (norm,) = self.norm
-        self.scale, self.shift = _scale_and_shift(norm)
+        scale, shift = _scale_and_shift(norm)
+        self.scale, self.shift = scale.to(dtype or scale.dtype), shift.to(dtype or shift.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *(1,) * (x.dim() - 2))
