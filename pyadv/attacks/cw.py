@@ -17,6 +17,7 @@ from pyadv.attacks._rows import PerRow, Rows, Settings
 from pyadv.reference._common import clip_to_box, parameter, per_row, rows, widen
 
 _INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
+_MOST = 1 - 1e-6  # of tanh, so that no entry is stuck where the slope rounds to 0
 _BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
 _NO_PROGRESS = 0.9999
 
@@ -114,7 +115,8 @@ class SearchRule(PerRow):
     place_of_x: Tensor | None = None
     mean: Tensor | None = None  # Adam's, of the gradient and of its square
     square: Tensor | None = None
-    decay: Tensor | None = None  # (B, 2) the powers of beta1 and beta2
+    decay1: Tensor | None = None  # the powers of beta1 and beta2
+    decay2: Tensor | None = None
 
     def begin(self, r: Rows) -> SearchRule:
         x, s = widen(r.x), r.settings
@@ -137,7 +139,8 @@ class SearchRule(PerRow):
             place_of_x=place,
             mean=torch.zeros_like(x),
             square=torch.zeros_like(x),
-            decay=width.new_ones(len(x), 2),
+            decay1=torch.ones_like(width),
+            decay2=torch.ones_like(width),
         )
 
     def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
@@ -154,6 +157,8 @@ class SearchRule(PerRow):
         if self.abort_early:
             ended |= check & (objective > _NO_PROGRESS * self.before)
         self.before = torch.where(check, objective, self.before)
+        if ended.is_cpu and not ended.any():  # on a GPU that would have to be waited for
+            return grad
         return self._next_search(r, ended, grad)
 
     def _next_search(self, r: Rows, ended: Tensor, grad: Tensor) -> Tensor:
@@ -172,7 +177,8 @@ class SearchRule(PerRow):
         self.place = torch.where(here, self.place_of_x, self.place)
         self.mean = torch.where(here, 0.0, self.mean)
         self.square = torch.where(here, 0.0, self.square)
-        self.decay = torch.where(ended[:, None], 1.0, self.decay)
+        self.decay1 = torch.where(ended, 1.0, self.decay1)
+        self.decay2 = torch.where(ended, 1.0, self.decay2)
         return torch.where(here, self.grad_at_x, grad)
 
     def _hinge(self, r: Rows) -> Tensor:
@@ -199,8 +205,8 @@ class SearchRule(PerRow):
     def _adam(self, grad: Tensor) -> Tensor:
         """The step of w."""
         self.age = self.age + 1
-        self.decay = self.decay * self.decay.new_tensor([_BETA1, _BETA2])
-        seen1, seen2 = (per_row(1 - d, grad) for d in self.decay.unbind(1))
+        self.decay1, self.decay2 = _BETA1 * self.decay1, _BETA2 * self.decay2
+        seen1, seen2 = per_row(1 - self.decay1, grad), per_row(1 - self.decay2, grad)
         self.mean = _BETA1 * self.mean + (1 - _BETA1) * grad
         self.square = _BETA2 * self.square + (1 - _BETA2) * grad.square()
         return -self.lr / seen1 * self.mean / ((self.square / seen2).sqrt() + _ADAM_TINY)
@@ -217,7 +223,7 @@ def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
     step = step.clamp(-2, 2)
     square = step * step
     part = step * (15 + square) / (15 + 6 * square)
-    return (tanh + part) / (1 + tanh * part)
+    return ((tanh + part) / (1 + tanh * part)).clamp(-_MOST, _MOST)
 
 
 def _half_width(s: Settings, like: Tensor) -> Tensor:
