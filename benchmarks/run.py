@@ -1,8 +1,8 @@
 """The benchmarks, one question a file: what pyadv takes, against what else there is.
 
     python benchmarks/run.py [ops attacks fast training evaluation startup scaling]
-                             [--quick] [--against peers] [--threads 1 2] [--clock wall] [--device cpu]
-                             [--out DIR]
+                             [--quick] [--against peers] [--threads 1 2] [--clock wall|cpu]
+                             [--device cpu|cuda] [--out DIR]
 
 Each question checks the results of its providers, times them in turns, prints a table and writes
 its rows to DIR/<question>.json. A full run takes about a quarter of an hour on two cores;
@@ -37,7 +37,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: the process's own time, for one thread on a machine that others use",
+        help="cpu: the process's own time, for one thread on a machine that others use; "
+        "startup, whose processes are others, is then left out",
     )
     parser.add_argument("--device", default="cuda" if _cuda() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the results")
