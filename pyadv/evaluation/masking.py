@@ -109,7 +109,11 @@ class MaskingReport:
         ran = [check for check in self.checks if check.verdict != NOT_RUN]
         found = [check for check in ran if check.verdict == SUSPICIOUS]
         if not found:
-            return f"Nothing looks masked: {len(ran)} of {len(self.checks)} checks ran, all ok."
+            seen = f"{100 * smallest_difference(self.n, OTHER_LOSS):.0f} points"
+            return (
+                f"Nothing looks masked: {len(ran)} of {len(self.checks)} checks ran, all ok; with "
+                f"{self.n:,} samples another loss would have to break {seen} more to be noticed."
+            )
         why = "; ".join(f"{check.fault} ({check.name})" for check in found)
         return f"Looks masked, by {len(found)} of {len(ran)} checks: {why}."
 
@@ -529,6 +533,15 @@ def difference(more: Tensor, fewer: Tensor | None = None) -> float:
     n = len(more) + 2
     up, down = ((int((a & ~b).sum()) + 0.5) / n for a, b in ((more, fewer), (fewer, more)))
     return (up - down) - SURE * math.sqrt((up + down - (up - down) ** 2) / n)
+
+
+def smallest_difference(n: int, threshold: float) -> float:
+    """The least share of n samples that `difference`, all in one direction, finds above the
+    threshold; 1 where even all would not do."""
+    for k in range(1, n + 1):
+        if difference(torch.arange(n) < k) > threshold:
+            return k / n
+    return 1.0
 
 
 def _check(name: str, compared: str, fault: str, wrong: Any, numbers: dict[str, float]) -> Check:

@@ -33,8 +33,9 @@ def parameters(kind):
 
 def make(kind, model, **settings):
     """A short attack of this kind; settings it does not have are left out."""
-    short = {"steps": 3, "queries": 6, "binary_steps": 2, "eps": 0.1, "seed": 0}
-    settings = {**short, **settings}
+    short = {"steps": 3, "queries": 6, "eps": 0.1, "seed": 0}
+    search = {"searches": 2, "lr": 0.3, "c": 10.0} if kind is attacks.CW else {}
+    settings = {**short, **search, **settings}
     return kind(model, **{k: v for k, v in settings.items() if k in parameters(kind)})
 
 
@@ -118,12 +119,13 @@ def test_empty_and_single(kind):
 @every
 def test_inside_no_grad_and_inference_mode(kind):
     x, y = images()
-    attack = make(kind, linear())
-    plain = attack.perturb(x, y, draw=0).x_adv
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            found = attack.perturb(x.clone(), y.clone(), draw=0).x_adv
-        assert torch.equal(found, plain) and not found.requires_grad
+    for settings in ({}, {"grad_mode": "autograd"}):
+        attack = make(kind, linear(), **settings)
+        plain = attack.perturb(x, y, draw=0).x_adv
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                found = attack.perturb(x.clone(), y.clone(), draw=0).x_adv
+            assert torch.equal(found, plain) and not found.requires_grad
 
 
 class Failing(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyadv.evaluation import Check, MaskingReport, check_masking
-from pyadv.evaluation.masking import _flat, difference
+from pyadv.evaluation.masking import OTHER_LOSS, _flat, difference, smallest_difference
 
 N, EPS = 120, 0.03
 QUIET = {"queries": 60, "progress": None}
@@ -100,7 +100,12 @@ def honest() -> MaskingReport:
 def test_honest_model_passes_every_check(honest: MaskingReport) -> None:
     assert not honest.masked and {c.verdict for c in honest.checks} == {"ok"}, str(honest)
     assert 0.2 < honest["loss"].numbers["margin"] < 0.8
-    assert honest.summary == "Nothing looks masked: 11 of 11 checks ran, all ok."
+    assert honest.summary.startswith("Nothing looks masked: 11 of 11 checks ran, all ok; with ")
+    assert f"with {honest.n:,} samples another loss would have to break " in honest.summary
+    least = smallest_difference(honest.n, OTHER_LOSS)
+    enough = torch.arange(honest.n) < round(least * honest.n)
+    assert difference(enough) > OTHER_LOSS >= difference(enough & (enough.cumsum(0) > 1))
+    assert smallest_difference(3, 0.9) == 1
 
 
 @pytest.mark.parametrize(
