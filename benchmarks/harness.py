@@ -162,10 +162,8 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def ratios(row: Row, other: Row) -> list[float]:
-    """How many times the time of `other` the row took: round by round in one case, else once."""
-    if (row.case, row.threads) == (other.case, other.threads):
-        return [a / b for a, b in zip(row.times_us, other.times_us, strict=True)]
-    return [row.median_us / other.median_us]
+    """How many times the time of `other`, of the same case, the row took: round by round."""
+    return [a / b for a, b in zip(row.times_us, other.times_us, strict=True)]
 
 
 def measure(case: Case, options: Options) -> list[Row]:
@@ -312,10 +310,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 @dataclass(frozen=True)
 class Goal:
     """`ours` takes at most `at_most` times the time of `against`, or is at least `at_least` times
-    as fast. `against` may be "peers", the fastest of them; `against_case` is another case. With
-    `fact`, that number of the row is bounded instead; with `beyond_s`, the time beyond that of
-    `against`, in seconds; with `share_of`, that time as a share of what `against` takes in this
-    other case."""
+    as fast. `against` may be "peers", the fastest of them. With `fact`, that number of the row is
+    bounded instead; with `beyond_s`, the time beyond that of `against`, in seconds; with `share_of`,
+    that time as a share of what `against` takes in this other case."""
 
     text: str
     case: str
@@ -323,7 +320,6 @@ class Goal:
     at_most: float | None = None
     at_least: float | None = None
     ours: str = "pyadv"
-    against_case: str | None = None
     fact: str | None = None
     beyond_s: float | None = None
     share_of: str | None = None
@@ -335,8 +331,7 @@ class Goal:
         if self.fact:
             value = mine[0].facts.get(self.fact) if mine else None
             return None if value is None else (value, value <= self.at_most)
-        wanted = self.against_case or self.case
-        others = [r for r in rows if r.case == wanted and self._is_against(r)]
+        others = [r for r in rows if r.case == self.case and self._is_against(r)]
         if not mine or not others:
             return None
         if self.beyond_s is not None or self.share_of:

@@ -11,9 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from pyadv._look import BLUE, GOLD, GREEN, GREY, RED, plain
+from pyadv._look import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
-_COLOURS = {"floor": GREY, "copy_": GREY, "reference": GOLD, "eager": RED, "compile": GREEN}
+_COLOURS = {
+    "floor": GREY,
+    "copy_": GREY,
+    "reference": GOLD,
+    "eager": RED,
+    "compile": GREEN,
+    "linf_step": PURPLE,
+}
 
 
 def draw(question: str, rows: list[Row], images: Path, folder: str) -> Iterator[tuple[str, str]]:
