@@ -20,20 +20,21 @@ from tests.networks import ConvNet
 
 class Odd(nn.Module):
     """What a fold could get wrong: a convolution with a bias and a BatchNorm without one, one
-    whose output is read twice, one with two BatchNorms, groups, dilation, asymmetry, in-place."""
+    whose output is read twice, BatchNorms in a row and side by side, groups, dilation, asymmetry,
+    in-place."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 8, (3, 2), (2, 1), (1, 0), (2, 1))
         self.bn1 = nn.BatchNorm2d(8, affine=False)
         self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=4, padding_mode="reflect")
-        self.bn2, self.bn3, self.bn4 = (nn.BatchNorm2d(8) for _ in range(3))
+        self.bn2, self.bn3, self.bn4, self.bn6 = (nn.BatchNorm2d(8) for _ in range(4))
         self.head = nn.Linear(8, 5)
         self.bn5 = nn.BatchNorm1d(8)
         self.scale = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x):
-        a = torch.relu(self.bn1(self.first(x)))
+        a = torch.relu(self.bn6(self.bn1(self.first(x))))
         b = self.grouped(a)
         c = F.relu(self.bn2(b) + self.bn3(self.grouped(a)).relu_(), inplace=True) + b
         c = self.bn4(c * self.scale).tanh() + F.relu(a)
