@@ -33,7 +33,7 @@ def load(path: Path, kind: str, version: int) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a saved {kind}: {error}") from error
-    # Files of the first release say only their format.
+    # Checkpoints written before there were kinds have none.
     known = isinstance(state, dict) and state.get("kind", kind) == kind
     if not known or state.get("format") != version:
         raise ValueError(f"{path} is not a pyadv {kind} of format {version}")
