@@ -311,8 +311,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 class Goal:
     """`ours` takes at most `at_most` times the time of `against`, or is at least `at_least` times
     as fast. `against` may be "peers", the fastest of them. With `fact`, that number of the row is
-    bounded instead; with `beyond_s`, the time beyond that of `against`, in seconds; with `share_of`,
-    that time as a share of what `against` takes in this other case."""
+    bounded instead; with `beyond_s`, the time beyond that of `against`, in seconds; with
+    `share_of`, that time as a share of what `against` takes in this other case."""
 
     text: str
     case: str
