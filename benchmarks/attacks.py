@@ -8,6 +8,7 @@ their difference would drown in the noise of the network's own time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,7 +58,8 @@ GOALS = [
 
 def cases(options: Options) -> Iterator[Case]:
     batch = 4 if options.quick else BATCH
-    for build in (problems.free, problems.small_cnn, problems.resnet18):
+    small_cnn = functools.partial(problems.small_cnn, correct=True)
+    for build in (problems.free, small_cnn, problems.resnet18):
         problem = build(options, batch)
         attacks = [(_PGD, _pgd(problem, options)), (_APGD, _apgd(problem, options))]
         if problem.name == "SmallCNN":  # the labels of the others are predictions: all fall at once

@@ -23,11 +23,17 @@ class Problem(NamedTuple):
     alpha: float
 
 
-def small_cnn(options: Options, batch: int) -> Problem:
+def small_cnn(options: Options, batch: int, correct: bool = False) -> Problem:
     """Adversarially trained on the embedded images, so that attacks have something to do; a batch
-    of its test images."""
-    x, y = (t[:batch].to(options.device) for t in _images()[2:])
-    return Problem("SmallCNN", trained(options), x, y, EPS, ALPHA)
+    of its test images, only of those it classifies correctly where that is wanted: some attacks
+    leave the others out."""
+    model = trained(options)
+    x, y = (t.to(options.device) for t in _images()[2:])
+    if correct:
+        with torch.no_grad():
+            kept = model(x).argmax(1) == y
+        x, y = x[kept], y[kept]
+    return Problem("SmallCNN", model, x[:batch], y[:batch], EPS, ALPHA)
 
 
 class Free(nn.Module):
