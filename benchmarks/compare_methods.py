@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -194,7 +195,9 @@ class Comparison:
         write(self.out / f"{run['name']}.json", run)
 
 
-def _measuring_display(measure: Callable[[], dict[str, float]], curve: list[dict[str, Any]]) -> Any:
+def _measuring_display(
+    measure: Callable[[], dict[str, float | None]], curve: list[dict[str, Any]]
+) -> Any:
     """Shows nothing; adds to `curve` after each epoch, of which the trainer tells a display."""
     from pyadv.training import Display
 
@@ -213,8 +216,9 @@ def _measuring_display(measure: Callable[[], dict[str, float]], curve: list[dict
     return Measuring(quiet=True)
 
 
-def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Medians over all samples, the misclassified ones with a negative margin.
+def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Medians over all samples, the misclassified ones with a negative margin; None where that is
+    infinite, of a network that has become constant.
 
     "weight_norm" is the root of ||grad_x z||_F^2 with the mean logit taken off, the norm of the
     linear map that the network is at x; "log_norm_product" is what WEISSI penalises.
@@ -235,7 +239,8 @@ def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         "weight_norm": rows.detach().sqrt(),
     }
     medians = {name: v.double().median().item() for name, v in values.items()}
-    return {**medians, "log_norm_product": product}
+    medians["log_norm_product"] = product
+    return {name: v if math.isfinite(v) else None for name, v in medians.items()}
 
 
 def run_name(settings: dict[str, Any], seed: int) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 DOCS = HERE.parent / "docs"
 PICTURE = "methods-compared.png"
+_CHANCE = 15.0  # percent: of ten classes, and some luck
 DRAWN = ("standard", "weight decay", "WEISSI", "EMR + standard", "AT", "GAIRAT", "EMR + AT")
 
 
@@ -48,13 +49,17 @@ class Results:
         return 100 * torch.tensor([[int(c) for c in row[:n]] for row in bits]).double()
 
     def margin(self, method: str, name: str) -> Tensor:
-        """(seeds,) of the trained networks."""
-        return torch.tensor([r["margins"][name] for r in self.runs[method]]).double()
+        """(seeds,) of the trained networks; NaN of one that has become constant."""
+        return _numbers([r["margins"][name] for r in self.runs[method]])
 
     def curve(self, method: str, name: str) -> Tensor:
         """(seeds, epochs)."""
         runs = self.runs[method]
-        return torch.tensor([[point[name] for point in r["curve"]] for r in runs]).double()
+        return torch.stack([_numbers([p[name] for p in r["curve"]]) for r in runs])
+
+
+def _numbers(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
 
 
 # -- what is compared ------------------------------------------------------------------------------
@@ -163,7 +168,12 @@ EMR_CLAIMS = (
 )
 WEISSI_CLAIMS = (
     Claim("WEISSI makes standard training more robust", AUTO, "WEISSI", "standard"),
-    Claim("WEISSI makes standard training more accurate", CLEAN, "WEISSI", "standard"),
+    Claim(
+        "WEISSI makes standard training more accurate (at the strength chosen for robustness)",
+        CLEAN,
+        "WEISSI",
+        "standard",
+    ),
     Claim("WEISSI is worth more than weight decay", AUTO, "WEISSI", "weight decay"),
 )
 GAIRAT_CLAIMS = (
@@ -222,8 +232,9 @@ larger by orders of magnitude, and what is found here is found here.
 Mean and standard deviation over the seeds. Accuracies are in percent: clean, PGD-20 (steps of
 eps/4) and margin PGD (40 steps) on {tested} test images; AutoAttack (standard: APGD-CE, APGD-T,
 FAB-T, Square with {square_queries:,} queries) on the first {autoattacked} of them. "margin" is the
-median Linf effective margin, where misclassified images count as negative; "weight norm" the median
-of the Frobenius norm of dz/dx, the mean logit taken off. "epoch" is CPU time on a busy machine, the
+median Linf effective margin, where misclassified images count as negative (a network that has
+become constant has none); "weight norm" the median of the Frobenius norm of dz/dx, the mean logit
+taken off. "epoch" is CPU time on a busy machine, the
 clean accuracy on 1,000 images at its end included: good for ratios only.
 
 {table}
@@ -247,8 +258,8 @@ The error has two parts, the spread over seeds and that over test images. With {
 {claims} claims one or two verdicts will be wrong by chance.
 
 {verdicts}
-What these papers say of CIFAR-10 and of wide networks is not tried here. The objectives and their
-sources stand in [Objectives](objectives.md); the numbers of every run are in
+{collapsed}What these papers say of CIFAR-10 and of wide networks is not tried here. The objectives
+and their sources stand in [Objectives](objectives.md); the numbers of every run are in
 `benchmarks/results/compare_methods`.
 """
 
@@ -267,6 +278,7 @@ def page(results: Results) -> str:
         picture=PICTURE,
         claims=sum(len(claims) for claims in PAPERS.values()),
         verdicts="\n".join(verdicts),
+        collapsed=_collapsed(results),
     )
 
 
@@ -315,8 +327,28 @@ def _summary(results: Results, claims: tuple[Claim, ...]) -> str:
     return "; ".join(f"{verdict}: {n} of {len(claims)}" for verdict, n in counts.items())
 
 
+def _collapsed(results: Results) -> str:
+    """Which networks gave up: they answer one class, whatever the image."""
+    found = [
+        f"{name} with seed {seed}"
+        for name in METHODS
+        for seed, clean in enumerate(results.correct(name, "clean").mean(1).tolist())
+        if clean < _CHANCE
+    ]
+    if not found:
+        return ""
+    return (
+        f"Networks that ended at chance level: {', '.join(found)}. They count like the others.\n\n"
+    )
+
+
 def _spread(values: Tensor, digits: int) -> str:
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    """Mean and standard deviation, and of how many seeds where it is not all."""
+    known = values[values.isfinite()]
+    if len(known) < 2:
+        return "-"
+    rest = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    return f"{known.mean():.{digits}f} ± {known.std():.{digits}f}{rest}"
 
 
 def _markdown(rows: list[list[str]]) -> str:
