@@ -211,7 +211,7 @@ class FAB(MinimumNorm):
             if compact and counts_rows(r.x, k):
                 if not r.active.any():
                     break
-                if worth_compacting(r.active):
+                if worth_compacting(r.active, s.steps - k):
                     every.store(r)
                     kept = r.active.nonzero()[:, 0]
                     r, s = r.select(kept), s.select(kept, r.x)
