@@ -69,7 +69,7 @@ class Budget:
     eps_warmup: int = 2
     steps: int = 6
     tested: int = 400
-    autoattacked: int = 40
+    autoattacked: int = 120
     part: int = 40  # of the images that AutoAttack gets, at a time
     probe: int = 100  # images on which margins are measured after each epoch
     square_queries: int = 5000

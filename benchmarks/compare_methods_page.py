@@ -233,8 +233,8 @@ magnitude, and what is found here is found here.
 
 Mean and standard deviation over the seeds. Accuracies are in percent: clean, PGD-20 (steps of
 eps/4) and margin PGD (40 steps) on {tested} test images; AutoAttack (standard: APGD-CE, APGD-T,
-FAB-T, Square with {square_queries:,} queries) on the first {autoattacked} of them, which need not be
-as easy as all. The column after it has what PGD-20 leaves standing on these and AutoAttack does
+FAB-T, Square with {square_queries:,} queries) on the first {autoattacked} of them, which need not
+be as easy as all. The column after it has what PGD-20 leaves standing on these and AutoAttack does
 not. "margin" is the median Linf effective margin, where misclassified images count as negative (a
 network that has become constant has none); "weight norm" the median of the Frobenius norm of dz/dx,
 the mean logit taken off. "epoch" is CPU time on a busy machine, the clean accuracy on 1,000 images
