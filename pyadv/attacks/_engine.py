@@ -122,13 +122,21 @@ def _loop(
     nearest = s.best == "nearest"
     releases = s.patience < s.steps or nearest
     compact = releases and may_compact(model, x, s)
+    everyone = {"queries": 0, "steps": 0, "gradients": 0}  # where nobody leaves, all have the same
+
+    def count(name: str, passes: int) -> None:
+        if releases:
+            _add(getattr(done, name), rows, passes * rows.active)
+        else:
+            everyone[name] += passes
+
     for k in range(s.steps + (s.best != "last")):
         steps_on = k < s.steps
         differentiate = steps_on and s.by_gradient
         loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
             check_first(logits, y, validate, differentiate)
-        _add(done.queries, rows, s.eot * rows.active)
+        count("queries", s.eot)
         rows.still = still
         if nearest:
             _remember(rows, _nearness(rows), None)
@@ -142,14 +150,14 @@ def _loop(
         if grouped:
             broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
             rows.active &= broken[rows.group] == 0
-        _add(done.steps, rows, rows.active)
+        count("steps", 1)
         counts = compact and counts_rows(x, k + 1)
         if counts and not rows.active.any():
             break
         grad = None
         if differentiate:
             grad, passes = gradient()
-            _add(done.gradients, rows, passes * rows.active)
+            count("gradients", passes)
         if s.best != "last" and not nearest:
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
@@ -158,6 +166,8 @@ def _loop(
             _write_back(done, rows)
             rows = rows.select(rows.active.nonzero()[:, 0])
     _write_back(done, rows)
+    for name, passes in everyone.items():
+        getattr(done, name).add_(passes)
     return done
 
 
