@@ -144,14 +144,15 @@ def logits(z: Tensor, y: Tensor) -> None:
         raise ValueError("attack: the model returned NaN logits on its first forward pass")
 
 
-def are_probabilities(z: Tensor) -> bool:
-    """Whether outputs (B, C) look like a softmax's."""
-    sums = z.sum(1)
-    return bool(z.numel() and (z >= 0).all() and ((sums - 1).abs() <= 1e-3).all())
+def are_probabilities(z: Tensor) -> Tensor:
+    """(B,) bool: outputs (B, C) that look like a softmax's; its sum ends far nearer to 1 than the
+    square root of the dtype's precision."""
+    rounding = math.sqrt(torch.finfo(z.dtype).eps)
+    return (z >= 0).all(1) & ((z.float().sum(1) - 1).abs() <= rounding)
 
 
 def warn_of_probabilities(z: Tensor) -> None:
-    if z.shape[1] > 1 and are_probabilities(z):
+    if z.shape[0] and z.shape[1] > 1 and bool(are_probabilities(z).all()):
         warnings.warn(
             "the model seems to return probabilities; attacks need the logits, before the softmax, "
             "and fail where a softmax is rounded to 0 or 1",

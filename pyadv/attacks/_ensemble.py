@@ -167,10 +167,11 @@ class Ensemble:
         self.findings = Findings((CLEAN, *names))
         self.first, self.members = 0, None
         self.path = None if state is None else Path(state)
-        self.identity = dict(identity or {}) | {"model": _fingerprint(model)}
-        self.saved_at = time.monotonic()
-        if self.path is not None and self.path.exists():
-            self._resume()
+        self.identity, self.saved_at = dict(identity or {}), time.monotonic()
+        if self.path is not None:
+            self.identity["model"] = _fingerprint(model)
+            if self.path.exists():
+                self._resume()
 
     def attack(self, x: Tensor, y: Tensor) -> None:
         """Everything on the next chunk of samples: x (N, ...), y (N,) int64."""
@@ -251,4 +252,5 @@ def _fingerprint(model: Model) -> str:
         return "not a module"
     values = [v.detach() for v in model.state_dict().values() if v.is_floating_point()]
     words = [ops.row_hash(v.reshape(1, -1)).cpu() for v in values if v.numel()]
-    return f"{int(torch.stack(words).sum()) if words else 0:x}"
+    places = range(1, 2 * len(words), 2)  # so that equal tensors in other places count
+    return f"{int(sum(w * k for w, k in zip(words, places, strict=True))):x}"

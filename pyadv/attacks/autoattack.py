@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyadv.attacks import _checks
@@ -171,6 +172,8 @@ class AutoAttack:
             raise ValueError(f'attacks= belongs to version="custom", got version={version!r}')
         if isinstance(progress, str):
             _checks.choice("progress", progress, ("auto",))
+        if isinstance(eps, Tensor):
+            raise TypeError("eps must be one float for all samples, got a Tensor")
         self.model, self.version, self.parity = model, version, parity or Parity()
         self.norm, self.eps, self.seed = _checks.canonical_norm(norm), eps, seed
         if self.parity.reseed and seed is None:
@@ -206,7 +209,6 @@ class AutoAttack:
             state: a file that keeps what was found after each attack and at an interruption; a
                 call with the same file goes on from there.
         """
-        _checks.batch(x, y, None)
         ensemble = self.ensemble(self.model, batch_size=batch_size, state=state)
         ensemble.attack(x, y)
         found = ensemble.findings
@@ -250,13 +252,15 @@ class AutoAttack:
     def ensemble(self, model: Model, **settings: Any) -> Ensemble:
         """The attacks at work on `model`; `settings` as in `Ensemble`."""
         identity = {name: a.describe() for name, a in self.members(_ENOUGH_CLASSES).items()}
+        identity["seed"] = str(torch.initial_seed() if self.seed is None else self.seed)
+        identity["box"] = f"{self._common['lo']}, {self._common['hi']}"
         return Ensemble(
             model,
             self.names,
             self.members,
             self._clean,
             survivors=True,
-            identity={**identity, "seed": str(self.seed), "parity": str(self.parity)},
+            identity={**identity, "parity": str(self.parity)},
             reseed=self.seed if self.parity.reseed else None,
             **{"progress": self.progress, **settings},
         )

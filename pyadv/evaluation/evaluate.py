@@ -107,12 +107,18 @@ def evaluate(
     # No steps from no start: the clean prediction, under the same rules and by the same code.
     clean = PGD(norm=norm, eps=eps, steps=0, start="none")
     if isinstance(attacks, AutoAttack):
+        theirs, ours = (attacks.norm, attacks.eps), (clean.settings.norm, eps)
+        if theirs != ours:
+            raise ValueError(
+                f"norm and eps must be those of attacks, {theirs[0]} and {theirs[1]}, "
+                f"got {ours[0]} and {ours[1]}"
+            )
         members = attacks.members
         ensemble = attacks.ensemble(model, **settings)
     else:
         own = dict(attacks)
         identity = {name: attack.describe() for name, attack in own.items()}
-        identity["seed"] = str(seed)
+        identity["seed"] = str(torch.initial_seed() if seed is None else seed)
 
         def members(classes: int) -> dict[str, Attack]:
             return own

@@ -357,7 +357,7 @@ class _Study:
             _differ(again, z),
             _differ(with_gradients.detach(), z),
             depends,
-            (z >= 0).all(1) & ((z.float().sum(1) - 1).abs() <= _rounding(z)),
+            _checks.are_probabilities(z),
         ]
 
     def dead(self, leaf: Tensor, logits: Tensor, y: Tensor) -> Tensor:

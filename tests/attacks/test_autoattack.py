@@ -213,6 +213,8 @@ def test_a_state_of_something_else_is_refused(tmp_path):
         silent(model, **{**settings, "eps": 0.03}).run(x, y, state=state)
     with pytest.raises(ValueError, match="another seed: 0, now 1"):
         silent(model, **{**settings, "seed": 1}).run(x, y, state=state)
+    with pytest.raises(ValueError, match=r"another box: 0\.0, 1\.0, now 0\.0, 0\.9"):
+        silent(model, hi=0.9, **settings).run(x, y, state=state)
     with pytest.raises(ValueError, match="another model"):
         silent(Images(seed=1), **settings).run(x, y, state=state)
     other = x.clone()
@@ -337,6 +339,8 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             silent(model, **settings)
+    with pytest.raises(TypeError, match="eps must be one float for all samples"):
+        silent(model, eps=torch.full((3,), 0.1))
     attack = silent(model, version="custom", attacks=["apgd-ce"])
     with pytest.raises(ValueError, match="labels 0..2"):
         attack.run(x, y + 5)

@@ -153,6 +153,8 @@ def test_batches_are_streamed_and_packed() -> None:
     packed = evaluate(sized, loader, attacks=custom, batch_size=16, **settings)
     assert torch.equal(packed.worst.correct, distance > 0.03)
     assert seen[:4] == [16, 16, 16, 12]  # batches of 7 went through as batches of 16
+    with pytest.raises(ValueError, match=r"those of attacks, Linf and 0\.03, got L2 and 0\.03"):
+        evaluate(model, loader, attacks=custom, norm="L2", **settings)
     rows, x_adv = packed.findings.examples()
     broken = packed["clean"].correct & ~packed["apgd-ce"].correct
     assert torch.equal(rows, broken.nonzero()[:, 0])
