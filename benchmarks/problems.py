@@ -49,12 +49,13 @@ class Free(nn.Module):
         return self.scale * x.flatten(1)[:, :10]
 
 
-def free(options: Options, batch: int) -> Problem:
-    """Images of CIFAR's size for a network that is free."""
+def free(options: Options, batch: int, shape: tuple[int, ...] = (3, 32, 32)) -> Problem:
+    """Images for a network that is free."""
     torch.manual_seed(0)
     model = Free().to(options.device)
-    x = torch.rand(batch, 3, 32, 32).to(options.device)
-    return Problem("no network", model, x, model(x).argmax(1), COLOUR_EPS, COLOUR_ALPHA)
+    x = torch.rand(batch, *shape).to(options.device)
+    name = f"no network, {'x'.join(map(str, shape))}"
+    return Problem(name, model, x, model(x).argmax(1), COLOUR_EPS, COLOUR_ALPHA)
 
 
 def resnet18(options: Options, batch: int) -> Problem:

@@ -113,14 +113,15 @@ def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> Non
     for name, value in sizes.items():
         if isinstance(value, Tensor) and not bool((value >= 0).all()):
             raise ValueError(f"attack: {name} must be >= 0, got {float(value.min())}")
-    if not bool(x.isfinite().all()):
+    least, most = map(float, x.aminmax())  # one pass; a NaN anywhere makes both NaN
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("attack: x has NaN or infinite values")
-    below = 0.0 if lo is None else float((_bound(lo, x) - x).max())
-    above = 0.0 if hi is None else float((x - _bound(hi, x)).max())
+    below = _beyond(lo, x, least, -1)
+    above = _beyond(hi, x, most, 1)
     if max(below, above) > _TOLERANCE:
         raise ValueError(
             f"attack: x must lie in the box [lo, hi] = [{_show(lo)}, {_show(hi)}], but its values "
-            f"range from {float(x.min()):.4g} to {float(x.max()):.4g}. For inputs that are "
+            f"range from {least:.4g} to {most:.4g}. For inputs that are "
             "normalised, move the normalisation into the model (pyadv.models.Normalized) or pass "
             "lo and hi"
         )
@@ -134,7 +135,7 @@ def logits(z: Tensor, y: Tensor) -> None:
         )
     if y.numel() == 0:
         return
-    low, high = int(y.min()), int(y.max())
+    low, high = map(int, y.aminmax())
     if low < 0 or high >= z.shape[1]:
         raise ValueError(
             f"attack: y must hold labels 0..{z.shape[1] - 1} (the model has {z.shape[1]} classes), "
@@ -160,11 +161,15 @@ def warn_of_probabilities(z: Tensor) -> None:
         )
 
 
-def _bound(bound: float | Tensor, x: Tensor) -> float | Tensor:
-    if isinstance(bound, Tensor):
-        bound = bound.to(x.device)
-        return bound.reshape(-1, *(1,) * (x.dim() - 1)) if bound.dim() == 1 else bound
-    return bound
+def _beyond(bound: float | Tensor | None, x: Tensor, extreme: float, side: int) -> float:
+    """By how much x goes beyond a bound, above (side 1) or below (-1), where it goes farthest."""
+    if bound is None:
+        return 0.0
+    if not isinstance(bound, Tensor):
+        return side * (extreme - bound)
+    bound = bound.to(x.device)
+    bound = bound.reshape(-1, *(1,) * (x.dim() - 1)) if bound.dim() == 1 else bound
+    return float((side * (x - bound)).max())
 
 
 def _show(bound: Any) -> str:

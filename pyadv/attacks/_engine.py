@@ -115,29 +115,25 @@ def _loop(
         noise=noise,
         settings=s,
         rule=s.rule,
+        looks=torch.zeros_like(y),
+        steps=torch.zeros_like(y),
     )
     rows.rule = s.rule.begin(rows)
-    done = Perturbed(rows.x_adv, rows.kappa, *(torch.zeros_like(y) for _ in range(3)))
+    done = None
     broken = torch.zeros_like(y)  # groups
     nearest = s.best == "nearest"
     releases = s.patience < s.steps or nearest
     compact = releases and may_compact(model, x, s)
-    everyone = {"queries": 0, "steps": 0, "gradients": 0}  # where nobody leaves, all have the same
-
-    def count(name: str, passes: int) -> None:
-        if releases:
-            _add(getattr(done, name), rows, passes * rows.active)
-        else:
-            everyone[name] += passes
-
-    for k in range(s.steps + (s.best != "last")):
+    looks, passes = s.steps + (s.best != "last"), 0  # of all; backward passes of a step
+    for k in range(looks):
         steps_on = k < s.steps
         differentiate = steps_on and s.by_gradient
         loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
             check_first(logits, y, validate, differentiate)
-        count("queries", s.eot)
         rows.still = still
+        if releases:
+            rows.looks += rows.active
         if nearest:
             _remember(rows, _nearness(rows), None)
             rows.active &= rows.best.loss < 0  # nothing is nearer than x itself
@@ -146,29 +142,31 @@ def _loop(
                 _remember(rows, loss, None)
             rows.active &= still  # the others have fooled the model just now
             break
-        ops.track(still, rows.kappa, rows.active, rows.patience)
-        if grouped:
-            broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
-            rows.active &= broken[rows.group] == 0
-        count("steps", 1)
+        if releases:
+            ops.track(still, rows.kappa, rows.active, rows.patience)
+            if grouped:
+                broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
+                rows.active &= broken[rows.group] == 0
+            rows.steps += rows.active
+        else:
+            rows.kappa += still
         counts = compact and counts_rows(x, k + 1)
         if counts and not rows.active.any():
             break
         grad = None
         if differentiate:
             grad, passes = gradient()
-            count("gradients", passes)
         if s.best != "last" and not nearest:
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
         rows.rule.step(rows, grad, k, rows.active if releases else None)
         if counts and worth_compacting(rows.active, s.steps - k):
-            _write_back(done, rows)
+            done = _written_back(done, rows, passes)
             rows = rows.select(rows.active.nonzero()[:, 0])
-    _write_back(done, rows)
-    for name, passes in everyone.items():
-        getattr(done, name).add_(passes)
-    return done
+    if not releases:
+        rows.looks += looks
+        rows.steps += s.steps
+    return _written_back(done, rows, passes)
 
 
 def _look(
@@ -182,9 +180,13 @@ def _look(
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
         # A model that writes into its input raises when that is a leaf, but not without gradients.
-        leaf = rows.x_adv.detach().requires_grad_() if differentiate else rows.x_adv.clone()
-        with torch.set_grad_enabled(differentiate):
+        if differentiate:
+            leaf = rows.x_adv.detach().requires_grad_()
             logits = pick_logits(model(leaf), s.output)
+        else:
+            leaf = rows.x_adv.clone()
+            with torch.no_grad():
+                logits = pick_logits(model(leaf), s.output)
         loss, grad_logits, still = s.loss.at(logits, rows.y, rows.reference_logits, rows.target)
         losses.append(loss)
         if remaining and differentiate:
@@ -232,25 +234,20 @@ def _nearness(rows: Rows) -> Tensor:
     return torch.where(rows.active & ~rows.still, -away, -torch.inf)
 
 
-def _write_back(done: Perturbed, rows: Rows) -> None:
-    """The result of the rows, as far as they have come."""
+def _written_back(done: Perturbed | None, rows: Rows, passes: int) -> Perturbed:
+    """The result so far, with that of the rows; `passes` is of one gradient."""
     x_adv = rows.x_adv
     if rows.settings.best in ("loss", "nearest"):
         x_adv = rows.best.x_adv
     elif rows.settings.best == "fooled" and rows.best is not None:
         x_adv = torch.where(per_row(rows.active, x_adv), rows.best.x_adv, x_adv)
-    if rows.index is None:
-        done.x_adv, done.kappa = x_adv, rows.kappa
-    else:
-        done.x_adv[rows.index] = x_adv
-        done.kappa[rows.index] = rows.kappa
-
-
-def _add(totals: Tensor, rows: Rows, counts: Tensor) -> None:
-    if rows.index is None:
-        totals += counts
-    else:
-        totals[rows.index] += counts
+    queries, gradients = rows.settings.eot * rows.looks, passes * rows.steps
+    found = Perturbed(x_adv, rows.kappa, rows.steps, queries, gradients)
+    if done is None:
+        return found
+    for f in fields(Perturbed):
+        getattr(done, f.name)[rows.index] = getattr(found, f.name)
+    return done
 
 
 def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tensor | None:

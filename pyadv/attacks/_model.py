@@ -78,23 +78,27 @@ def borrowed(
         return
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [m.training for m in modules]
-    batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    batch_norms: list[nn.Module] = []
     buffers: list[tuple[Tensor, Tensor]] = []
-    if bn == "train" and not update_stats:
-        buffers = [(b, b.clone()) for m in batch_norms for b in m.buffers(recurse=False)]
+    if bn == "train":
+        batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not update_stats:
+            buffers = [(b, b.clone()) for m in batch_norms for b in m.buffers(recurse=False)]
     try:
-        for m in modules:
-            m.training = False
-        if bn == "train":
-            for m in batch_norms:
-                m.training = True
+        _set_modes(modules, [False] * len(modules))
+        _set_modes(batch_norms, [True] * len(batch_norms))
         yield
     finally:
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+        _set_modes(modules, modes)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+
+def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        if module.training != mode:  # a module takes far longer to set an attribute than to read it
+            module.training = mode
 
 
 @contextlib.contextmanager
@@ -106,5 +110,7 @@ def gradients_on() -> Iterator[None]:
 
 def owned(t: Tensor) -> Tensor:
     """Detached, and a normal tensor even if the caller made it, or calls, under inference_mode."""
+    if not t.is_inference():
+        return t.detach()
     with torch.inference_mode(False):
-        return t.clone() if t.is_inference() else t.detach()
+        return t.clone()

@@ -131,9 +131,12 @@ class Rows(PerRow):
     noise: Noise
     settings: Settings  # its per-sample parameters have these rows
     rule: StepRule
+    looks: Tensor  # at the model, and steps, that each row has had
+    steps: Tensor
     index: Tensor | None = None  # their places in the batch; None: all of it
     best: Best | None = None
     still: Tensor | None = None  # classified as y at this iterate
+    stepper: Callable[[Tensor, Tensor, Tensor | None], None] | None = None  # for these very rows
 
     def select(self, kept: Tensor) -> Rows:
         return replace(
@@ -142,6 +145,7 @@ class Rows(PerRow):
             settings=self.settings.select(kept, self.x),
             rule=self.rule.select(kept),
             best=self.best and self.best.select(kept),
+            stepper=None,
             index=kept if self.index is None else self.index[kept],
         )
 

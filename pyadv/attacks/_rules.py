@@ -10,17 +10,18 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks._rows import Parameter, PerRow, Rows
 from pyadv.attacks._start import PROJECT
+from pyadv.ops.steps import stepper
 from pyadv.reference._common import compute_dtype, keep_inactive, per_row, rows, widen
 
-STEP = {"Linf": ops.linf_step, "L2": ops.l2_step, "L1": ops.l1_step}
 MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
 
 
 def _step_in_place(r: Rows, grad: Tensor, active: Tensor | None) -> None:
     """One step of size alpha. The graph that saved x_adv is gone by now."""
     s = r.settings
-    more = {"keep": s.keep} if s.norm == "L1" else {}
-    STEP[s.norm](r.x_adv, grad, r.x, s.alpha, s.eps, s.lo, s.hi, active, out=r.x_adv, **more)
+    if r.stepper is None:
+        r.stepper = stepper(s.norm, r.x, s.alpha, s.eps, s.lo, s.hi, s.keep)
+    r.stepper(r.x_adv, grad, active)
 
 
 @dataclass

@@ -95,9 +95,8 @@ def linf_step(
     2018), section 2.1.
     """
     _check("linf_step", x_adv, active, grad=grad, x=x)
-    sizes = _sizes("linf_step", x, alpha, eps, parameter)
-    args = (x_adv, grad, x, *sizes, *box_parameters("linf_step", x, lo, hi), active)
-    return run_out(*_linf_step, args, out)
+    parameters = _parameters("linf_step", x, alpha, eps, lo, hi)
+    return run_out(*_linf_step, (x_adv, grad, x, *parameters, active), out)
 
 
 def l2_step(
@@ -121,9 +120,8 @@ def l2_step(
     Source: Madry et al. (ICLR 2018), appendix; projection as in `l2_project`.
     """
     _check("l2_step", x_adv, active, grad=grad, x=x)
-    sizes = _sizes("l2_step", x, alpha, eps, row_parameter)
-    args = (x_adv, grad, x, *sizes, *box_parameters("l2_step", x, lo, hi), active)
-    return run_out(*_l2_step, args, out)
+    parameters = _parameters("l2_step", x, alpha, eps, lo, hi)
+    return run_out(*_l2_step, (x_adv, grad, x, *parameters, active), out)
 
 
 def l1_step(
@@ -154,10 +152,36 @@ def l1_step(
     authors' code.
     """
     _check("l1_step", x_adv, active, grad=grad, x=x)
-    sizes = _sizes("l1_step", x, alpha, eps, row_parameter)
+    parameters = _parameters("l1_step", x, alpha, eps, lo, hi)
     kept = row_parameter("l1_step", "keep", keep, x, fraction=True)
-    args = (x_adv, grad, x, *sizes, *box_parameters("l1_step", x, lo, hi), active, kept)
-    return run_out(*_l1_step, args, out)
+    return run_out(*_l1_step, (x_adv, grad, x, *parameters, active, kept), out)
+
+
+_IN_PLACE = {"Linf": _linf_step[1], "L2": _l2_step[1], "L1": _l1_step[1]}
+
+
+def stepper(
+    norm: str,
+    x: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+    keep: float | Tensor,
+) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    """The step of a norm for a loop of many: a function of (x_adv, grad, active) that steps in
+    place. The parameters are checked here, once; that x_adv and grad are like x, and share no
+    memory, the loop has to know."""
+    op = _IN_PLACE[norm]
+    name = f"{norm.lower()}_step"
+    parameters = _parameters(name, x, alpha, eps, lo, hi)
+    more = (row_parameter(name, "keep", keep, x, fraction=True),) if norm == "L1" else ()
+
+    def step(x_adv: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        op(x_adv, grad, x, *parameters, active, *more, x_adv)
+        torch.autograd.graph.increment_version(x_adv)
+
+    return step
 
 
 def linf_momentum_step(
@@ -186,12 +210,10 @@ def linf_momentum_step(
     Diverse Parameter-free Attacks" (ICML 2020), algorithm 1.
     """
     _check("linf_momentum_step", x_adv, active, x_prev=x_prev, grad=grad, x=x)
-    sizes = _sizes("linf_momentum_step", x, alpha, eps, parameter)
+    alpha, eps, *box = _parameters("linf_momentum_step", x, alpha, eps, lo, hi)
     weight = row_parameter("linf_momentum_step", "momentum", momentum, x, fraction=True)
-    box = box_parameters("linf_momentum_step", x, lo, hi)
-    return run_out(
-        *_linf_momentum_step, (x_adv, x_prev, grad, x, *sizes, weight, *box, active), out
-    )
+    args = (x_adv, x_prev, grad, x, alpha, eps, weight, *box, active)
+    return run_out(*_linf_momentum_step, args, out)
 
 
 def l2_momentum_step(
@@ -214,10 +236,10 @@ def l2_momentum_step(
     and `eps` are floats or (B,).
     """
     _check("l2_momentum_step", x_adv, active, x_prev=x_prev, grad=grad, x=x)
-    sizes = _sizes("l2_momentum_step", x, alpha, eps, row_parameter)
+    alpha, eps, *box = _parameters("l2_momentum_step", x, alpha, eps, lo, hi)
     weight = row_parameter("l2_momentum_step", "momentum", momentum, x, fraction=True)
-    box = box_parameters("l2_momentum_step", x, lo, hi)
-    return run_out(*_l2_momentum_step, (x_adv, x_prev, grad, x, *sizes, weight, *box, active), out)
+    args = (x_adv, x_prev, grad, x, alpha, eps, weight, *box, active)
+    return run_out(*_l2_momentum_step, args, out)
 
 
 def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
@@ -248,11 +270,17 @@ def _check(op: str, x_adv: Tensor, active: Tensor | None, **tensors: Tensor) -> 
         check_rows(op, "active", active, x_adv, torch.bool)
 
 
-def _sizes(
+def _parameters(
     op: str,
     x: Tensor,
     alpha: float | Tensor,
     eps: float | Tensor,
-    convert: Callable[..., Tensor],
-) -> tuple[Tensor, Tensor]:
-    return convert(op, "alpha", alpha, x), convert(op, "eps", eps, x, nonnegative=True)
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    convert = parameter if op.startswith("linf") else row_parameter
+    return (
+        convert(op, "alpha", alpha, x),
+        convert(op, "eps", eps, x, nonnegative=True),
+        *box_parameters(op, x, lo, hi),
+    )
