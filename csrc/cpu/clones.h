@@ -11,8 +11,15 @@ namespace cpu {
 
 // `Loop` is a struct with a static, always inlined `run(args...)`.
 #if defined(__x86_64__) && defined(__GNUC__)
+#define PYADV_HAS_CLONES
+
 inline bool has_avx2() {
   static const bool yes = __builtin_cpu_supports("avx2");
+  return yes;
+}
+
+inline bool has_fma() {
+  static const bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return yes;
 }
 

@@ -1,6 +1,7 @@
 // CPU kernels: each works on the items [begin, end) of the flat or row range its caller splits.
 #pragma once
 
+#include "common/convolution.h"
 #include "common/geometry.h"
 #include "common/losses.h"
 #include "common/noise.h"
@@ -44,6 +45,10 @@ void norms_backward(const NormArgs& args, int64_t begin, int64_t end);  // items
 void keyed_uniform(const NoiseArgs& args, int64_t begin, int64_t end);  // items: Philox blocks
 void keyed_normal(const NoiseArgs& args, int64_t begin, int64_t end);   // items: Philox blocks
 void row_hash(const HashArgs& args, int64_t begin, int64_t end);        // items: rows
+
+// items: panels x input channels
+void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end);
+void winograd_conv2d(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
 
 }  // namespace cpu
 }  // namespace pyadv

@@ -7,6 +7,8 @@ folded, laid out and frozen for an attack:
   the convolution before it; where there is none, it becomes one operation;
 - a ReLU writes over what it reads where nothing else reads that;
 - weights of wide networks lie in channels-last order, which the CPU's convolutions prefer;
+- there, 3x3 convolutions in float32 and their input gradients are Winograd's, with a quarter of the
+  multiplications;
 - the input gradient of a first layer, with its few channels, is a matrix product and a sum of
   patches on the CPU, where oneDNN is several times slower than that.
 
@@ -28,6 +30,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as module_hooks
 
+from pyadv import ops
 from pyadv.attacks._model import Output, borrowed, pick_logits, unwrap
 
 SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
@@ -39,6 +42,8 @@ _NORM_AFTER = {
 }
 _WIDE = 64  # channels from which channels-last pays
 _NARROW = 4  # channels up to which oneDNN's input gradient is slow
+_WINOGRAD_CHANNELS = 16  # of input and output, and
+_WINOGRAD_SIDE = 4  # pixels of the output per side, from which Winograd's convolution pays
 _CHECKED = 2  # rows on which the view is compared with the model
 _PATCH_ROWS = 32  # samples whose patches stay in the cache
 
@@ -239,12 +244,18 @@ class _Weighted(nn.Module):
         self.convolves = not isinstance(layer, nn.Linear)
         self.out_channels = layer.weight.shape[0] if layer.weight.dim() == 4 else 0
         # Same padding has no numbers, other paddings are not of zeros.
-        self.narrow = (
+        plain = (
             type(layer) is nn.Conv2d
-            and layer.in_channels <= _NARROW
             and layer.groups == 1
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
+        )
+        self.narrow = plain and layer.in_channels <= _NARROW
+        self.winograd = (
+            plain
+            and (layer.kernel_size, layer.stride, layer.dilation) == ((3, 3), (1, 1), (1, 1))
+            and layer.padding in ((0, 0), (1, 1), (2, 2))
+            and min(layer.in_channels, layer.out_channels) >= _WINOGRAD_CHANNELS
         )
 
     def takes(self, norm: nn.Module) -> bool:
@@ -262,9 +273,24 @@ class _Weighted(nn.Module):
             weight = weight.contiguous(memory_format=layout)
         self.weight = weight
         self.bias = None if bias is None else bias.detach().to(self.weight.dtype)
+        self.points = {}
+        self.has_points = (
+            self.winograd
+            and weight.is_cpu
+            and weight.dtype == torch.float32
+            and layout == torch.channels_last
+        )
+
+    def points_of(self, transposed: bool) -> Tensor:
+        """The weight for Winograd's convolution, made when it is first asked for."""
+        if transposed not in self.points:
+            self.points[transposed] = ops.winograd_weight(self.weight, transposed)
+        return self.points[transposed]
 
     def forward(self, x: Tensor) -> Tensor:
         (layer,) = self.layer
+        if self.has_points and _has_tiles(x, layer):
+            return _WinogradConv.apply(x, self, layer.padding[0])
         if not self.convolves:
             return F.linear(x, self.weight, self.bias)
         if self.narrow and x.is_cpu and x.requires_grad:
@@ -309,6 +335,33 @@ class _NarrowConv(torch.autograd.Function):
         patches = (kernel @ part.flatten(2) for part in grad.split(_PATCH_ROWS))
         images = [F.fold(p, ctx.size, weight.shape[2:], **ctx.window) for p in patches]
         return torch.cat(images), None, None, None, None, None
+
+
+def _has_tiles(x: Tensor, layer: nn.Conv2d) -> bool:
+    return (
+        x.dim() == 4
+        and min(x.shape[2:]) + 2 * layer.padding[0] - 2 >= _WINOGRAD_SIDE
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class _WinogradConv(torch.autograd.Function):
+    """A convolution with 3x3 windows and stride 1."""
+
+    @staticmethod
+    def forward(ctx, x, part, padding):
+        ctx.padding, ctx.channels = padding, x.shape[1]
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(part.points_of(transposed=True))
+        return ops.winograd_conv2d(
+            x, part.points_of(transposed=False), part.bias, part.out_channels, padding
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (points,) = ctx.saved_tensors
+        return ops.winograd_conv2d(grad, points, None, ctx.channels, 2 - ctx.padding), None, None
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

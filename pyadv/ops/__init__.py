@@ -1,5 +1,6 @@
 """Fused ops. Each has a reference of the same name in `pyadv.reference`."""
 
+from pyadv.ops.convolution import winograd_conv2d, winograd_weight
 from pyadv.ops.geometry import track
 from pyadv.ops.losses import (
     attack_loss,
@@ -53,4 +54,6 @@ __all__ = [
     "keyed_uniform",
     "keyed_normal",
     "row_hash",
+    "winograd_weight",
+    "winograd_conv2d",
 ]

@@ -1,5 +1,6 @@
 """The specification: every op of `pyadv.ops` under the same name, in plain PyTorch."""
 
+from pyadv.reference.convolution import winograd_conv2d, winograd_weight
 from pyadv.reference.geometry import track
 from pyadv.reference.losses import (
     attack_loss,
@@ -53,4 +54,6 @@ __all__ = [
     "keyed_uniform",
     "keyed_normal",
     "row_hash",
+    "winograd_weight",
+    "winograd_conv2d",
 ]

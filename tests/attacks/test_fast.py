@@ -90,6 +90,72 @@ def test_logits_and_input_gradients_are_the_models(make):
         torch.testing.assert_close(view(x), model(x), rtol=1e-9, atol=1e-11)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The sizes of the images that Winograd's convolution was given."""
+    sizes, conv2d = [], _fast.ops.winograd_conv2d
+
+    def counted(x, *args):
+        sizes.append(x.shape[2])
+        return conv2d(x, *args)
+
+    monkeypatch.setattr(_fast.ops, "winograd_conv2d", counted)
+    return sizes
+
+
+def convolutions():
+    """Only the third and the fourth one are of 3x3 windows, stride 1 and not too few channels."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 40, 3, padding=2, bias=False),
+        nn.BatchNorm2d(40),
+        nn.ReLU(),
+        nn.Conv2d(40, 24, 3),
+        nn.Conv2d(24, 24, 1),
+        nn.Conv2d(24, 24, 3, padding=1, groups=2),
+        nn.Conv2d(24, 24, 3, padding=2, dilation=2),
+        nn.Conv2d(24, 24, 3, padding=1, padding_mode="circular"),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+
+
+def test_winograds_convolution_where_it_pays(calls):
+    model = settled(convolutions(), torch.float32)
+    x = inputs(dtype=torch.float32)
+    view = fast_view(model, x)
+    assert isinstance(view, FastView) and calls == [8, 10]
+    exact = gradient(copy.deepcopy(model).double(), x.double())
+    calls.clear()
+    for ours, theirs in zip(gradient(view, x), exact, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert calls == [8, 10, 8, 10]
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        view(x)
+    gradient(fast_view(model, x, dtype=torch.bfloat16), x)
+    gradient(fast_view(model.double(), x.double()), x.double())
+    gradient(fast_view(model.float(), x[..., :2, :]), x[..., :2, :])  # outputs of 3, then 1 line
+    assert not calls
+
+
+def test_winograds_weights_follow_the_model(calls):
+    model, x = settled(convolutions(), torch.float32), inputs(dtype=torch.float32)
+    view = fast_view(model, x)
+    old = gradient(view, x)
+    with torch.no_grad():
+        model[4].weight.mul_(1.5)
+        model[7].weight.mul_(-1)
+    assert all(map(torch.equal, gradient(view, x), old))
+    view.refresh()
+    for ours, theirs in zip(gradient(view, x), gradient(model, x), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_batch_norms_are_folded():
     view = fast_view(settled(blocks(BasicBlock)), inputs())
     assert not any(isinstance(m, (nn.BatchNorm2d, _fast._Affine)) for m in view._graph.modules())

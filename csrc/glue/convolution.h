@@ -1,0 +1,92 @@
+// Winograd's convolution: channels-last tensors to pointers. On the CPU alone; elsewhere
+// the reference serves.
+#pragma once
+
+#include "common/convolution.h"
+#include "glue/tensors.h"
+
+namespace pyadv {
+
+constexpr int64_t kPanelGrain = 1024;  // panel columns worth a thread
+constexpr int64_t kTileGrain = 8;      // tiles worth a thread
+
+using torch::headeronly::MemoryFormat;
+
+inline void check_float(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == dim && t.is_cpu(), op, ": ",
+                  name, " must be a float32 tensor of ", dim, " dimensions on the CPU");
+}
+
+inline Tensor winograd_weight(const Tensor& weight, bool transposed) {
+  const char* op = "winograd_weight";
+  check_float(op, "weight", weight, 4);
+  STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, op, ": weight must be 3 x 3");
+  WinogradWeightArgs args{};
+  args.weight = weight.const_data_ptr<float>();
+  args.row_stride = weight.stride(2);
+  args.column_stride = weight.stride(3);
+  args.outputs = weight.size(transposed ? 1 : 0);
+  args.inputs = weight.size(transposed ? 0 : 1);
+  args.output_stride = weight.stride(transposed ? 1 : 0);
+  args.input_stride = weight.stride(transposed ? 0 : 1);
+  if (transposed) {  // turned by half a circle: from the last element backwards
+    args.weight += 2 * (args.row_stride + args.column_stride);
+    args.row_stride = -args.row_stride;
+    args.column_stride = -args.column_stride;
+  }
+  const int64_t panels = panels_of(args.outputs);
+  const Tensor out = torch::stable::new_empty(weight, {panels, kPoints, args.inputs, kPanel});
+  args.out = out.mutable_data_ptr<float>();
+  const int64_t columns = panels * args.inputs;
+  if (columns > 0)
+    backend::Device(weight).run(backend::winograd_weight, args, columns, kPanelGrain);
+  return out;
+}
+
+inline Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              int64_t outputs, int64_t padding) {
+  const char* op = "winograd_conv2d";
+  check_float(op, "x", x, 4);
+  check_float(op, "weight", weight, 4);
+  const Tensor image = torch::stable::contiguous(x, MemoryFormat::ChannelsLast),
+               u = torch::stable::contiguous(weight);
+  WinogradArgs args{};
+  args.inputs = x.size(1);
+  args.outputs = outputs;
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.padding = padding;
+  args.out_height = args.height + 2 * padding - 2;
+  args.out_width = args.width + 2 * padding - 2;
+  STD_TORCH_CHECK(u.size(0) == panels_of(outputs) && u.size(1) == kPoints &&
+                      u.size(2) == args.inputs && u.size(3) == kPanel,
+                  op, ": weight must be what winograd_weight made for these channels");
+  STD_TORCH_CHECK(padding >= 0 && args.out_height > 0 && args.out_width > 0, op,
+                  ": padding must be >= 0, and the padded image at least 3 x 3");
+  Tensor shift = weight;
+  if (bias.has_value()) {
+    check_float(op, "bias", *bias, 1);
+    STD_TORCH_CHECK(bias->numel() == outputs, op, ": bias must have one value per output channel");
+    shift = torch::stable::contiguous(*bias);
+    args.bias = shift.const_data_ptr<float>();
+  }
+  const Tensor out =
+      torch::stable::empty({x.size(0), outputs, args.out_height, args.out_width}, ScalarType::Float,
+                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  args.x = image.const_data_ptr<float>();
+  args.weight = u.const_data_ptr<float>();
+  args.out = out.mutable_data_ptr<float>();
+  args.tiles_down = (args.out_height + kTile - 1) / kTile;
+  args.tiles_across = (args.out_width + kTile - 1) / kTile;
+  const int64_t tiles = x.size(0) * args.tiles_down * args.tiles_across;
+  if (tiles > 0) backend::Device(x).run(backend::winograd_conv2d, args, tiles, kTileGrain);
+  return out;
+}
+
+template <class Library>
+void register_convolution(Library& m) {
+  m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
+  m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+}
+
+}  // namespace pyadv

@@ -1,0 +1,149 @@
+"""Winograd's convolution against conv2d in float64, on awkward sizes and layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import LAYOUTS, assert_same_bits, normal
+
+from pyadv import ops, reference
+
+# (B, C, N, H, W, padding): around tiles, vectors and panels; less than a tile; nothing.
+SIZES = (
+    (2, 64, 64, 8, 8, 1),
+    (3, 17, 33, 7, 5, 0),
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 40, 4, 9, 2),
+    (5, 36, 5, 3, 3, 0),
+    (1, 15, 31, 1, 2, 2),
+    (2, 300, 65, 10, 6, 1),
+    (0, 4, 4, 8, 8, 1),
+)
+
+
+def problem(b, c, n, h, w, device="cpu"):
+    x, weight, bias = (
+        normal(s, seed=i, device=device) for i, s in enumerate(((b, c, h, w), (n, c, 3, 3), (n,)))
+    )
+    return x, weight, bias
+
+
+def winograd(x, weight, bias, padding, module=ops, transposed=False):
+    outputs = weight.shape[1 if transposed else 0]
+    points = module.winograd_weight(weight, transposed)
+    return module.winograd_conv2d(x, points, bias, outputs, padding)
+
+
+def assert_near(y, exact, scale):
+    """Within eight roundings of the largest sum of absolute values."""
+    assert y.shape == exact.shape and y.dtype == torch.float32
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if y.numel():
+        allowed = 8 * torch.finfo(torch.float32).eps * scale.max()
+        assert (y.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_it_is_the_convolution_and_its_input_gradient(size, module, device):
+    *sizes, padding = size
+    x, weight, bias = problem(*sizes, device)
+    wide = x.double().requires_grad_()
+    exact = F.conv2d(wide, weight.double(), bias.double(), padding=padding)
+    scale = F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=padding)
+    assert_near(winograd(x, weight, bias, padding, module), exact, scale)
+    grad = normal(tuple(exact.shape), seed=3, device=device)
+    (exact,) = torch.autograd.grad(exact, wide, grad.double())
+    scale = F.conv_transpose2d(grad.abs(), weight.abs(), padding=padding)
+    ours = winograd(grad, weight, None, 2 - padding, module, transposed=True)
+    assert_near(ours, exact, scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, device):
+    x, weight, bias = problem(3, 20, 34, 6, 7, device)
+    plain = winograd(x.contiguous(memory_format=torch.channels_last), weight, bias, 1)
+    laid = LAYOUTS[layout](x), LAYOUTS[layout](weight), bias.repeat_interleave(2)[::2]
+    assert_same_bits(winograd(*laid, 1), plain)
+
+
+def test_weights_are_the_references(device):
+    for shape in ((33, 5, 3, 3), (4, 70, 3, 3), (0, 3, 3, 3)):
+        weight = normal(shape, device=device)
+        for transposed in (False, True):
+            spec = reference.winograd_weight(weight, transposed)
+            torch.testing.assert_close(
+                ops.winograd_weight(weight, transposed), spec, rtol=2e-7, atol=0
+            )
+
+
+def test_a_typical_layer_is_nearly_as_exact_as_conv2d(device):
+    x, weight, bias = problem(4, 128, 128, 16, 16, device)
+    x = x.relu()
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    ours, theirs = (
+        (y.double() - exact).square().mean().sqrt()
+        for y in (winograd(x, weight, bias, 1), F.conv2d(x, weight, bias, padding=1))
+    )
+    assert ours <= 8 * theirs
+    assert ours <= 1e-6 * exact.std()
+
+
+def test_a_row_depends_on_nothing_else():
+    x, weight, bias = problem(23, 40, 40, 9, 9)
+    y = winograd(x, weight, bias, 1)
+    for i in (0, 1, 7, 22):
+        assert torch.equal(winograd(x[i : i + 1], weight, bias, 1)[0], y[i])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(winograd(x, weight, bias, 1), y)
+            assert torch.equal(ops.winograd_weight(weight), reference.winograd_weight(weight))
+    finally:
+        torch.set_num_threads(threads)
+    x[3, 5, 4, 4] = torch.nan
+    dirty = winograd(x, weight, bias, 1).isnan()
+    assert dirty[3, :, 4, 4].all() and not dirty[:3].any() and not dirty[4:].any()
+
+
+def test_well_formed_ops(device):
+    x, weight, bias = problem(2, 3, 4, 5, 6, device)
+    for requires_grad in (False, True):
+        weight.requires_grad_(requires_grad)
+        x.requires_grad_(requires_grad)
+        assert not ops.winograd_weight(weight).requires_grad
+        for transposed in (False, True):
+            torch.library.opcheck(torch.ops.pyadv.winograd_weight.default, (weight, transposed))
+        points = ops.winograd_weight(weight)
+        for shift in (None, bias):
+            args = (x, points, shift, 4, 1)
+            assert not ops.winograd_conv2d(*args).requires_grad
+            torch.library.opcheck(torch.ops.pyadv.winograd_conv2d.default, args)
+
+
+def test_refuses_bad_arguments(device):
+    x, weight, bias = problem(2, 3, 4, 5, 6, device)
+    points = ops.winograd_weight(weight)
+    for error, message, args in (
+        (TypeError, "weight must be a float32 tensor, got torch.float64", (weight.double(),)),
+        (ValueError, r"weight must have shape \[N, C, 3, 3\], got", (weight[..., :2],)),
+        (ValueError, r"weight must have shape \[N, C, 3, 3\], got", (weight[0],)),
+    ):
+        with pytest.raises(error, match=f"winograd_weight: {message}"):
+            ops.winograd_weight(*args)
+    for error, message, args in (
+        (TypeError, "x must be a float32 tensor, got int", (3, points, None, 4, 1)),
+        (TypeError, "weight must be a float32", (x, points.half(), None, 4, 1)),
+        (TypeError, "bias must be a float32", (x, points, bias.int(), 4, 1)),
+        (ValueError, r"x must have shape \[B, C, H, W\]", (x[0], points, None, 4, 1)),
+        (ValueError, "weight must .* 3 input and 33 out", (x, points, None, 33, 1)),
+        (ValueError, "weight must .* 2 input and 4 out", (x[:, :2], points, None, 4, 1)),
+        (ValueError, "padding must be >= 0 and .* got -1", (x, points, None, 4, -1)),
+        (ValueError, r".* at least 3x3, got 0 for \[2, 6\]", (x[:, :, :2], points, None, 4, 0)),
+        (ValueError, r"bias must have shape \[4\], got \[3\]", (x, points, bias[:3], 4, 1)),
+        (ValueError, "weight must be on", (x, points.to("meta"), None, 4, 1)),
+    ):
+        with pytest.raises(error, match=f"winograd_conv2d: {message}"):
+            ops.winograd_conv2d(*args)
