@@ -13,6 +13,7 @@ from pyadv import ops
 from pyadv.attacks import _checks
 from pyadv.attacks._engine import judge, search
 from pyadv.attacks._fast import SPEEDS, FastView, attacked
+from pyadv.attacks._graphs import GRAPHS, Graphs
 from pyadv.attacks._result import AttackResult, Perturbed
 from pyadv.attacks._rows import Settings
 from pyadv.attacks._start import Noise
@@ -50,6 +51,7 @@ class GradientAttack:
         _checks.choice("compact", s.compact, ("auto", True, False))
         _checks.choice("validate", s.validate, ("auto", True, False))
         _checks.choice("speed", s.speed, tuple(SPEEDS))
+        _checks.choice("graph", s.graphs.mode, GRAPHS)
         self.model = model
         self.settings = settings
         self.restarts = _checks.count("restarts", restarts, 1)
@@ -135,6 +137,12 @@ class GradientAttack:
         """What `describe` says of steps and loss."""
         s = self.settings
         return [f"{s.steps} steps of {_show(s.alpha)}", f"loss {_show(s.loss.loss)}"]
+
+    @property
+    def graphs(self) -> Graphs:
+        """The steps recorded as CUDA graphs: how many recordings and replays there were, and why
+        the last call was not a replay."""
+        return self.settings.graphs
 
     def state_dict(self) -> dict[str, int]:
         """What the keyed noise of later calls depends on."""
@@ -235,7 +243,7 @@ class GradientAttack:
         if ids is None:
             ids = ops.row_hash(x) if keyed else torch.zeros_like(y)
         seed = torch.initial_seed() if self.seed is None else self.seed
-        return model, Noise(ids, seed, draw)
+        return model, Noise.of(ids, seed, draw)
 
 
 def functional(name: str, attack: type[GradientAttack]) -> Callable[..., Tensor]:

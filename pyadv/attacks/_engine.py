@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks import _checks
+from pyadv.attacks._graphs import Call
 from pyadv.attacks._model import borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.attacks._norms import distance
 from pyadv.attacks._result import AttackResult, Perturbed
@@ -58,8 +59,13 @@ def search(
     """
     model = unwrap(model)
     x, y = owned(x), owned(y)
-    with gradients_on(), borrowed(model, settings.bn, settings.update_stats):
-        return _loop(model, x, y, settings, noise, target, group)
+    s = settings
+    with gradients_on(), borrowed(model, s.bn, s.update_stats):
+        if s.checks_values(x):
+            _checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
+        first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, noise)
+        call = Call(x, first, y, s, noise, target, group)
+        return s.graphs.run(_loop, model, call, _releases(s) and may_compact(model, x, s))
 
 
 def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
@@ -88,31 +94,22 @@ def judge(
     return AttackResult(logits=logits, correct=correct, loss=loss, **taken)
 
 
-def _loop(
-    model: Callable[..., Any],
-    x: Tensor,
-    y: Tensor,
-    settings: Settings,
-    noise: Noise,
-    target: Tensor | None,
-    group: Tensor | None,
-) -> Perturbed:
-    s = settings
-    validate = s.checks_values(x)
-    if validate:
-        _checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
-    grouped = group is not None and s.best == "fooled"
+def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
+    """The steps, from `call.first`, which they move. Without compaction they ask nothing of a GPU,
+    and can be recorded."""
+    s, x, y = call.settings, call.x, call.y
+    grouped = call.group is not None and s.best == "fooled"
     rows = Rows(
         x=x,
-        x_adv=s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, noise),
+        x_adv=call.first,
         y=y,
         kappa=torch.zeros_like(y),
         active=torch.ones_like(y, dtype=torch.bool),
         patience=torch.full_like(y, s.patience),
         reference_logits=_reference_logits(model, x, s),
-        target=target,
-        group=group if grouped else None,
-        noise=noise,
+        target=call.target,
+        group=call.group if grouped else None,
+        noise=call.noise,
         settings=s,
         rule=s.rule,
         looks=torch.zeros_like(y),
@@ -122,7 +119,7 @@ def _loop(
     done = None
     broken = torch.zeros_like(y)  # groups
     nearest = s.best == "nearest"
-    releases = s.patience < s.steps or nearest
+    releases = _releases(s)
     compact = releases and may_compact(model, x, s)
     looks, passes = s.steps + (s.best != "last"), 0  # of all; backward passes of a step
     for k in range(looks):
@@ -130,7 +127,7 @@ def _loop(
         differentiate = steps_on and s.by_gradient
         loss, logits, still, gradient = _look(model, rows, differentiate)
         if k == 0:
-            check_first(logits, y, validate, differentiate)
+            check_first(logits, y, s.checks_values(x), differentiate)
         rows.still = still
         if releases:
             rows.looks += rows.active
@@ -167,6 +164,11 @@ def _loop(
         rows.looks += looks
         rows.steps += s.steps
     return _written_back(done, rows, passes)
+
+
+def _releases(s: Settings) -> bool:
+    """Whether samples can leave the attack before its end."""
+    return s.patience < s.steps or s.best == "nearest"
 
 
 def _look(

@@ -4,11 +4,13 @@ back."""
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 Output = Callable[[Any], Tensor] | str | int | None
 
@@ -30,6 +32,35 @@ def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
 def device_of(model: Callable[..., Any], x: Tensor) -> torch.device:
     """Where the model computes: at its parameters, or where x is."""
     return (next(model.parameters(), x) if isinstance(model, nn.Module) else x).device
+
+
+def footprint(module: nn.Module) -> list[Any]:
+    """All that a forward pass may read off the modules, to be compared one by one with `is`: their
+    attributes, parameters and buffers. What lies inside lists and dicts is not seen."""
+    seen: list[Any] = []
+    for m in module.modules():
+        seen += (*vars(m).values(), *m._parameters.values(), *m._buffers.values())
+    return seen
+
+
+def same_footprint(before: list[Any], now: list[Any]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def places(module: nn.Module) -> list[int]:
+    """Where the parameters and buffers lie."""
+    return [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
+
+
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module, or one in it, does more than its forward."""
+    everywhere = any(getattr(module_hooks, f"_global_{kind}_hooks") for kind in _HOOKS)
+    return everywhere or any(
+        getattr(m, f"_{kind}_hooks") for m in module.modules() for kind in _HOOKS
+    )
 
 
 def pick_logits(result: Any, output: Output) -> Tensor:

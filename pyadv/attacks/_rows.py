@@ -4,13 +4,14 @@ the best iterate so far."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyadv import ops
+from pyadv.attacks._graphs import Graphs
 from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import Output
 from pyadv.attacks._start import Noise, Start, start
@@ -64,6 +65,7 @@ class Settings:
     keep: Parameter = 0.2  # share of the coordinates an L1 step moves
     omega: float = 0.0  # standard deviation of the noise added after each step
     speed: str = "exact"  # what stands for the model during the search, see `_fast`
+    graphs: Graphs = field(default=Graphs(False), compare=False)  # of the steps
 
     @property
     def parameters(self) -> dict[str, Parameter | None]:

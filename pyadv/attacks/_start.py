@@ -38,8 +38,11 @@ class Noise:
     """Keyed noise for one call of an attack: `kind` tells apart what is drawn at the same step."""
 
     ids: Tensor
-    seed: int
-    draw: int
+    key: int | Tensor  # of this call: an int64, or such a tensor on the device
+
+    @classmethod
+    def of(cls, ids: Tensor, seed: int, draw: int) -> Noise:
+        return cls(ids, _signed(seed + draw * _GOLDEN))
 
     def restarted(self, n: int) -> Noise:
         """For a batch repeated n times: restart r of sample i has an id of its own, r = 0 the
@@ -47,15 +50,12 @@ class Noise:
         shifts = torch.arange(n, device=self.ids.device) * _signed(_GOLDEN)  # wraps, as ids may
         return replace(self, ids=(self.ids + shifts[:, None]).flatten())
 
-    def _key(self) -> int:
-        return _signed(self.seed + self.draw * _GOLDEN)
-
     def uniform(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
         """In [0, 1)."""
-        return ops.keyed_uniform(like, self.ids, self._key(), step * _KINDS + kind)
+        return ops.keyed_uniform(like, self.ids, self.key, step * _KINDS + kind)
 
     def normal(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
-        return ops.keyed_normal(like, self.ids, self._key(), step * _KINDS + kind)
+        return ops.keyed_normal(like, self.ids, self.key, step * _KINDS + kind)
 
 
 class GeneratorNoise:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import GradientAttack, Model, Plan, _show, functional
 from pyadv.attacks._engine import predict, search
+from pyadv.attacks._graphs import Graphs
 from pyadv.attacks._losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.attacks._losses import check as check_loss
 from pyadv.attacks._model import Output
@@ -58,7 +59,7 @@ class APGD(GradientAttack):
             as a rise. Published AutoAttack numbers contain it.
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps.
         seed: of the keyed noise; torch.initial_seed() by default.
-        compact, output, grad_mode, validate, speed: as in `PGD`.
+        compact, output, grad_mode, validate, speed, graph: as in `PGD`.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -89,6 +90,7 @@ class APGD(GradientAttack):
         grad_mode: str = "fused",
         validate: bool | str = "auto",
         speed: str = "exact",
+        graph: bool | str = "auto",
     ):
         norm = _checks.canonical_norm(norm)
         _checks.size("eps", eps)
@@ -115,6 +117,7 @@ class APGD(GradientAttack):
             output=output,
             validate=validate,
             speed=speed,
+            graphs=Graphs(graph),
             rule=sparse if norm == "L1" else HalvingRule(rho, zero_first_check),
             patience=0 if best == "fooled" else steps,
             start_from=start_on_sphere,

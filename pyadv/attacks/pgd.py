@@ -10,6 +10,7 @@ from typing import Any
 
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import GradientAttack, functional
+from pyadv.attacks._graphs import Graphs
 from pyadv.attacks._losses import Loss, LossFunction
 from pyadv.attacks._losses import check as check_loss
 from pyadv.attacks._model import Output
@@ -69,6 +70,8 @@ class PGD(GradientAttack):
             less time (`fast_view`); or "bfloat16", the same with 16-bit convolutions and linear
             layers. The verdict is always the model's own, and where the search depends on verdicts
             it is repeated on the model for samples on which the two differ.
+        graph: record the steps as a CUDA graph and replay it: "auto" (on CUDA, where that can be
+            done), True (an error where it cannot) or False; `attack.graphs` says what became of it.
 
     Raises:
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
@@ -101,6 +104,7 @@ class PGD(GradientAttack):
         scale: str | None = None,
         validate: bool | str = "auto",
         speed: str = "exact",
+        graph: bool | str = "auto",
     ):
         if not callable(start):
             _checks.choice("start", start, STARTS)
@@ -130,6 +134,7 @@ class PGD(GradientAttack):
             output=output,
             validate=validate,
             speed=speed,
+            graphs=Graphs(graph),
             rule=PlainRule(),
             patience=0 if best == "fooled" else steps,
             best=best,

@@ -30,7 +30,9 @@ def rows(t: Tensor) -> Tensor:
 def parameter(value: float | Tensor, like: Tensor) -> Tensor:
     """A float, 0-dim, per-sample (B,) or broadcastable parameter in the type and on the device of
     `like`."""
-    t = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if not isinstance(value, Tensor):  # filled on the device: a copy would wait for it
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+    t = value.to(like.device, like.dtype)
     return per_row(t, like) if t.dim() == 1 else t
 
 

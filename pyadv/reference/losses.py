@@ -128,7 +128,7 @@ def _sparse_terms(
     denominator; its classes' weights."""
     rival = _runner_up(z, y) if target is None else target
     index = torch.stack([y, rival], 1)
-    weight = torch.tensor([-1.0, 1.0], dtype=z.dtype, device=z.device).expand(z.shape[0], 2)
+    weight = _constants([-1.0, 1.0], z)
     if loss.startswith("margin"):
         return index, weight, torch.ones_like(z[:, 0]), weight[:, :0]
     values, order = z.sort(dim=1, descending=True, stable=True)
@@ -138,8 +138,12 @@ def _sparse_terms(
     else:
         index = torch.cat([index, order[:, [0, 2, 3]]], 1)
         below, inner = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
-    inner = torch.tensor(inner, dtype=z.dtype, device=z.device)
-    return index, weight, (values[:, 0] - below) + 1e-12, inner.expand(z.shape[0], -1)
+    return index, weight, (values[:, 0] - below) + 1e-12, _constants(inner, z)
+
+
+def _constants(row: list[float], z: Tensor) -> Tensor:
+    """(B, n), filled on the device: a copy from the host would wait for it."""
+    return torch.stack([torch.full_like(z[:, 0], v) for v in row], 1)
 
 
 def _sparse_and_gradient(

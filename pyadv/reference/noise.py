@@ -95,7 +95,7 @@ def _signed(word: int) -> int:
 def _int64(value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device)
-    return torch.tensor(_signed(value), device=device)
+    return torch.full((), _signed(value), dtype=torch.int64, device=device)
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:

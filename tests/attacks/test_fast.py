@@ -158,7 +158,7 @@ def test_winograds_weights_follow_the_model(calls):
 
 def test_batch_norms_are_folded():
     view = fast_view(settled(blocks(BasicBlock)), inputs())
-    assert not any(isinstance(m, (nn.BatchNorm2d, _fast._Affine)) for m in view._graph.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, _fast._Affine)) for m in view.module.modules())
 
 
 def test_the_model_is_left_as_it_was():
