@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks import _checks
+from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
 from pyadv.attacks._graphs import Call
 from pyadv.attacks._model import borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.attacks._norms import distance
@@ -30,13 +31,10 @@ __all__ = [
     "Parameter",
     "Settings",
     "check_first",
-    "counts_rows",
     "input_gradient",
     "judge",
-    "may_compact",
     "predict",
     "search",
-    "worth_compacting",
 ]
 
 
@@ -120,7 +118,7 @@ def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
     broken = torch.zeros_like(y)  # groups
     nearest = s.best == "nearest"
     releases = _releases(s)
-    compact = releases and may_compact(model, x, s)
+    remaining = Remaining(x) if releases and may_compact(model, x, s) else None
     looks, passes = s.steps + (s.best != "last"), 0  # of all; backward passes of a step
     for k in range(looks):
         steps_on = k < s.steps
@@ -147,8 +145,8 @@ def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
             rows.steps += rows.active
         else:
             rows.kappa += still
-        counts = compact and counts_rows(x, k + 1)
-        if counts and not rows.active.any():
+        size = None if remaining is None else remaining(rows.active)
+        if size == 0:
             break
         grad = None
         if differentiate:
@@ -157,9 +155,9 @@ def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
             _remember(rows, loss, grad)
         grad = rows.rule.observe(rows, k, loss, grad)
         rows.rule.step(rows, grad, k, rows.active if releases else None)
-        if counts and worth_compacting(rows.active, s.steps - k):
+        if size is not None and worth_compacting(size, len(rows.active), s.steps - k):
             done = _written_back(done, rows, passes)
-            rows = rows.select(rows.active.nonzero()[:, 0])
+            rows = rows.select(first_active(rows.active, size))
     if not releases:
         rows.looks += looks
         rows.steps += s.steps
@@ -265,29 +263,3 @@ def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) 
         raise ValueError(_NO_GRADIENT)
     if validate:
         _checks.logits(logits, y)
-
-
-def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
-    if s.bn != "eval":
-        if s.compact is True:
-            raise ValueError('compact=True needs bn="eval": batch statistics need the whole batch')
-        return False
-    # Counting the active rows waits for a GPU, and a compiled model compiles again for new shapes.
-    return s.compact is True or (
-        s.compact == "auto" and x.device.type == "cpu" and not hasattr(model, "_orig_mod")
-    )
-
-
-_GPU_STEPS = 10
-
-
-def counts_rows(x: Tensor, k: int) -> bool:
-    """Whether to count the active rows before step k: a GPU is waited for then."""
-    return x.is_cpu or k % _GPU_STEPS == 0
-
-
-def worth_compacting(active: Tensor, steps_left: int) -> bool:
-    """A row less saves what the network does with it in all steps to come, and costs a copy of the
-    rows that stay. For any network two rows are copied in less time than one is computed."""
-    remaining, now = int(active.sum()), active.numel()
-    return 0 < remaining < now and 2 * (now - remaining) * steps_left >= remaining

@@ -13,13 +13,8 @@ from torch import Tensor
 
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import Model, Plan, functional
-from pyadv.attacks._engine import (
-    check_first,
-    counts_rows,
-    may_compact,
-    predict,
-    worth_compacting,
-)
+from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
+from pyadv.attacks._engine import check_first, predict
 from pyadv.attacks._hyperplane import offset_to_hyperplane
 from pyadv.attacks._losses import Loss, check_classes, ranked_targets
 from pyadv.attacks._minimum import MinimumNorm, box_width, nearest_boundary, other_classes
@@ -204,17 +199,17 @@ class FAB(MinimumNorm):
 
     def _approach(self, model: Model, every: _Attempts, kept: Tensor, s: Settings) -> None:
         """All steps of the attempts `kept`, as one batch."""
-        compact = may_compact(model, every.x, s)
+        remaining = Remaining(kept) if may_compact(model, every.x, s) else None
         found = torch.zeros_like(every.sample)  # samples; there are not more than attempts
         r, s = every.select(kept), s.select(kept, every.x)
         for k in range(s.steps):
-            if compact and counts_rows(r.x, k):
-                if not r.active.any():
-                    break
-                if worth_compacting(r.active, s.steps - k):
-                    every.store(r)
-                    kept = r.active.nonzero()[:, 0]
-                    r, s = r.select(kept), s.select(kept, r.x)
+            size = None if remaining is None else remaining(r.active)
+            if size == 0:
+                break
+            if size is not None and worth_compacting(size, len(r.active), s.steps - k):
+                every.store(r)
+                kept = first_active(r.active, size)
+                r, s = r.select(kept), s.select(kept, r.x)
             self._step(model, r, s, first=k == 0)
             if self.early_stop:
                 within = r.length <= parameter(s.eps, r.length)

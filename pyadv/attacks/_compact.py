@@ -1,0 +1,80 @@
+"""Which rows stay in the batch: a sample that has left an attack need not go through the network.
+
+On the CPU the rows still attacked are counted at every step. A GPU works behind the program, and
+would have to be waited for; there the count is posted and read when it has arrived, a few steps
+later. Rows never come back, so a late count is an upper bound: some released rows stay in the batch
+a little longer, masked as all are where nothing is dropped. Sizes go down in eighths of the batch,
+because a GPU chooses kernels and memory anew for each size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv.attacks._rows import Settings
+
+_SHORT = 20  # steps up to which an attack on a GPU is rather recorded than compacted
+_SIZES = 8
+
+
+def may_compact(model: Callable[..., Any], x: Tensor, s: Settings) -> bool:
+    if s.bn != "eval":
+        if s.compact is True:
+            raise ValueError('compact=True needs bn="eval": batch statistics need the whole batch')
+        return False
+    if s.compact != "auto":
+        return s.compact
+    if hasattr(model, "_orig_mod"):  # a compiled model compiles again for new shapes
+        return False
+    recorded = s.graphs.mode is True or (s.graphs.mode == "auto" and s.steps <= _SHORT)
+    return x.is_cpu or not recorded
+
+
+class Remaining:
+    """Called at every step: how many rows to carry on with, or None if that is not known."""
+
+    def __init__(self, x: Tensor):
+        self._late = is_late(x)
+        self._part = max(-(-len(x) // _SIZES), 1)
+        self._arrived: Callable[[], int | None] | None = None
+
+    def __call__(self, active: Tensor) -> int | None:
+        if not self._late:
+            return int(active.sum())
+        size = None
+        if self._arrived is not None:
+            count = self._arrived()
+            if count is None:
+                return None
+            size = min(-(-count // self._part) * self._part, len(active))
+        self._arrived = post(active)
+        return size
+
+
+def is_late(x: Tensor) -> bool:
+    return not x.is_cpu
+
+
+def post(active: Tensor) -> Callable[[], int | None]:
+    """Send the count of a GPU's rows on its way; the result says it once it is here."""
+    count = torch.empty((), dtype=torch.int64, pin_memory=True)
+    count.copy_(active.sum(), non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(active.device))
+    return lambda: int(count) if sent.query() else None
+
+
+def worth_compacting(size: int, now: int, steps_left: int) -> bool:
+    """A row less saves what the network does with it in all steps to come, and costs a copy of the
+    rows that stay. For any network two rows are copied in less time than one is computed."""
+    return 0 < size < now and 2 * (now - size) * steps_left >= size
+
+
+def first_active(active: Tensor, size: int) -> Tensor:
+    """The places of the active rows in their order, and of some others if they are fewer than
+    `size`. Without waiting for a GPU, which `nonzero` does."""
+    return active.byte().argsort(descending=True, stable=True)[:size]
