@@ -21,7 +21,7 @@ import contextlib
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -258,7 +258,7 @@ class _Weighted(nn.Module):
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
         )
-        self.narrow = plain and layer.in_channels <= _NARROW
+        self.narrow = plain and is_narrow(layer.weight, layer.groups)
         self.winograd = (
             plain
             and (layer.kernel_size, layer.stride, layer.dilation) == ((3, 3), (1, 1), (1, 1))
@@ -273,7 +273,7 @@ class _Weighted(nn.Module):
         (layer,) = self.layer
         weight, bias = layer.weight.detach(), layer.bias
         for norm in self.norm:
-            scale, shift = _scale_and_shift(norm)
+            scale, shift = scale_and_shift(*_affine(norm))
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
         if weight.dim() != 4 or not (weight.is_cpu or dtype):  # float32 on a GPU stays as it is
@@ -317,7 +317,7 @@ class _Affine(nn.Module):
 
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         (norm,) = self.norm
-        scale, shift = _scale_and_shift(norm)
+        scale, shift = scale_and_shift(*_affine(norm))
         _renew(self, "scale", scale, dtype or scale.dtype)
         _renew(self, "shift", shift, dtype or shift.dtype)
 
@@ -366,10 +366,23 @@ class _NarrowConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        kernel = weight.flatten(1).T
-        patches = (kernel @ part.flatten(2) for part in grad.split(_PATCH_ROWS))
-        images = [F.fold(p, ctx.size, weight.shape[2:], **ctx.window) for p in patches]
-        return torch.cat(images), None, None, None, None, None
+        return narrow_input_gradient(grad, weight, ctx.size, **ctx.window), *(None,) * 5
+
+
+def is_narrow(weight: Tensor, groups: int) -> bool:
+    """Whether `narrow_input_gradient` is worth its while on the CPU, for this convolution."""
+    return weight.dim() == 4 and weight.shape[1] <= _NARROW and groups == 1
+
+
+def narrow_input_gradient(
+    grad: Tensor, weight: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """Of a two-dimensional convolution of few channels, by a matrix product and a sum of patches;
+    `size` (H, W) of its input."""
+    kernel = weight.flatten(1).T
+    patches = (kernel @ part.flatten(2) for part in grad.split(_PATCH_ROWS))
+    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    return torch.cat([F.fold(p, size, weight.shape[2:], **window) for p in patches])
 
 
 def _has_tiles(x: Tensor, layer: nn.Conv2d) -> bool:
@@ -399,10 +412,16 @@ class _WinogradConv(torch.autograd.Function):
         return ops.winograd_conv2d(grad, points, None, ctx.channels, 2 - ctx.padding), None, None
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: nn.Module) -> tuple[Any, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """Of BatchNorm with its running statistics: x scale + shift."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias

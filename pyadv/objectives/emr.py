@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyadv import ops
 from pyadv.attacks import _checks
 from pyadv.attacks._model import borrowed, gradients_on, pick_logits, uncompiled, unwrap
 from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.objectives._tangent import TangentSweep
 from pyadv.reference._common import per_row
 
-DERIVATIVES = ("double", "tangent", "difference")
+DERIVATIVES = ("tangent", "double", "difference")
 
 
 class EMR:
@@ -42,18 +43,21 @@ class EMR:
         samples: "pairwise" and "jacobian" sum over C classes, a backward pass each; a number
             estimates that sum without bias from as many random ones (torch's generator).
         derivative: how the parameters' gradient of R, which is a second derivative, is made.
-            "double": backward through the backward pass.
-            "tangent": backward through a forward-mode derivative along g = grad_x, since
-            d||g||^2 = 2 p . dJ g with g and p held fixed. The same numbers; the model's operations
-            need forward-mode formulas instead of double-backward ones.
-            "difference": that derivative by a central difference, for any model, compiled ones
-            included. The value is exact. The gradient of a network linear in pieces also has the
-            effect of the kinks between the two points, which the other two leave out.
+            "tangent": backward through the backward pass, where this is a pass of the tangent
+            g = grad_x forward through the network and a product of it and the first pass's
+            gradients in each layer.
+            "double": the same with autograd's own formulas, for models whose convolutions and
+            ReLUs must run as they are; up to twice the time.
+            "difference": with g and p held fixed, d||g||^2 = 2 p . dJ g, and J g is a central
+            difference: for any model, compiled ones included. The value is exact. The gradient of
+            a network linear in pieces also has the effect of the kinks between the two points,
+            which the other two leave out.
         radius: L2 distance of the two points of the difference from x; by default the square root
             of the dtype's epsilon (0.0003 in float32): smaller ones round, larger ones meet more
             kinks. A network in half precision rounds too much for it.
 
-    A compiled model is run uncompiled for "double" and "tangent": compiled graphs have neither.
+    A compiled model is run uncompiled for "tangent" and "double": compiled graphs have no second
+    derivatives.
 
     Source: Liu and Chan, "Boosting Adversarial Robustness From The Perspective of Effective Margin
     Regularization", BMVC 2022, and its official code.
@@ -67,7 +71,7 @@ class EMR:
         reduction: str = "mean",
         of: str = "softmax",
         samples: int | None = None,
-        derivative: str = "double",
+        derivative: str = "tangent",
         radius: float | None = None,
     ):
         if not callable(lam):
@@ -108,21 +112,21 @@ class EMR:
 
         with gradients_on(), borrowed(model):
             x = step.x_train.detach().requires_grad_()
-            logits = logits_at(x)
+            with TangentSweep() if self.derivative == "tangent" else contextlib.nullcontext():
+                logits = logits_at(x)
             cotangents = self._cotangents(logits.detach(), step.y)
-            double = self.derivative == "double"
+            twice = self.derivative != "difference"
             gradients = []
             for i, c in enumerate(cotangents):
-                retain = double or i + 1 < len(cotangents)
+                retain = twice or i + 1 < len(cotangents)
                 gradients += torch.autograd.grad(
-                    logits, x, c, retain_graph=retain, create_graph=double
+                    logits, x, c, retain_graph=retain, create_graph=twice
                 )
             rows = sum(ops.row_square_sum(g) for g in gradients)
-            if not double:
-                along = self._tangent if self.derivative == "tangent" else self._difference
-                pairs = zip(cotangents, gradients, strict=True)
-                with torch.autocast(x.device.type, enabled=False):  # too coarse for derivatives
-                    twin = 2 * sum((c * along(logits_at, x.detach(), g)).sum(1) for c, g in pairs)
+            if not twice:
+                with torch.autocast(x.device.type, enabled=False):  # too coarse for a difference
+                    along = [self._difference(logits_at, x.detach(), g) for g in gradients]
+                    twin = 2 * sum((c * d).sum(1) for c, d in zip(cotangents, along, strict=True))
                 rows = rows + (twin - twin.detach())
         return rows
 
@@ -147,12 +151,6 @@ class EMR:
             return [q[:, j : j + 1].sqrt() * (eye[y] - eye[j]) for j in range(classes)]
         drawn = torch.multinomial(q.float(), self.samples, replacement=True)
         return [(eye[y] - eye[j]) / self.samples**0.5 for j in drawn.unbind(1)]
-
-    @staticmethod
-    def _tangent(logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
-        """J g (B, C)."""
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(logits_at(forward_ad.make_dual(x, g))).tangent
 
     def _difference(self, logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
         """J g (B, C) by a central difference, in one forward pass of 2 B rows."""

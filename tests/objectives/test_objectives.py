@@ -62,7 +62,7 @@ OBJECTIVES = {
     "trades+awp+emr": lambda: AWP(TRADES(kl()), gamma=0.005) + EMR(0.01),
     "standard+emr": lambda: Standard() + EMR(0.01),
     "at+emr": lambda: AT(attack()) + EMR(0.01, temperature=40.0),
-    "at+emr-tangent": lambda: AT(attack()) + EMR(0.01, derivative="tangent"),
+    "at+emr-double": lambda: AT(attack()) + EMR(0.01, derivative="double"),
     "at+emr-difference": lambda: AT(attack()) + EMR(0.01, derivative="difference"),
     "gairat+emr": lambda: GAIRAT(attack()) + EMR(0.01, center=True),
 }
@@ -117,7 +117,7 @@ def test_passes_are_minimal(net, batch):
     expected = {
         **{"standard": 1, "at": 5, "gairat": 5, "mail-at": 5, "mail-at-nat": 6},
         **{"trades": 7, "mart": 6, "mail-trades": 7, "mail-mart": 6, "gair-trades": 7},
-        **{"gair-rst": 12, "awp": 6, "at+emr": 6, "at+emr-tangent": 7, "at+emr-difference": 7},
+        **{"gair-rst": 12, "awp": 6, "at+emr": 6, "at+emr-double": 6, "at+emr-difference": 7},
     }
     for name, passes in expected.items():  # attacks have 4 steps, on the KL one pass before
         count.clear()
