@@ -114,6 +114,9 @@ def train(
     precision: Annotated[
         str | None, _option("fp32, bf16 or fp16 \\[fp32].", _RUN, metavar="NAME")
     ] = None,
+    channels_last: Annotated[
+        bool | None, _option("Images and weights in channels-last order.", _RUN)
+    ] = None,
     seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
     val: Annotated[
         int | None, _option("Training images held out to choose best.pt \\[0].", _RUN)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pyadv._host import sent
 from pyadv.attacks._rows import Settings
 
 _SHORT = 20  # steps up to which an attack on a GPU is rather recorded than compacted
@@ -40,7 +40,7 @@ class Remaining:
     def __init__(self, x: Tensor):
         self._late = is_late(x)
         self._part = max(-(-len(x) // _SIZES), 1)
-        self._arrived: Callable[[], int | None] | None = None
+        self._arrived: Callable[[], Tensor | None] | None = None
 
     def __call__(self, active: Tensor) -> int | None:
         if not self._late:
@@ -50,22 +50,13 @@ class Remaining:
             count = self._arrived()
             if count is None:
                 return None
-            size = min(-(-count // self._part) * self._part, len(active))
-        self._arrived = post(active)
+            size = min(-(-int(count) // self._part) * self._part, len(active))
+        self._arrived = sent(active.sum())
         return size
 
 
 def is_late(x: Tensor) -> bool:
     return not x.is_cpu
-
-
-def post(active: Tensor) -> Callable[[], int | None]:
-    """Send the count of a GPU's rows on its way; the result says it once it is here."""
-    count = torch.empty((), dtype=torch.int64, pin_memory=True)
-    count.copy_(active.sum(), non_blocking=True)
-    sent = torch.cuda.Event()
-    sent.record(torch.cuda.current_stream(active.device))
-    return lambda: int(count) if sent.query() else None
 
 
 def worth_compacting(size: int, now: int, steps_left: int) -> bool:

@@ -26,8 +26,12 @@ def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -
     return padded.gather(2, index.expand(b, c, h * w)).view(b, c, h, w)
 
 
+_SHARE = 0.25  # of a GPU's free memory that a training set may take
+
+
 class Batches:
-    """Batches (x, y, ids) of a training set, moved to `device`.
+    """Batches (x, y, ids) of a training set, on `device`. A GPU with room for the whole set gets it
+    at once; then no batch waits for the GPU.
 
     Epoch e is shuffled, cropped and flipped by a generator seeded with (seed, e), so
     `epoch(e, start=s)` continues exactly where a run that stopped after s batches was.
@@ -55,10 +59,12 @@ class Batches:
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size must be a positive multiple of {world}, got {batch_size}")
-        self.x, self.y = x, y
-        self.ids = torch.arange(len(x)) if ids is None else ids
+        self.device = torch.device("cpu" if device is None else device)
+        self.home = self.device if _has_room(self.device, x) else torch.device("cpu")
+        self.x, self.y = x.to(self.home), y.to(self.home)
+        self.ids = (torch.arange(len(x)) if ids is None else ids).to(self.home)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
-        self.device, self.rank, self.world = device, rank, world
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.ids), self.batch_size)
@@ -73,13 +79,16 @@ class Batches:
         order = torch.randperm(n, generator=generator)
         offsets = torch.randint(2 * self.PADDING + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
+        order, offsets, flips = order.to(self.home), offsets.to(self.device), flips.to(self.device)
         for step in range(start, len(self)):
             first, end = step * self.batch_size, min(n, (step + 1) * self.batch_size)
             rows = slice(first + self.rank, end - (end - first) % self.world, self.world)
             ids = self.ids[order[rows]]
             x, y = self.x[ids].to(self.device), self.y[ids].to(self.device)
             if self.augment:
-                x = crop_and_flip(
-                    x, offsets[rows].to(self.device), flips[rows].to(self.device), self.PADDING
-                )
+                x = crop_and_flip(x, offsets[rows], flips[rows], self.PADDING)
             yield x, y, ids.to(self.device)
+
+
+def _has_room(device: torch.device, x: Tensor) -> bool:
+    return device.type == "cuda" and x.nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]

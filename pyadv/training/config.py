@@ -69,6 +69,9 @@ class Config:
     val: int = 0  # training images held out; best.pt is then the epoch most robust on them
     seed: int = 0
     precision: str = "fp32"
+    channels_last: bool = (
+        False  # memory order of images and weights, which a GPU's 16-bit units like
+    )
 
     emr: float = 0.0  # lam of effective margin regularisation (per-sample mean), 0: without
     emr_temperature: float = 40.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from pyadv import evaluation, models
+from pyadv._host import sent
 from pyadv.attacks import PGD
 from pyadv.data import Batches, ImageData
 from pyadv.training import build, checkpoint
@@ -41,6 +43,9 @@ class Trainer:
     order, augmentation and attack noise are functions of (config, epoch, step); so a checkpoint
     holds weights, momenta, the attack's draw counter and torch's generators, and a resumed run
     gives the same bits as one that was never stopped (on one CPU process).
+
+    On one GPU no step waits for it: the training set lies there, and the totals that are shown and
+    the loss that is checked are those that have arrived, of some steps before.
 
     Args:
         config: settings resolved for `data`.
@@ -73,7 +78,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.architecture = build.architecture(config, data)
         model = models.create(**self.architecture)
-        self.average = _average(model, config.ema, self.accelerator.device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        device = self.accelerator.device
+        self.average = _Average(model, config.ema, device) if config.ema else None
         optimizer = torch.optim.SGD(
             model.parameters(),
             lr=config.lr,
@@ -99,6 +107,8 @@ class Trainer:
         )
         self.epoch, self.step = 1, 0  # the step that comes next
         self.totals = self._no_totals()
+        self.known: list[float] = []  # of the totals
+        self.underway: dict[str, Callable[[], Tensor | None]] = {}  # from the device to here
         self.records = Records(folder, active=main)
 
     # -- the loop ------------------------------------------------------------------------------
@@ -118,6 +128,8 @@ class Trainer:
         with self.display.progress() as progress:
             task = progress.add_task(f"epoch {self.epoch}", total=total, text="")
             for x, y, ids in self.batches.epoch(self.epoch, self.step):
+                if self.config.channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
                 self._train_step(x, y, ids)
                 progress.update(task, completed=self.step, text=self._summary())
                 if stop.requested():
@@ -145,9 +157,24 @@ class Trainer:
                 if self.network(x).isfinite().all():
                     raise
             self._diverged("the network's output", error)
-        if not math.isfinite(loss.item()):
-            self._diverged(f"the loss ({loss.item()})")
+        value = self._arrived("loss", loss)
+        if value is not None:
+            self._check(value.item())
         return loss
+
+    def _arrived(self, name: str, now: Tensor) -> Tensor | None:
+        """The last value called `name` that has reached the host since it was asked for; `now` is
+        sent when none is underway."""
+        if name not in self.underway:
+            self.underway[name] = sent(now.detach())
+        value = self.underway[name]()
+        if value is not None:
+            del self.underway[name]
+        return value
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            self._diverged(f"the loss ({loss})")
 
     def _diverged(self, what: str, cause: Exception | None = None) -> None:
         self.save("diverged.pt", self.totals)
@@ -163,6 +190,7 @@ class Trainer:
         self.records.append(record)
         self.display.epoch(record, self.config.epochs)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
+        self.known, self.underway = [], {}
         self.save()
         if best:
             self.save("best.pt", self.totals)
@@ -204,16 +232,22 @@ class Trainer:
         if last["logits_adv"] is not None:
             self.totals[2] += (last["logits_adv"].argmax(1) == y).sum()
         if last["kappa"] is not None:
-            self.totals[3:] += torch.bincount(last["kappa"], minlength=self.config.steps + 1)
+            self.totals[3:].scatter_add_(0, last["kappa"], torch.ones_like(y, dtype=torch.float64))
 
     def _summary(self) -> str:
-        n, loss, correct = self.totals[:3].tolist()
+        totals = self._arrived("totals", self.totals[:3])
+        if totals is not None:
+            self.known = totals.tolist()
+        if not self.known:
+            return ""
+        n, loss, correct = self.known
         robust = percent(correct / n) if self.objective.attack is not None else "-"
         clean = percent(self.records[-1]["train_clean"]) if self.records else "-"
         return f"loss {loss / n:.3f}  robust {robust}  clean {clean}"
 
     def _record(self, seconds: float) -> dict[str, Any]:
         n, loss, correct, *kappa = self.accelerator.reduce(self.totals, "sum").tolist()
+        self._check(loss)
         attacked = self.objective.attack is not None
         record = {
             "epoch": self.epoch,
@@ -294,9 +328,24 @@ class Trainer:
         checkpoint.set_rng_state(state["rng"])
 
 
-def _average(model: nn.Module, decay: float, device: torch.device) -> AveragedModel | None:
-    """The exponential moving average of `model`, BatchNorm statistics included; None without."""
-    if not decay:
-        return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.to(device).eval()
+class _Average(AveragedModel):
+    """The exponential moving average of a network, BatchNorm statistics included. The count stays
+    on the host, where PyTorch's own update would wait for the device."""
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+        self.to(device).eval()
+        self.n_averaged = self.n_averaged.cpu()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(ours, theirs, strict=True))
+        if self.n_averaged > 0:
+            floats = [(mine, now) for mine, now in pairs if mine.is_floating_point()]
+            torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - self.decay)
+            pairs = [(mine, now) for mine, now in pairs if not mine.is_floating_point()]
+        for mine, now in pairs:
+            mine.copy_(now)
+        self.n_averaged += 1

@@ -31,12 +31,12 @@ def problem():
 def late(monkeypatch, lag):
     """Counts arrive when they have been asked for `lag` times in vain."""
 
-    def post(active):
-        count, vain = int(active.sum()), iter(range(lag))
+    def sent(count):
+        vain = iter(range(lag))
         return lambda: count if next(vain, None) is None else None
 
     monkeypatch.setattr(_compact, "is_late", lambda x: True)
-    monkeypatch.setattr(_compact, "post", post)
+    monkeypatch.setattr(_compact, "sent", sent)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 4, 1000])

@@ -254,6 +254,32 @@ def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:
     assert 0 < record["loss"] < 5
 
 
+def test_what_arrives_late_changes_nothing(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the host hears of losses and totals some steps after they were there."""
+    train(small, tmp_path / "at once", epochs=2)
+
+    def sent(t: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        copy, vain = t.clone(), iter(range(2))
+        return lambda: copy if next(vain, None) is None else None
+
+    monkeypatch.setattr("pyadv.training.trainer.sent", sent)
+    train(small, tmp_path / "late", epochs=2)
+    one, other = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("at once", "late"))
+    assert not differences(one, other)
+    with pytest.raises(Diverged, match="not finite"):
+        train(small, tmp_path / "broken", lr=1e30, schedule="constant")
+
+
+def test_channels_last_trains(small: ImageData, tmp_path: Path) -> None:
+    train(small, tmp_path / "plain", epochs=1)
+    train(small, tmp_path / "last", epochs=1, channels_last=True)
+    one, other = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("plain", "last"))
+    for name, value in one["model"].items():
+        torch.testing.assert_close(other["model"][name], value, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.slow
 def test_adversarial_training_pays(subset: Callable[[int, int], ImageData], tmp_path: Path) -> None:
     """On 2,000 images AT is ahead of standard training under PGD by far more than noise."""

@@ -1,0 +1,20 @@
+"""What a GPU knows, brought to the host without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def sent(t: Tensor) -> Callable[[], Tensor | None]:
+    """`t` on its way to the host. The result gives it once it is there, until then None; of a
+    tensor on the CPU that is at once."""
+    if t.is_cpu:
+        return lambda: t
+    there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+    there.copy_(t.detach(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(t.device))
+    return lambda: there if event.query() else None
