@@ -44,7 +44,7 @@ struct AttackArgs {
   int64_t rows, classes;
 };
 
-// The differentiable losses. Without `cotangent` a kernel writes the values, with it the gradients.
+// The differentiable losses. A kernel writes the values, the gradients, or both in one pass.
 struct LossArgs {
   DType dtype;
   Logits logits;       // adversarial, where there are two
@@ -56,10 +56,10 @@ struct LossArgs {
   int64_t ignored;
   bool exact;             // MART: the formulas, not the constants of the official code
   bool detached;          // mart_kl: no gradient through the weight
-  const void* cotangent;  // [rows] of the compute type, or nullptr
-  void* value;            // [rows] of the compute type
-  void* grad;             // [rows, classes]
-  void* grad_natural;     // [rows, classes]
+  const void* cotangent;  // [rows] of the compute type, or nullptr: all ones
+  void* value;            // [rows] of the compute type, or nullptr
+  void* grad;             // [rows, classes], or nullptr
+  void* grad_natural;     // [rows, classes], or nullptr
   int64_t rows, classes;
 };
 
@@ -102,6 +102,9 @@ PYADV_HD bool is_sparse(AttackLoss loss) {
          loss == AttackLoss::MarginTargeted || loss == AttackLoss::DLRTargeted;
 }
 
+// The losses by the softmax over all classes but one.
+PYADV_HD bool takes_others(AttackLoss loss) { return !is_sparse(loss) && loss != AttackLoss::KL; }
+
 template <class C>
 PYADV_HD bool is_finite(C v) {
   return v - v == C(0);
@@ -130,16 +133,27 @@ PYADV_HD C finite_base(C maximum) {
   return maximum < kLowest<C> ? kLowest<C> : maximum;
 }
 
+// Of a sum of exponentials: 0 if all classes are masked, else normal or NaN.
 template <class C>
-PYADV_HD C softplus(C v) {
-  return (v > C(0) ? v : C(0)) + std::log1p(std::exp(-std::fabs(v)));
+PYADV_HD C log_of_sum(C sum) {
+  return sum == C(0) ? -kInf<C> : log_normal(sum);
 }
 
+// The logistic function at v, all of it from one exponential.
 template <class C>
-PYADV_HD C sigmoid(C v) {
-  const C e = std::exp(-std::fabs(v));
-  return (v < C(0) ? e : C(1)) / (C(1) + e);
-}
+struct Logistic {
+  C v, e;
+
+  PYADV_HD explicit Logistic(C v) : v(v), e(exp_nonpositive(-std::fabs(v))) {}
+  PYADV_HD C sigmoid() const { return (v < C(0) ? e : C(1)) / (C(1) + e); }
+  PYADV_HD C complement() const { return (v < C(0) ? C(1) : e) / (C(1) + e); }  // 1 - sigmoid
+  PYADV_HD C softplus() const {                                                 // log(1 + exp(v))
+    const C one = C(1) + e, rounded = one - C(1);
+    // The factor makes up for what the sum has lost of e (Kahan).
+    const C log1p = rounded > C(0) ? log_normal(one) * (e / rounded) : e;
+    return (v > C(0) ? v : C(0)) + log1p;
+  }
+};
 
 template <class C>
 struct Candidate {
@@ -184,11 +198,14 @@ struct OthersLoss {
 
   // `sum` is that of exp(z_k - base) over k != t.
   PYADV_HD OthersLoss(AttackLoss loss, bool unit, C z_t, C base, C sum) {
-    const C gap = (base - z_t) + std::log(sum);
-    const C sign = loss == AttackLoss::CETargeted ? C(-1) : C(1);
+    const C gap = (base - z_t) + log_of_sum(sum);
+    const Logistic<C> at_gap(gap);
+    const C sign = loss == AttackLoss::CETargeted ? C(-1) : C(1), ce = sign * at_gap.softplus();
     const bool whole = unit || loss == AttackLoss::SLM;  // of the others' softmax
-    const C mass = sign * (whole ? C(1) : sigmoid(gap));
-    value = loss == AttackLoss::SLM ? gap : sign * softplus(gap);
+    // Its share is 1 - p_t; a choice between numbers, not expressions, is no branch in a loop.
+    const C numerator = whole || gap >= C(0) ? C(1) : at_gap.e, e = whole ? C(0) : at_gap.e;
+    const C mass = sign * (numerator / (C(1) + e));
+    value = loss == AttackLoss::SLM ? gap : ce;
     multiple = sum > C(0) ? mass / sum : C(0);  // 0: all the others are masked
     at_t = -mass;
   }
@@ -250,7 +267,7 @@ struct Softmax {
   C base, log_sum, inverse_sum;
 
   PYADV_HD Softmax(C maximum, C sum)
-      : base(maximum), log_sum(std::log(sum)), inverse_sum(C(1) / sum) {}
+      : base(maximum), log_sum(log_of_sum(sum)), inverse_sum(C(1) / sum) {}
   PYADV_HD C e(C z) const { return exp_nonpositive(z - base); }
   PYADV_HD C log_p(C z) const { return (z - base) - log_sum; }
 };
@@ -271,12 +288,11 @@ struct MartBCE {
   C at_y, at_m;
 
   PYADV_HD MartBCE(bool exact, C z_y, C z_m, C base, C rest) {
-    const C e_y = std::exp(z_y - base), sum = e_y + rest;
-    const C log_sum = std::log(sum);
-    const C gap = (z_m - base) - log_sum;
-    const C p_m = sigmoid(gap), not_m = sigmoid(-gap);
+    const C e_y = exp_nonpositive(z_y - base), sum = e_y + rest;
+    const C log_sum = log_of_sum(sum);
+    const Logistic<C> at_gap((z_m - base) - log_sum);
+    const C p_m = at_gap.sigmoid(), not_m = at_gap.complement(), from_rest = at_gap.softplus();
     const C one_minus = exact ? not_m : (MartConstants<C>::kOne - p_m) + MartConstants<C>::kTiny;
-    const C from_rest = softplus(gap);
     value = (base - z_y) + log_sum + from_rest + (exact ? from_rest : -std::log(one_minus));
     // p_m (1 - p_m) / one_minus pulls m up and the others down in proportion
     const C pull = exact ? p_m : p_m * (not_m / one_minus);

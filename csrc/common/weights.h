@@ -25,12 +25,13 @@ struct WeightArgs {
     if (kind == WeightKind::Mail) {
       const double m = dtype == DType::Double ? static_cast<const double*>(margin)[row]
                                               : static_cast<const float*>(margin)[row];
-      return sigmoid(-slope.at<double>(0) * (m - centre.at<double>(0)));
+      return Logistic(-slope.at<double>(0) * (m - centre.at<double>(0))).sigmoid();
     }
     const double k = static_cast<double>(kappa[row]);
     if (kind == WeightKind::Discrete) return (steps + 1.0 - k) / (steps + 1.0);
     const double a = centre.at<double>(0) + (half - k) * slope.at<double>(0);
-    return sigmoid(kind == WeightKind::Tanh ? 2.0 * a : a);  // (1 + tanh a) / 2 = sigma(2 a)
+    // (1 + tanh a) / 2 = sigma(2 a)
+    return Logistic(kind == WeightKind::Tanh ? 2.0 * a : a).sigmoid();
   }
 
   // `total` is the sum of the weights; where that is 0, all of them are taken to be 1.

@@ -6,13 +6,14 @@
 #include "cpu/clones.h"
 #include "cpu/kernels.h"
 #include "cpu/reduce.h"
+#include "cpu/tile.h"
 
 namespace pyadv {
 namespace cpu {
 namespace {
 
 // A row at a time is widened into a buffer, where the passes over it find it in the cache.
-constexpr int64_t kWidest = 8;  // floats in a vector; buffers are padded so that exp needs no tail
+constexpr int64_t kWidest = 16;  // floats in a vector; buffers are padded so that exp needs no tail
 
 template <class C>
 class Buffers {
@@ -37,9 +38,10 @@ PYADV_HD C largest(const C* v, int64_t n) {
   return maximum(n, [v](int64_t k) { return v[k]; }, -kInf<C>);
 }
 
-template <class C>
-PYADV_HD bool all_finite(const C* v, int64_t n) {
-  return is_finite(maximum(n, [v](int64_t k) { return C(std::fabs(v[k])); }, C(0)));
+// Whether all of them are finite.
+template <class T, class C>
+PYADV_HD bool load_finite(const T* row, C* v, int64_t n) {
+  return is_finite(maximum(n, [=](int64_t k) { return C(std::fabs(v[k] = widen(row[k]))); }, C(0)));
 }
 
 // The first class with this value, other than `skipped`; `skipped` itself if there is none.
@@ -109,13 +111,8 @@ struct AttackLoop {
       T* grad = static_cast<T*>(a.grad) + i * n;
       C& value = static_cast<C*>(a.value)[i];
       const int64_t y = a.y[i], t = is_targeted(a.loss) ? a.target[i] : y;
-      load(a.logits.row<T>(i), z, n);
-      bool usable = is_class(y, n) && is_class(t, n) && all_finite(z, n);
-      if (a.loss == AttackLoss::KL) {
-        C* u = (*room)[1];
-        load(a.natural.row<T>(i), u, n);
-        usable = usable && all_finite(u, n);
-      }
+      bool usable = load_finite(a.logits.row<T>(i), z, n) && is_class(y, n) && is_class(t, n);
+      if (a.loss == AttackLoss::KL) usable &= load_finite(a.natural.row<T>(i), (*room)[1], n);
       if (!usable) {
         value = kNaN<C>;
         fill(grad, n, C(0));
@@ -183,15 +180,55 @@ struct AttackLoop {
   }
 };
 
+// "ce", "slm" and "ce_targeted" of few classes.
+template <class T>
+struct AttackTiles {
+  using C = compute_t<T>;
+
+  PYADV_HD static void run(const AttackArgs* args, int64_t begin, int64_t end) {
+    const AttackArgs& a = *args;
+    constexpr int kRows = Tile<C>::kRows;
+    const AttackLoss kind = a.loss;  // outside the loop, which is not vectorised otherwise
+    const bool unit = a.unit;
+    Tile<C> tile;
+    typename Tile<C>::Index y[kRows], t[kRows];
+    bool known_y[kRows], known_t[kRows], best[kRows], finite[kRows];
+    C z_t[kRows], base[kRows], sum[kRows], value[kRows], multiple[kRows], at_t[kRows];
+    for (int64_t i = begin; i < end; i += kRows) {
+      tile.template load<T>(a.logits, a.classes, i, end);
+      tile.load_labels(a.y, y, known_y);
+      tile.load_labels(is_targeted(a.loss) ? a.target : a.y, t, known_t);
+      tile.judge(y, best, finite);
+      tile.take(t, z_t);
+      tile.largest(base);
+      tile.exp_below(base, sum);
+      PYADV_INDEPENDENT
+      for (int r = 0; r < kRows; ++r) {
+        const OthersLoss<C> loss(kind, unit, z_t[r], base[r], sum[r]);
+        value[r] = loss.value, multiple[r] = loss.multiple, at_t[r] = loss.at_t;
+      }
+      tile.store(static_cast<T*>(a.grad), t, multiple, at_t);
+      for (int r = 0; r < tile.count; ++r) {
+        const bool usable = known_y[r] && known_t[r] && finite[r];
+        static_cast<C*>(a.value)[i + r] = usable ? value[r] : kNaN<C>;
+        a.correct[i + r] = usable && best[r];
+        if (!usable) fill(static_cast<T*>(a.grad) + (i + r) * a.classes, a.classes, C(0));
+      }
+    }
+  }
+};
+
+template <class C>
+PYADV_HD void write_value(const LossArgs& a, int64_t i, C value) {
+  if (a.value != nullptr) static_cast<C*>(a.value)[i] = value;
+}
+
 // What the differentiable losses write for a row that is not computed: an ignored one, or one whose
 // label is no class.
 template <class T, class C>
 PYADV_HD void write_row(const LossArgs& a, int64_t i, C value, C gradient) {
-  if (a.cotangent == nullptr) {
-    static_cast<C*>(a.value)[i] = value;
-    return;
-  }
-  fill(static_cast<T*>(a.grad) + i * a.classes, a.classes, gradient);
+  write_value(a, i, value);
+  if (a.grad != nullptr) fill(static_cast<T*>(a.grad) + i * a.classes, a.classes, gradient);
   if (a.grad_natural != nullptr)
     fill(static_cast<T*>(a.grad_natural) + i * a.classes, a.classes, gradient);
 }
@@ -218,10 +255,8 @@ struct CrossEntropyLoop {
     const C base = finite_base(others), w = at(a.weight, i, C(1));
     exp_below(z, n, base);
     const OthersLoss<C> loss(AttackLoss::CE, false, z_y, base, sum_of(z, n));
-    if (a.cotangent == nullptr) {
-      static_cast<C*>(a.value)[i] = w * loss.value;
-      return;
-    }
+    write_value(a, i, w * loss.value);
+    if (a.grad == nullptr) return;
     const C scale = w * at(a.cotangent, i, C(1));
     T* grad = static_cast<T*>(a.grad) + i * n;
     store_multiple(z, grad, n, scale * loss.multiple);
@@ -235,15 +270,60 @@ struct CrossEntropyLoop {
     load(a.logits.row<T>(i), z, n);
     const Softmax<C> softmax = softmax_of(z, e, n);
     const C w = at(a.weight, i, C(1));
-    if (a.cotangent == nullptr) {
+    if (a.value != nullptr) {
       const double total = sum<C>(n, [&](int64_t k) { return y[k] * softmax.log_p(z[k]); });
-      static_cast<C*>(a.value)[i] = -w * static_cast<C>(total);
-      return;
+      write_value(a, i, -w * static_cast<C>(total));
     }
+    if (a.grad == nullptr) return;
     const C scale = w * at(a.cotangent, i, C(1)), of_p = sum_of(y, n) * softmax.inverse_sum;
     T* grad = static_cast<T*>(a.grad) + i * n;
     PYADV_INDEPENDENT
     for (int64_t k = 0; k < n; ++k) grad[k] = narrow<T>(scale * (of_p * e[k] - y[k]));
+  }
+};
+
+// Hard labels, few classes.
+template <class T>
+struct CrossEntropyTiles {
+  using C = compute_t<T>;
+
+  PYADV_HD static void run(const LossArgs* args, int64_t begin, int64_t end) {
+    const LossArgs& a = *args;
+    constexpr int kRows = Tile<C>::kRows;
+    Tile<C> tile;
+    typename Tile<C>::Index y[kRows];
+    bool known[kRows], usable[kRows];
+    C z_y[kRows], base[kRows], sum[kRows], value[kRows], multiple[kRows], at_y[kRows];
+    for (int64_t i = begin; i < end; i += kRows) {
+      tile.template load<T>(a.logits, a.classes, i, end);
+      tile.load_labels(a.y, y, known);
+      tile.take(y, z_y);
+      tile.largest(base);
+      for (int r = 0; r < kRows; ++r) {
+        usable[r] = is_usable(z_y[r], base[r]);
+        base[r] = finite_base(base[r]);
+      }
+      tile.exp_below(base, sum);
+      PYADV_INDEPENDENT
+      for (int r = 0; r < kRows; ++r) {
+        const OthersLoss<C> loss(AttackLoss::CE, false, z_y[r], base[r], sum[r]);
+        value[r] = loss.value, multiple[r] = loss.multiple, at_y[r] = loss.at_t;
+      }
+      for (int r = 0; r < tile.count; ++r) {
+        const C w = at(a.weight, i + r, C(1)), scale = w * at(a.cotangent, i + r, C(1));
+        value[r] *= w, multiple[r] *= scale, at_y[r] *= scale;
+        write_value(a, i + r, value[r]);
+      }
+      if (a.grad != nullptr) tile.store(static_cast<T*>(a.grad), y, multiple, at_y);
+      for (int r = 0; r < tile.count; ++r) {
+        if (a.ignores && a.y[i + r] == a.ignored)
+          write_row<T>(a, i + r, C(0), C(0));
+        else if (!known[r])
+          write_row<T>(a, i + r, kNaN<C>, C(0));
+        else if (!usable[r])
+          write_row<T>(a, i + r, kNaN<C>, kNaN<C>);
+      }
+    }
   }
 };
 
@@ -274,10 +354,8 @@ struct MartBCELoop {
       const C base = finite_base(nan_max(z_y, largest(z, n)));
       exp_below(z, n, base);
       const MartBCE<C> loss(a.exact, z_y, z_m, base, sum_of(z, n));
-      if (a.cotangent == nullptr) {
-        static_cast<C*>(a.value)[i] = loss.value;
-        continue;
-      }
+      write_value(a, i, loss.value);
+      if (a.grad == nullptr) continue;
       const C scale = at(a.cotangent, i, C(1));
       T* grad = static_cast<T*>(a.grad) + i * n;
       store_multiple(z, grad, n, scale * loss.others);
@@ -315,10 +393,8 @@ struct KLLoop {
       e_u[y] = e_y;
       const KLRow<C> row(a, static_cast<C>(total[0]), static_cast<C>(total[1]),
                          e_y * natural.inverse_sum, others, at(a.cotangent, i, C(1)));
-      if (a.cotangent == nullptr) {
-        static_cast<C*>(a.value)[i] = row.value;
-        continue;
-      }
+      write_value(a, i, row.value);
+      if (a.grad == nullptr) continue;
       T* to_z = static_cast<T*>(a.grad) + i * n;
       T* to_u = static_cast<T*>(a.grad_natural) + i * n;
       tiny ? gradients<true>(n, row, natural, adversarial, z, u, e_z, e_u, to_z, to_u)
@@ -389,9 +465,8 @@ struct RowStatsLoop {
     C* z = (*room)[0];
     const int64_t n = a.classes;
     for (int64_t i = begin; i < end; ++i) {
-      load(a.logits.row<T>(i), z, n);
       RowStats<C> stats(a, i);
-      if (!all_finite(z, n)) {
+      if (!load_finite(a.logits.row<T>(i), z, n)) {
         stats.write_unknown();
         continue;
       }
@@ -438,17 +513,27 @@ void run_rows(const Args& args, int64_t count, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Buffers<compute_t<T>> room(args.classes, count);
-    run<Loop<T>>(&args, &room, begin, end);
+    run_wide<Loop<T>>(&args, &room, begin, end);
   });
+}
+
+template <template <class> class Tiles, class Args>
+void run_tiles(const Args& args, int64_t begin, int64_t end) {
+  dispatch(args.dtype,
+           [&](auto tag) { run_wide<Tiles<typename decltype(tag)::type>>(&args, begin, end); });
 }
 
 }  // namespace
 
 void attack_loss(const AttackArgs& args, int64_t begin, int64_t end) {
+  if (takes_others(args.loss) && is_few(args.classes))
+    return run_tiles<AttackTiles>(args, begin, end);
   run_rows<AttackLoop>(args, args.loss == AttackLoss::KL ? 4 : 1, begin, end);
 }
 
 void weighted_cross_entropy(const LossArgs& args, int64_t begin, int64_t end) {
+  if (args.soft == nullptr && is_few(args.classes))
+    return run_tiles<CrossEntropyTiles>(args, begin, end);
   run_rows<CrossEntropyLoop>(args, args.soft != nullptr ? 2 : 1, begin, end);
 }
 

@@ -296,15 +296,17 @@ __global__ void __launch_bounds__(kThreads, 2) attack_kl_kernel(AttackArgs a) {
   }
 }
 
+template <bool kBlock, class C>
+__device__ __forceinline__ void write_value(const LossArgs& a, int64_t i, C value) {
+  if (a.value != nullptr && Team<kBlock>::lane() == 0) static_cast<C*>(a.value)[i] = value;
+}
+
 // What the differentiable losses write for a row that is not computed.
 template <bool kBlock, class T, class C>
 __device__ __forceinline__ void write_instead(const LossArgs& a, int64_t i, C value, C gradient) {
   const int64_t n = a.classes;
-  if (a.cotangent == nullptr) {
-    if (Team<kBlock>::lane() == 0) static_cast<C*>(a.value)[i] = value;
-    return;
-  }
-  fill_row<kBlock>(static_cast<T*>(a.grad) + i * n, n, gradient);
+  write_value<kBlock>(a, i, value);
+  if (a.grad != nullptr) fill_row<kBlock>(static_cast<T*>(a.grad) + i * n, n, gradient);
   if (a.grad_natural != nullptr)
     fill_row<kBlock>(static_cast<T*>(a.grad_natural) + i * n, n, gradient);
 }
@@ -340,10 +342,8 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(LossArgs a) 
                      [&](int64_t k, C z_k) { sum += k == y ? C(0) : exp_nonpositive(z_k - base); });
     sum = Team<kBlock>::reduce(sum, C(0), Add{});
     const OthersLoss<C> loss(AttackLoss::CE, false, z_y, base, sum);
-    if (a.cotangent == nullptr) {
-      if (Team<kBlock>::lane() == 0) static_cast<C*>(a.value)[i] = w * loss.value;
-      continue;
-    }
+    write_value<kBlock>(a, i, w * loss.value);
+    if (a.grad == nullptr) continue;
     const C scale = w * at(a.cotangent, i, C(1)), multiple = scale * loss.multiple;
     write_row<kBlock>(z, grad, n, [&](int64_t k, C z_k) {
       return k == y ? scale * loss.at_t : multiple * exp_nonpositive(z_k - base);
@@ -370,11 +370,8 @@ __global__ void __launch_bounds__(kThreads, 2) soft_cross_entropy_kernel(LossArg
     Team<kBlock>::reduce(sum, C(0), Add{});
     const Softmax<C> softmax(base, sum[0]);
     const C w = at(a.weight, i, C(1));
-    if (a.cotangent == nullptr) {
-      if (Team<kBlock>::lane() == 0)
-        static_cast<C*>(a.value)[i] = -w * (sum[2] - sum[1] * softmax.log_sum);
-      continue;
-    }
+    write_value<kBlock>(a, i, -w * (sum[2] - sum[1] * softmax.log_sum));
+    if (a.grad == nullptr) continue;
     const C scale = w * at(a.cotangent, i, C(1)), of_p = sum[1] * softmax.inverse_sum;
     write_row<kBlock>(z, static_cast<T*>(a.grad) + i * n, n,
                       [&](int64_t k, C z_k) { return scale * (of_p * softmax.e(z_k) - y[k]); });
@@ -413,10 +410,8 @@ __global__ void __launch_bounds__(kThreads, 2) mart_bce_kernel(LossArgs a) {
     });
     rest = Team<kBlock>::reduce(rest, C(0), Add{});
     const MartBCE<C> loss(a.exact, z_y, m.value, base, rest);
-    if (a.cotangent == nullptr) {
-      if (Team<kBlock>::lane() == 0) static_cast<C*>(a.value)[i] = loss.value;
-      continue;
-    }
+    write_value<kBlock>(a, i, loss.value);
+    if (a.grad == nullptr) continue;
     const C scale = at(a.cotangent, i, C(1));
     write_row<kBlock>(z, static_cast<T*>(a.grad) + i * n, n, [&](int64_t k, C z_k) {
       return scale * (k == y         ? loss.at_y
@@ -461,10 +456,8 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(LossArgs a) {
     const C q_y = natural.e(widen(u[y])) * natural.inverse_sum;
     const KLRow<C> row(a, total[0], tiny ? total[1] : C(1), q_y, total[2],
                        at(a.cotangent, i, C(1)));
-    if (a.cotangent == nullptr) {
-      if (Team<kBlock>::lane() == 0) static_cast<C*>(a.value)[i] = row.value;
-      continue;
-    }
+    write_value<kBlock>(a, i, row.value);
+    if (a.grad == nullptr) continue;
     T* to_z = static_cast<T*>(a.grad) + i * n;
     T* to_u = static_cast<T*>(a.grad_natural) + i * n;
     Team<kBlock>::template each<kVector<T>>(n, aligned(u, z, to_u, to_z), [&](int64_t k, auto w) {

@@ -141,7 +141,7 @@ inline std::tuple<Tensor, Tensor, Tensor> attack_loss(const Tensor& logits, cons
   return {value, grad, correct};
 }
 
-// Forward and backward of a differentiable loss fill the same LossArgs; these add the ends.
+// Values, gradients, or both of a differentiable loss fill the same LossArgs; these add the ends.
 template <class Kernel>
 Tensor loss_values(Kernel kernel, const Rows& rows, LossArgs args, const Tensor& on) {
   Tensor value = rows.new_values();
@@ -161,11 +161,29 @@ Tensor loss_gradient(Kernel kernel, Rows& rows, LossArgs args, const Tensor& cot
 }
 
 template <class Kernel>
+std::tuple<Tensor, Tensor> loss_and_gradient(Kernel kernel, const Rows& rows, LossArgs args,
+                                             const Tensor& on) {
+  Tensor grad = rows.new_gradient();
+  args.grad = grad.mutable_data_ptr();
+  return {loss_values(kernel, rows, args, on), grad};
+}
+
+// The same for two tensors of logits.
+template <class Kernel>
 std::tuple<Tensor, Tensor> loss_gradients(Kernel kernel, Rows& rows, LossArgs args,
                                           const Tensor& cotangent, const Tensor& on) {
   Tensor grad_natural = rows.new_gradient();
   args.grad_natural = grad_natural.mutable_data_ptr();
   return {loss_gradient(kernel, rows, args, cotangent, on), grad_natural};
+}
+
+template <class Kernel>
+std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(Kernel kernel, const Rows& rows,
+                                                      LossArgs args, const Tensor& on) {
+  Tensor grad_natural = rows.new_gradient();
+  args.grad_natural = grad_natural.mutable_data_ptr();
+  auto [value, grad] = loss_and_gradient(kernel, rows, args, on);
+  return {value, grad, grad_natural};
 }
 
 inline LossArgs cross_entropy_args(Rows& rows, const Tensor& logits, const Tensor& y,
@@ -198,6 +216,14 @@ inline Tensor weighted_cross_entropy_backward(const Tensor& grad, const Tensor& 
                        cross_entropy_args(rows, logits, y, weight, ignore_index), grad, logits);
 }
 
+inline std::tuple<Tensor, Tensor> weighted_cross_entropy_and_gradient(
+    const Tensor& logits, const Tensor& y, const OptionalTensor& weight,
+    const OptionalInt& ignore_index) {
+  Rows rows("weighted_cross_entropy", logits);
+  return loss_and_gradient(backend::weighted_cross_entropy, rows,
+                           cross_entropy_args(rows, logits, y, weight, ignore_index), logits);
+}
+
 inline LossArgs kl_args(Rows& rows, const Tensor& logits_adv, const Tensor& logits) {
   LossArgs args = row_args<LossArgs>(rows);
   args.logits = rows.logits(logits_adv);
@@ -214,6 +240,12 @@ inline std::tuple<Tensor, Tensor> trades_kl_backward(const Tensor& grad, const T
                                                      const Tensor& logits) {
   Rows rows("trades_kl", logits_adv);
   return loss_gradients(backend::kl, rows, kl_args(rows, logits_adv, logits), grad, logits_adv);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> trades_kl_and_gradient(const Tensor& logits_adv,
+                                                                 const Tensor& logits) {
+  Rows rows("trades_kl", logits_adv);
+  return loss_and_gradients(backend::kl, rows, kl_args(rows, logits_adv, logits), logits_adv);
 }
 
 inline LossArgs mart_kl_args(Rows& rows, const Tensor& logits_adv, const Tensor& logits,
@@ -241,6 +273,16 @@ inline std::tuple<Tensor, Tensor> mart_kl_backward(const Tensor& grad, const Ten
                         logits_adv);
 }
 
+inline std::tuple<Tensor, Tensor, Tensor> mart_kl_and_gradient(const Tensor& logits_adv,
+                                                               const Tensor& logits,
+                                                               const Tensor& y, bool exact,
+                                                               bool detach_weight) {
+  Rows rows("mart_kl", logits_adv);
+  return loss_and_gradients(backend::kl, rows,
+                            mart_kl_args(rows, logits_adv, logits, y, exact, detach_weight),
+                            logits_adv);
+}
+
 inline LossArgs mart_bce_args(Rows& rows, const Tensor& logits_adv, const Tensor& y, bool exact) {
   LossArgs args = row_args<LossArgs>(rows);
   args.logits = rows.logits(logits_adv);
@@ -260,6 +302,13 @@ inline Tensor mart_bce_backward(const Tensor& grad, const Tensor& logits_adv, co
   Rows rows("mart_bce", logits_adv);
   return loss_gradient(backend::mart_bce, rows, mart_bce_args(rows, logits_adv, y, exact), grad,
                        logits_adv);
+}
+
+inline std::tuple<Tensor, Tensor> mart_bce_and_gradient(const Tensor& logits_adv, const Tensor& y,
+                                                        bool exact) {
+  Rows rows("mart_bce", logits_adv);
+  return loss_and_gradient(backend::mart_bce, rows, mart_bce_args(rows, logits_adv, y, exact),
+                           logits_adv);
 }
 
 inline Tensor softmax_cotangent(const Tensor& logits, double temperature, bool center) {
@@ -329,12 +378,16 @@ void register_losses(Library& m) {
   m.impl("attack_loss", TORCH_BOX(&attack_loss));
   m.impl("weighted_cross_entropy", TORCH_BOX(&weighted_cross_entropy));
   m.impl("weighted_cross_entropy_backward", TORCH_BOX(&weighted_cross_entropy_backward));
+  m.impl("weighted_cross_entropy_and_gradient", TORCH_BOX(&weighted_cross_entropy_and_gradient));
   m.impl("trades_kl", TORCH_BOX(&trades_kl));
   m.impl("trades_kl_backward", TORCH_BOX(&trades_kl_backward));
+  m.impl("trades_kl_and_gradient", TORCH_BOX(&trades_kl_and_gradient));
   m.impl("mart_bce", TORCH_BOX(&mart_bce));
   m.impl("mart_bce_backward", TORCH_BOX(&mart_bce_backward));
+  m.impl("mart_bce_and_gradient", TORCH_BOX(&mart_bce_and_gradient));
   m.impl("mart_kl", TORCH_BOX(&mart_kl));
   m.impl("mart_kl_backward", TORCH_BOX(&mart_kl_backward));
+  m.impl("mart_kl_and_gradient", TORCH_BOX(&mart_kl_and_gradient));
   m.impl("row_square_sum", TORCH_BOX(&row_square_sum));
   m.impl("row_square_sum_backward", TORCH_BOX(&row_square_sum_backward));
   m.impl("softmax_cotangent", TORCH_BOX(&softmax_cotangent));

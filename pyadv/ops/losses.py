@@ -39,6 +39,21 @@ def _two_gradients(grad: Tensor, logits_adv: Tensor, *args: Any) -> tuple[Tensor
     return _gradient(grad, logits_adv), _gradient(grad, logits_adv)
 
 
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _results(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _in_one_pass(logits: Tensor) -> bool:
+    """Whether the gradient comes with the values, to be scaled in place by the backward pass. It
+    saves the exponentials, which a CPU spends its time on. A GPU would pay more for the traffic,
+    and 16 bits would be rounded before the scale that keeps small gradients from vanishing."""
+    return logits.is_cpu and logits.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
+
+
 def _attack_loss_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     correct = logits.new_empty(logits.shape[:1], dtype=torch.bool)
     return _values(logits), logits.new_empty(logits.shape), correct
@@ -51,38 +66,62 @@ def _row_stats_fake(logits: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 def _differentiable(
-    schema: str, fake_gradient: Callable[..., Any], kernel: Callable[..., Any], gradients: int
+    schema: str,
+    fake_gradient: Callable[..., Any],
+    kernel: Callable[..., Any],
+    gradients: int,
+    one_pass: bool = True,
 ) -> type[torch.autograd.Function]:
-    """Registers `schema` and its `_backward`, which takes the gradient of the values first and
-    gives those of the first `gradients` arguments.
+    """Registers `schema`, its `_backward`, which takes the gradient of the values first and gives
+    those of the first `gradients` arguments, and with `one_pass` its `_and_gradient`, which gives
+    the values and their gradients.
 
     A torch.autograd.Function calls them: it costs half of what the Python kernels of
     torch.library.register_autograd do, which small batches would feel.
     """
     name, _, arguments = schema.partition("(")
-    result = "Tensor" if gradients == 1 else "(Tensor, Tensor)"
-    forward_op = register(f"{schema} -> Tensor", getattr(reference, name), kernel)
+    value = getattr(reference, name)
+    gradient = getattr(_reference, f"{name}_backward")
+    forward_op = register(f"{schema} -> Tensor", value, kernel)
     backward_op = register(
-        f"{name}_backward(Tensor grad, {arguments} -> {result}",
-        getattr(_reference, f"{name}_backward"),
+        f"{name}_backward(Tensor grad, {arguments} -> {_results(gradients)}",
+        gradient,
         fake_gradient,
         **refuse_double_backward(name),
     )
+    if one_pass:
+
+        def value_and_gradient(*args: Any) -> tuple[Tensor, ...]:
+            values = value(*args)
+            return (values, *_as_tuple(gradient(torch.ones_like(values), *args)))
+
+        both_op = register(
+            f"{name}_and_gradient({arguments} -> {_results(1 + gradients)}",
+            value_and_gradient,
+            lambda *args: (kernel(*args), *_as_tuple(fake_gradient(None, *args))),
+        )
 
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
-            ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+            ready = one_pass and _in_one_pass(args[0]) and any(ctx.needs_input_grad)
+            values, *ctx.unit = both_op(*args) if ready else (forward_op(*args),)
             ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
-            return forward_op(*args)
+            ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+            return values
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
-            saved = iter(ctx.saved_tensors)
-            args = [next(saved) if c is None else c[0] for c in ctx.constants]
-            grads = backward_op(grad, *args)
-            grads = (grads,) if gradients == 1 else grads
-            return (*grads, *(None,) * (len(args) - gradients))
+            unit, ctx.unit = ctx.unit, ()
+            if unit and not torch.is_grad_enabled():
+                rows = grad.unsqueeze(1)
+                needed = ctx.needs_input_grad
+                grads = [g.mul_(rows) if n else None for g, n in zip(unit, needed, strict=False)]
+            else:  # a second pass over the graph, or one to be differentiated, which the op refuses
+                saved = iter(ctx.saved_tensors)
+                args = [next(saved) if c is None else c[0] for c in ctx.constants]
+                grads = _as_tuple(backward_op(grad, *args))
+            return (*grads, *(None,) * (len(ctx.constants) - gradients))
 
     Fused.__name__ = Fused.__qualname__ = name
     return Fused
@@ -113,7 +152,7 @@ _MartKL = _differentiable(
     2,
 )
 _RowSquareSum = _differentiable(
-    "row_square_sum(Tensor g)", lambda grad, g: torch.empty_like(g), _values, 1
+    "row_square_sum(Tensor g)", lambda grad, g: torch.empty_like(g), _values, 1, one_pass=False
 )
 _softmax_cotangent = register(
     "softmax_cotangent(Tensor logits, float temperature, bool center) -> Tensor",

@@ -204,28 +204,27 @@ def test_kl_gradient_keeps_its_signs_where_both_are_confident(device):
         assert same.double().mean() >= 0.999
 
 
-def test_rows_do_not_depend_on_their_batch(device):
-    z = normal((9, 10), torch.float16, 0, device, scale=4)
-    y = labels(9, 10, 1, device)
-    for loss in ATTACK_LOSSES:
-        more = attack_arguments(loss, z)
-        whole = ops.attack_loss(z, y, loss, **more)
-        one = [
-            ops.attack_loss(
-                z[i : i + 1], y[i : i + 1], loss, **{k: v[i : i + 1] for k, v in more.items()}
-            )
-            for i in range(9)
-        ]
-        for k in range(3):
-            assert torch.equal(whole[k], torch.cat([row[k] for row in one]))
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("loss", ATTACK_LOSSES)
+def test_rows_do_not_depend_on_their_batch(loss, classes, device):
+    n = 70  # more than are computed side by side
+    z = normal((n, classes), torch.float16, 0, device, scale=4)
+    y = labels(n, classes, 1, device)
+    z[33, 1], z[34, 0], y[35], y[69] = math.nan, math.inf, -1, classes
+    z[36], y[36], y[37] = 1, 3, 0
+    more = attack_arguments(loss, z)
 
+    def rows(i):
+        return ops.attack_loss(z[i], y[i], loss, **{k: v[i] for k, v in more.items()})
 
-def test_equal_natural_and_adversarial_logits_give_a_zero_gradient(device):
-    z = normal((3, 10), torch.float32, 0, device)
-    for scale in ("unit", "exact"):
-        ours = ops.attack_loss(z, labels(3, 10, 1, device), "kl", z, scale=scale)
-        assert ours.grad_logits.count_nonzero() == 0
-        assert ours.loss.abs().max() < 1e-6
+    one = [rows(slice(i, i + 1)) for i in range(n)]
+    for whole, parts in zip(rows(slice(None)), zip(*one, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=0, equal_nan=True)
+    usable = torch.ones(n, dtype=torch.bool, device=device)
+    usable[[33, 34, 35, 69]] = False
+    value, _, correct = rows(slice(None))
+    assert torch.equal(value.isfinite(), usable)
+    assert torch.equal(correct, usable & (z.argmax(1) == y))
 
 
 @pytest.mark.parametrize("loss", ["dlr", "dlr_targeted"])
@@ -410,6 +409,41 @@ def test_double_backward_is_refused(name, device):
         grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("op", ["weighted_cross_entropy", "trades_kl", "mart_bce", "mart_kl"])
+def test_one_pass_gives_what_two_give(op, classes, dtype, device):
+    z, u = (normal((50, classes), dtype, seed, device, scale=3) for seed in (0, 1))
+    y = labels(50, classes, 2, device)
+    y[3], y[4], z[5, 2], z[6] = 1, classes, -math.inf, math.nan
+    cases = {
+        "weighted_cross_entropy": [(z, y, row_weights(z), 1), (z, soft_labels(z), None, None)],
+        "trades_kl": [(z, u)],
+        "mart_bce": [(z, y, True), (z, y, False)],
+        "mart_kl": [(z, u, y, True, False), (z, u, y, False, True)],
+    }
+    forward, backward, both = (
+        getattr(torch.ops.pyadv, op + what) for what in ("", "_backward", "_and_gradient")
+    )
+    for args in cases[op]:
+        value, *grads = both(*args)
+        separate = backward(torch.ones_like(value), *args)
+        separate = separate if isinstance(separate, tuple) else (separate,)
+        for actual, expected in zip((value, *grads), (forward(*args), *separate), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_graph_can_be_gone_through_again(name, device):
+    z, u = (normal((4, 5), torch.float32, s, device).requires_grad_() for s in (0, 1))
+    rows = TRAINING[name](ops, z, u, labels(4, 5, 2, device))
+    first, again = (
+        torch.autograd.grad(rows.sum(), (z, u), retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    )
+    torch.testing.assert_close(first, again)
+
+
 @pytest.mark.parametrize("margin", [20.0, 60.0])
 def test_training_losses_keep_confident_rows(margin, device):
     """1 - p is never a difference, so that value and gradient outlive float32's 1 - 1e-8."""
@@ -571,6 +605,10 @@ def opcheck_cases():
         ],
         "trades_kl": [(z, u), (z.t().contiguous().t(), u)],
         "trades_kl_backward": [(grad, z, u)],
+        "weighted_cross_entropy_and_gradient": [(z, y, weight, 1), (z, soft, None, None)],
+        "trades_kl_and_gradient": [(z, u)],
+        "mart_bce_and_gradient": [(z, y, True)],
+        "mart_kl_and_gradient": [(z, u, y, True, False)],
         "mart_bce": [(z, y, False), (z, y, True)],
         "mart_bce_backward": [(grad, z, y, True)],
         "mart_kl": [(z, u, y, False, False)],
