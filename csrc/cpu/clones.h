@@ -56,7 +56,8 @@ __attribute__((target(PYADV_AVX512))) void run_avx512(Args... args) {
 }
 
 // With an AVX-512 clone besides, for loops that arithmetic limits while the data are in cache: a
-// fifth faster for the Linf step of 128x3x32x32. Every clone costs compile time.
+// fifth faster for the Linf step of 128x3x32x32, a tenth for the L2 step, a fifth for the losses of
+// 1000 classes. Every clone costs compile time.
 template <class Loop, class... Args>
 void run_wide(Args... args) {
   has_avx512() ? run_avx512<Loop>(args...) : run<Loop>(args...);

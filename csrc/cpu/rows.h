@@ -140,7 +140,7 @@ void run_rows(const StepArgs& s, int64_t begin, int64_t end) {
           run<RowLoop<Rule>>(q, s.n, VaryingBox<C>{values_at<C>(s.lo, i), values_at<C>(s.hi, i)},
                              sizes);
         else
-          run<RowLoop<Rule>>(q, s.n, ScalarBox<C>{s.lo.at<C>(i), s.hi.at<C>(i)}, sizes);
+          run_wide<RowLoop<Rule>>(q, s.n, ScalarBox<C>{s.lo.at<C>(i), s.hi.at<C>(i)}, sizes);
       });
     }
   });
