@@ -22,6 +22,25 @@
 
 namespace pyadv {
 
+// Of square_step: a square for each row of images (channels, height, width), in the box of which
+// uniform numbers u in [0, 1) choose its place: top, left, and a sign for each channel.
+struct Window {
+  const float* u;  // [rows, 2 + channels]
+  int64_t side, channels, height, width;
+  int64_t stride[3];  // of the dimensions of a row; 1 for those of size 1
+
+  PYADV_HD const float* of(int64_t row) const { return u + row * (2 + channels); }
+  PYADV_HD int64_t top(int64_t row) const { return corner(of(row)[0], height - side); }
+  PYADV_HD int64_t left(int64_t row) const { return corner(of(row)[1], width - side); }
+  PYADV_HD bool up(int64_t row, int64_t channel) const { return of(row)[2 + channel] >= 0.5f; }
+
+  // In 0 .. most, whatever v is.
+  PYADV_HD static int64_t corner(float v, int64_t most) {
+    const float at = v * static_cast<float>(most + 1);
+    return !(at >= 0.0f) ? 0 : at < static_cast<float>(most) ? static_cast<int64_t>(at) : most;
+  }
+};
+
 // One fused step or projection of `rows` x `n` elements that lie in the same dense order in every
 // tensor. Tensors and parameters that an op lacks stay empty.
 struct StepArgs {
@@ -29,13 +48,14 @@ struct StepArgs {
   const void* x_adv;
   const void* x;
   const void* grad = nullptr;
-  const void* x_prev = nullptr;
-  void* out;  // may be one of the inputs
+  const void* x_prev = nullptr;  // of square_step the best point
+  void* out;                     // may be one of the inputs
   Param alpha, eps, momentum, keep, lo, hi;
   // The parameters that differ within a row hold one value per element, in the order of the data:
   // all of alpha, eps, lo and hi for elementwise rules, lo and hi for rules on rows.
   bool elementwise = false;
   const bool* active = nullptr;  // [rows] or nullptr; rows that are not active are copied
+  Window window{};
   int64_t rows, n;
 };
 

@@ -6,12 +6,29 @@
 
 namespace pyadv {
 
-// Copies the rows of two pairs of tensors where the mask holds; any type, rows in bytes.
+// Copies the rows of one or two pairs of tensors where the mask holds; any type, rows in bytes.
 struct KeepRowsArgs {
   const bool* mask;
   const void* from[2];
-  void* to[2];
+  void* to[2];  // the second is null where there is one pair
   int64_t rows, row_bytes;
+};
+
+// The same where a row's loss is above its best, which then becomes the loss; never for NaN.
+struct KeepBestArgs {
+  DType dtype;  // of the losses
+  const void* loss;
+  void* best;
+  KeepRowsArgs pairs;  // without a mask
+
+  template <class T>
+  PYADV_HD bool better(int64_t row) const {
+    return widen(static_cast<const T*>(loss)[row]) > widen(static_cast<const T*>(best)[row]);
+  }
+  template <class T>
+  PYADV_HD void keep(int64_t row) const {
+    if (better<T>(row)) static_cast<T*>(best)[row] = static_cast<const T*>(loss)[row];
+  }
 };
 
 // momentum on the way from the iterate to z, the rest on the way of the last step.
@@ -33,6 +50,22 @@ struct LinfMomentumStep {
   template <class C>
   PYADV_HD static C apply(const Element<C>& e, const Sizes<C>& s) {
     return linf_clip(mixed(e, LinfStep::apply(e, s), s.momentum), e, s.eps);
+  }
+};
+
+// 2 eps from the best point along the sign of the window, which is the border of the ball.
+struct SquareStep {
+  template <class T>
+  PYADV_HD static T apply(const StepArgs& s, int64_t i, bool positive) {
+    using C = compute_t<T>;
+    const C eps = s.eps.at<C>(i);
+    const Element<C> e{widen(static_cast<const T*>(s.x_prev)[i]),
+                       positive ? C(1) : C(-1),
+                       widen(static_cast<const T*>(s.x)[i]),
+                       C(0),
+                       s.lo.at<C>(i),
+                       s.hi.at<C>(i)};
+    return narrow<T>(LinfStep::apply(e, Sizes<C>{C(2) * eps, eps, C(0), C(0)}));
   }
 };
 

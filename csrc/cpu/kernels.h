@@ -21,6 +21,8 @@ void l2_step(const StepArgs& args, int64_t begin, int64_t end);
 void l2_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
 void l1_step(const StepArgs& args, int64_t begin, int64_t end);
 void keep_rows(const KeepRowsArgs& args, int64_t begin, int64_t end);
+void keep_best(const KeepBestArgs& args, int64_t begin, int64_t end);
+void square_step(const StepArgs& args, int64_t begin, int64_t end);
 void l2_project(const StepArgs& args, int64_t begin, int64_t end);
 void l2_box_project(const StepArgs& args, int64_t begin, int64_t end);
 void l1_project(const StepArgs& args, int64_t begin, int64_t end);

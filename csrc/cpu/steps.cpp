@@ -1,5 +1,6 @@
 #include "common/steps.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/elements.h"
@@ -25,14 +26,52 @@ void l2_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
 
 void l1_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L1Step>(s, begin, end); }
 
+namespace {
+
+void copy_row(const KeepRowsArgs& k, int64_t r) {
+  for (int pair = 0; pair < 2 && k.to[pair] != nullptr; ++pair)
+    std::memcpy(static_cast<char*>(k.to[pair]) + r * k.row_bytes,
+                static_cast<const char*>(k.from[pair]) + r * k.row_bytes,
+                static_cast<size_t>(k.row_bytes));
+}
+
+}  // namespace
+
 void keep_rows(const KeepRowsArgs& k, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    if (!k.mask[r]) continue;
-    for (int pair = 0; pair < 2; ++pair)
-      std::memcpy(static_cast<char*>(k.to[pair]) + r * k.row_bytes,
-                  static_cast<const char*>(k.from[pair]) + r * k.row_bytes,
-                  static_cast<size_t>(k.row_bytes));
-  }
+  for (int64_t r = begin; r < end; ++r)
+    if (k.mask[r]) copy_row(k, r);
+}
+
+void keep_best(const KeepBestArgs& k, int64_t begin, int64_t end) {
+  dispatch(k.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t r = begin; r < end; ++r) {
+      if (!k.better<T>(r)) continue;
+      copy_row(k.pairs, r);
+      k.keep<T>(r);
+    }
+  });
+}
+
+void square_step(const StepArgs& s, int64_t begin, int64_t end) {
+  const Window& w = s.window;
+  dispatch(s.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t r = begin; r < end; ++r) {
+      const bool active = s.active == nullptr || s.active[r];
+      const T* from = static_cast<const T*>(active ? s.x_prev : s.x_adv) + r * s.n;
+      T* out = static_cast<T*>(s.out) + r * s.n;
+      if (out != from) std::copy(from, from + s.n, out);
+      if (!active) continue;
+      const int64_t top = w.top(r), left = w.left(r);
+      for (int64_t c = 0; c < w.channels; ++c)
+        for (int64_t y = top; y < top + w.side; ++y)
+          for (int64_t z = left; z < left + w.side; ++z) {
+            const int64_t i = c * w.stride[0] + y * w.stride[1] + z * w.stride[2];
+            out[i] = SquareStep::apply<T>(s, r * s.n + i, w.up(r, c));
+          }
+    }
+  });
 }
 
 }  // namespace cpu

@@ -18,6 +18,8 @@ int l2_step(const StepArgs& args, void* stream);
 int l2_momentum_step(const StepArgs& args, void* stream);
 int l1_step(const StepArgs& args, void* stream);
 int keep_rows(const KeepRowsArgs& args, void* stream);
+int keep_best(const KeepBestArgs& args, void* stream);
+int square_step(const StepArgs& args, void* stream);
 
 int linf_project(const StepArgs& args, void* stream);
 int l2_project(const StepArgs& args, void* stream);

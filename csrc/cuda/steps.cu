@@ -8,19 +8,75 @@ namespace pyadv {
 namespace cuda {
 namespace {
 
+struct Masked {
+  const bool* mask;
+  __device__ __forceinline__ bool operator()(int64_t row) const { return mask[row]; }
+};
+
+template <class T>
+struct Better {
+  KeepBestArgs k;
+  __device__ __forceinline__ bool operator()(int64_t row) const { return k.better<T>(row); }
+};
+
 // z: the pair of tensors; units of U, 16 bytes or 1.
-template <class U>
-__global__ void __launch_bounds__(kThreads) keep_rows_kernel(KeepRowsArgs k) {
+template <class U, class Wanted>
+__global__ void __launch_bounds__(kThreads) keep_rows_kernel(KeepRowsArgs k, Wanted wanted) {
   const int64_t units = k.row_bytes / static_cast<int64_t>(sizeof(U));
   const U* from = static_cast<const U*>(blockIdx.z == 0 ? k.from[0] : k.from[1]);
   U* to = static_cast<U*>(blockIdx.z == 0 ? k.to[0] : k.to[1]);
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < k.rows;
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
-    if (!k.mask[row]) continue;
+    if (!wanted(row)) continue;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < units;
          i += static_cast<int64_t>(gridDim.x) * blockDim.x)
       to[row * units + i] = from[row * units + i];
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) keep_losses_kernel(KeepBestArgs k) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < k.pairs.rows;
+       row += stride)
+    k.keep<T>(row);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) square_kernel(StepArgs s) {
+  const Window w = s.window;
+  const auto place = [&](uint32_t i, int d, int64_t size) {
+    return i / static_cast<uint32_t>(w.stride[d]) % static_cast<uint32_t>(size);
+  };
+  for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < s.rows;
+       row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
+    const bool active = s.active == nullptr || s.active[row];
+    if (!active && s.out == s.x_adv) continue;
+    const T* from = static_cast<const T*>(active ? s.x_prev : s.x_adv) + row * s.n;
+    T* out = static_cast<T*>(s.out) + row * s.n;
+    const int64_t top = w.top(row), left = w.left(row);
+    for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < s.n;
+         at += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      const uint32_t i = static_cast<uint32_t>(at);
+      const int64_t y = place(i, 1, w.height) - top, z = place(i, 2, w.width) - left;
+      const bool inside = active && y >= 0 && y < w.side && z >= 0 && z < w.side;
+      out[i] = inside ? SquareStep::apply<T>(s, row * s.n + i, w.up(row, place(i, 0, w.channels)))
+                      : from[i];
+    }
+  }
+}
+
+template <class Wanted>
+void copy_rows(const KeepRowsArgs& k, const Wanted& wanted, void* stream) {
+  if (k.row_bytes == 0) return;
+  using Wide = Vec<unsigned char, 16>;
+  const bool wide = aligned16(k.from[0], k.from[1], k.to[0], k.to[1]) && k.row_bytes % 16 == 0;
+  RowGrid g(k.rows, wide ? k.row_bytes / 16 : k.row_bytes);
+  g.grid.z = k.to[1] == nullptr ? 1 : 2;
+  if (wide)
+    PYADV_LAUNCH((keep_rows_kernel<Wide, Wanted>), g.grid, g.block, 0, stream, k, wanted);
+  else
+    PYADV_LAUNCH((keep_rows_kernel<unsigned char, Wanted>), g.grid, g.block, 0, stream, k, wanted);
 }
 
 }  // namespace
@@ -40,15 +96,27 @@ int l2_momentum_step(const StepArgs& s, void* stream) {
 int l1_step(const StepArgs& s, void* stream) { return run_rows<L1Step>(s, stream); }
 
 int keep_rows(const KeepRowsArgs& k, void* stream) {
-  using Wide = Vec<unsigned char, 16>;
-  const bool wide = aligned16(k.from[0], k.from[1], k.to[0], k.to[1]) && k.row_bytes % 16 == 0;
-  RowGrid g(k.rows, wide ? k.row_bytes / 16 : k.row_bytes);
-  g.grid.z = 2;
-  if (wide)
-    PYADV_LAUNCH((keep_rows_kernel<Wide>), g.grid, g.block, 0, stream, k);
-  else
-    PYADV_LAUNCH((keep_rows_kernel<unsigned char>), g.grid, g.block, 0, stream, k);
+  copy_rows(k, Masked{k.mask}, stream);
   return static_cast<int>(cudaGetLastError());
+}
+
+// A launch of its own for the losses: rows are shared among blocks, which all compare first.
+int keep_best(const KeepBestArgs& k, void* stream) {
+  return dispatch(k.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    copy_rows(k.pairs, Better<T>{k}, stream);
+    PYADV_LAUNCH((keep_losses_kernel<T>), elementwise_blocks(k.pairs.rows), kThreads, 0, stream, k);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+int square_step(const StepArgs& s, void* stream) {
+  return dispatch(s.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const RowGrid g(s.rows, s.n);
+    PYADV_LAUNCH((square_kernel<T>), g.grid, g.block, 0, stream, s);
+    return static_cast<int>(cudaGetLastError());
+  });
 }
 
 }  // namespace cuda

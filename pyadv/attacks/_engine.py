@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv import ops
 from pyadv.attacks import _checks
 from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
 from pyadv.attacks._graphs import Call
@@ -25,6 +24,7 @@ from pyadv.attacks._norms import distance
 from pyadv.attacks._result import AttackResult, Perturbed
 from pyadv.attacks._rows import Best, Parameter, Rows, Settings
 from pyadv.attacks._start import Noise
+from pyadv.ops.geometry import unchecked_track
 from pyadv.reference._common import per_row
 
 __all__ = [
@@ -138,7 +138,7 @@ def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
             rows.active &= still  # the others have fooled the model just now
             break
         if releases:
-            ops.track(still, rows.kappa, rows.active, rows.patience)
+            unchecked_track(still, rows.kappa, rows.active, rows.patience)
             if grouped:
                 broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
                 rows.active &= broken[rows.group] == 0

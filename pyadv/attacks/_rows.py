@@ -10,12 +10,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pyadv import ops
 from pyadv.attacks._graphs import Graphs
 from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import Output
 from pyadv.attacks._start import Noise, Start, start
-from pyadv.reference._common import per_row
+from pyadv.ops.steps import unchecked_keep_best_
 
 Parameter = float | Tensor
 # From rows, logits and the input they belong to: the direction, and its number of backward passes.
@@ -103,18 +102,13 @@ class Best(PerRow):
     @classmethod
     def first(cls, x_adv: Tensor, loss: Tensor, grad: Tensor | None) -> Best:
         own = None if grad is None else torch.empty_like(x_adv).copy_(grad)
-        return cls(x_adv.clone(), _no_nan(loss), own)
+        return cls(x_adv.clone(), torch.where(loss.isnan(), -torch.inf, loss), own)
 
     def update(self, x_adv: Tensor, loss: Tensor, grad: Tensor | None) -> None:
         """`grad` is None at the last iterate, from which no step goes out, and in a search without
         gradients."""
-        loss = _no_nan(loss)
-        better = loss > self.loss
-        self.loss = torch.where(better, loss, self.loss)
-        if grad is None:
-            self.x_adv = torch.where(per_row(better, x_adv), x_adv, self.x_adv)
-        else:
-            ops.keep_rows_(better, x_adv, grad, self.x_adv, self.grad)
+        grad_best = None if grad is None else self.grad
+        unchecked_keep_best_(loss, x_adv, grad, self.loss, self.x_adv, grad_best)
 
 
 @dataclass
@@ -138,7 +132,7 @@ class Rows(PerRow):
     index: Tensor | None = None  # their places in the batch; None: all of it
     best: Best | None = None
     still: Tensor | None = None  # classified as y at this iterate
-    stepper: Callable[[Tensor, Tensor, Tensor | None], None] | None = None  # for these very rows
+    stepper: Callable[..., None] | None = None  # of these very rows, see `ops.steps`
 
     def select(self, kept: Tensor) -> Rows:
         return replace(
@@ -150,10 +144,6 @@ class Rows(PerRow):
             stepper=None,
             index=kept if self.index is None else self.index[kept],
         )
-
-
-def _no_nan(loss: Tensor) -> Tensor:
-    return torch.where(loss.isnan(), -torch.inf, loss)
 
 
 def _select(value: Any, kept: Tensor, x: Tensor) -> Any:

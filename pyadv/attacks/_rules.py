@@ -101,7 +101,7 @@ class HalvingRule(PerRow):
     def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
         if k == 0:
             self.loss_before = torch.zeros_like(loss) if self.zero_first_check else loss
-            self.loss_at_check = r.best.loss
+            self.loss_at_check = r.best.loss.clone()
             return grad
         self.rises += loss > self.loss_before
         self.loss_before = loss
@@ -111,7 +111,7 @@ class HalvingRule(PerRow):
     def _check(self, r: Rows, grad: Tensor) -> Tensor:
         stuck = ~self.halved & (self.loss_at_check >= r.best.loss)
         self.halved = (self.rises <= self.rho * self.gap) | stuck
-        self.loss_at_check = r.best.loss
+        self.loss_at_check = r.best.loss.clone()
         self.rises = torch.zeros_like(self.rises)
         self.factor = torch.where(self.halved, self.factor / 2, self.factor)
         steps = r.settings.steps

@@ -17,7 +17,7 @@ from pyadv.attacks._losses import Loss
 from pyadv.attacks._model import Output
 from pyadv.attacks._rows import Parameter, PerRow, Rows, Settings
 from pyadv.attacks._start import PROJECT, Noise
-from pyadv.ops import linf_step
+from pyadv.ops.steps import square_stepper
 from pyadv.reference._common import compute_dtype, parameter, widen
 
 _SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -123,24 +123,18 @@ class SquareRule(PerRow):
         b, c, h, w = r.x.shape
         share = self.p / 2 ** sum(k > n for n in _SHRINK_AFTER)
         side = round(math.sqrt(share * h * w))
-        draws = _draws(r.settings.start, r.noise, r.x, k + 1, c + 5, r.active)
-        if r.settings.norm == "Linf":
-            new = self._linf(r, draws, min(max(side, 1), h, w))
+        linf = r.settings.norm == "Linf"
+        draws = _draws(r.settings.start, r.noise, r.x, k + 1, c + (2 if linf else 5), r.active)
+        if linf:
+            s, side = r.settings, min(max(side, 1), h, w)
+            if r.stepper is None:
+                r.stepper = square_stepper(r.x, s.eps, s.lo, s.hi)
+            u = draws.square(h - side, w - side, c)
+            r.stepper(r.x_adv, r.best.x_adv, u, side, active)
         else:
             side = max(side, 3)
             new = self._move_mass(r, draws, min(side + (side + 1) % 2, h, w))
-        if not (active.is_cpu and active.all()):
-            new = torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
-        r.x_adv = new
-
-    @staticmethod
-    def _linf(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
-        """2 eps along the signs and projected is what `linf_step` does, in one pass."""
-        s = r.settings
-        rows, columns = _Window(draws, side, r.x).inside()
-        signs = draws.signs(r.x.shape[1], 1, 1, shared=True).to(r.x.dtype)
-        direction = rows * (columns * signs)
-        return linf_step(r.best.x_adv, direction, r.x, 2 * s.eps, s.eps, s.lo, s.hi)
+            r.x_adv = torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
 
     @staticmethod
     def _move_mass(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
@@ -219,17 +213,12 @@ class _Window:
         self.i, self.j = i[:h].view(1, 1, h, 1), i[:w].view(1, 1, 1, w)
         self.top, self.left = (draws.integer(n - side).view(-1, 1, 1, 1) for n in (h, w))
 
-    def inside(self) -> tuple[Tensor, Tensor]:
-        """Rows (B, 1, H, 1) and columns (B, 1, 1, W): ones where it lies, and zeros."""
-        first, last = (self.top, self.left), (self.top + self.side, self.left + self.side)
-        return tuple(
-            ((n >= a) & (n < b)).to(self.x.dtype)
-            for n, a, b in zip((self.i, self.j), first, last, strict=True)
-        )
-
     def mask(self) -> Tensor:
-        """(B, 1, H, W)"""
-        rows, columns = self.inside()
+        """(B, 1, H, W): ones where it lies, and zeros."""
+        rows, columns = (
+            ((n >= first) & (n < first + self.side)).to(self.x.dtype)
+            for n, first in ((self.i, self.top), (self.j, self.left))
+        )
         return rows * columns
 
     def cut(self, image: Tensor) -> Tensor:
@@ -287,6 +276,10 @@ class _Keyed:
         like = x.new_empty((x.shape[0], words), dtype=torch.float32)
         self.words, self.used = noise.uniform(like, step), 0
 
+    def square(self, rows: int, columns: int, channels: int) -> Tensor:
+        """What `square_step` takes: (B, 2 + channels) numbers in [0, 1)."""
+        return self._take(2 + channels)
+
     def integer(self, most: int) -> Tensor:
         """(B,) in 0 .. most."""
         return (self._take(1)[:, 0] * (most + 1)).long()
@@ -294,7 +287,7 @@ class _Keyed:
     def coin(self) -> Tensor:
         return self._take(1)[:, 0] >= 0.5
 
-    def signs(self, *shape: int, shared: bool = False) -> Tensor:
+    def signs(self, *shape: int) -> Tensor:
         """(B, *shape) of -1 and 1."""
         return (2.0 * (self._take(math.prod(shape)) >= 0.5) - 1).view(-1, *shape)
 
@@ -309,15 +302,18 @@ class _Official:
     def __init__(self, x: Tensor, active: Tensor):
         self.active, self.x = active, x
 
+    def square(self, rows: int, columns: int, channels: int) -> Tensor:
+        corner = [((most * torch.rand(1)).long() + 0.5) / (most + 1) for most in (rows, columns)]
+        up = 0.5 * (torch.rand(channels) > 0.5)
+        return torch.cat([*corner, up]).to(self.x.device, torch.float32).expand(self.x.shape[0], -1)
+
     def integer(self, most: int) -> Tensor:
         return (most * torch.rand(1)).long().to(self.x.device).expand(self.x.shape[0])
 
     def coin(self) -> Tensor:
         return (torch.rand(1) > 0.5).to(self.x.device).expand(self.x.shape[0])
 
-    def signs(self, *shape: int, shared: bool = False) -> Tensor:
-        if shared:
-            return torch.sign(2 * torch.rand(1, *shape) - 1).to(self.x)
+    def signs(self, *shape: int) -> Tensor:
         signs = self.x.new_ones((self.x.shape[0], *shape), dtype=compute_dtype(self.x.dtype))
         drawn = torch.sign(2 * torch.rand(int(self.active.sum()), *shape) - 1)
         signs[self.active] = drawn.to(signs)

@@ -17,12 +17,14 @@ from pyadv.ops.norm_product import NormProduct
 from pyadv.ops.norms import log_norm_product, norms
 from pyadv.ops.projections import l1_project, l2_project, linf_project
 from pyadv.ops.steps import (
+    keep_best_,
     keep_rows_,
     l1_step,
     l2_momentum_step,
     l2_step,
     linf_momentum_step,
     linf_step,
+    square_step,
 )
 from pyadv.ops.weights import gairat_weights, mail_weights, probabilistic_margin
 
@@ -32,6 +34,8 @@ __all__ = [
     "l1_step",
     "linf_momentum_step",
     "l2_momentum_step",
+    "square_step",
+    "keep_best_",
     "keep_rows_",
     "linf_project",
     "l2_project",

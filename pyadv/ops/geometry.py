@@ -50,5 +50,10 @@ def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> N
         ("patience", patience, ()),
     ):
         refuse_overlap("track", name, t, others)
+    unchecked_track(correct, kappa, active, patience)
+
+
+def unchecked_track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
+    """`track` for a loop that knows its tensors."""
     _track(correct, kappa, active, patience)
     torch.autograd.graph.increment_version((kappa, active, patience))

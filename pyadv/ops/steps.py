@@ -23,6 +23,7 @@ from torch import Tensor
 from pyadv import reference
 from pyadv.ops._arguments import (
     box_parameters,
+    check_device,
     check_like,
     check_rows,
     parameter,
@@ -32,6 +33,7 @@ from pyadv.ops._arguments import (
 )
 from pyadv.ops._registry import like_first, no_output, register, register_out
 
+_ELEMENTWISE = ("linf_step", "linf_momentum_step", "square_step")  # sizes of any shape
 _STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps"
 _MOMENTUM_STEP = (
     "Tensor x_adv, Tensor x_prev, Tensor grad, Tensor x, Tensor alpha, Tensor eps, Tensor momentum"
@@ -57,9 +59,21 @@ _l2_momentum_step = register_out(
     reference.l2_momentum_step,
     like_first,
 )
+_square_step = register_out(
+    "square_step(Tensor x_adv, Tensor x_best, Tensor x, Tensor u, int side, "
+    f"Tensor eps, {_BOX_AND_MASK}) -> Tensor",
+    reference.square_step,
+    like_first,
+)
 _keep_rows = register(
     "keep_rows_(Tensor mask, Tensor x, Tensor grad, Tensor(a!) x_best, Tensor(b!) grad_best) -> ()",
     reference.keep_rows_,
+    no_output,
+)
+_keep_best = register(
+    "keep_best_(Tensor loss, Tensor x, Tensor? grad, Tensor(a!) loss_best, Tensor(b!) x_best, "
+    "Tensor(c!)? grad_best) -> ()",
+    reference.keep_best_,
     no_output,
 )
 
@@ -242,6 +256,66 @@ def l2_momentum_step(
     return run_out(*_l2_momentum_step, args, out)
 
 
+def square_step(
+    x_adv: Tensor,
+    x_best: Tensor,
+    x: Tensor,
+    u: Tensor,
+    side: int,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Square Attack's proposal in the Linf ball: x_best, but in one square of each image every
+    channel goes to a border of the ball, x - eps or x + eps, and into the box.
+
+    The square's first row is floor(u_0 (H - side + 1)), its first column floor(u_1 (W - side + 1)),
+    and channel c goes up where u_{2 + c} >= 1/2. In it the result is `linf_step(x_best, +-1, x,
+    2 eps, eps)`; elsewhere it is x_best, bit for bit.
+
+    Args:
+        x_adv: what rows that are not active keep, images (B, C, H, W) of less than 2^31 elements.
+        x_best: the best points so far, inside the ball, of the same shape and dtype.
+        u: (B, 2 + C) float32, uniform numbers in [0, 1).
+        side: of the square, in 1 .. min(H, W). The other arguments are those of `linf_step`.
+
+    Source: Andriushchenko et al., "Square Attack" (ECCV 2020), algorithm 2.
+    """
+    op = "square_step"
+    _check(op, x_adv, active, x_best=x_best, x=x)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x_adv must be images [B, C, H, W], got shape {list(x.shape)}")
+    if u.dtype != torch.float32:
+        raise TypeError(f"{op}: u must be a torch.float32 tensor, got {u.dtype}")
+    if u.shape != (len(x), 2 + x.shape[1]):
+        raise ValueError(
+            f"{op}: u must have shape [{len(x)}, {2 + x.shape[1]}], got {list(u.shape)}"
+        )
+    check_device(op, "u", u, x)
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= min(x.shape[2:]):
+        raise ValueError(f"{op}: side must be an integer in 1 .. {min(x.shape[2:])}, got {side!r}")
+    return run_out(
+        *_square_step, (x_adv, x_best, x, u, side, *_ball(op, x, eps, lo, hi), active), out
+    )
+
+
+def square_stepper(
+    x: Tensor, eps: float | Tensor, lo: float | Tensor | None, hi: float | Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, int, Tensor | None], None]:
+    """`square_step` in place, as `stepper` gives the others: a function of (x_adv, x_best, u, side,
+    active)."""
+    ball = _ball("square_step", x, eps, lo, hi)
+
+    def step(x_adv: Tensor, x_best: Tensor, u: Tensor, side: int, active: Tensor | None) -> None:
+        _square_step[1](x_adv, x_best, x, u, side, *ball, active, x_adv)
+        torch.autograd.graph.increment_version(x_adv)
+
+    return step
+
+
 def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
     """Copy the rows of x and grad where mask is True into x_best and grad_best, in one launch.
 
@@ -264,6 +338,59 @@ def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best:
     torch.autograd.graph.increment_version((x_best, grad_best))
 
 
+def keep_best_(
+    loss: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    loss_best: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor | None,
+) -> None:
+    """Keep the best so far: where loss > loss_best, loss becomes loss_best, and the rows of x and
+    grad those of x_best and grad_best. A NaN is never better.
+
+    Args:
+        loss, loss_best: (B,) of one floating dtype.
+        x, x_best, grad, grad_best: (B, ...), all of one shape and floating dtype; both gradients
+            may be None. The three named best are changed in place; they may share no memory with
+            each other or with the rest.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, devices, shared memory, one gradient without the
+            other.
+    """
+    op = "keep_best_"
+    check_like(op, "loss", loss, loss_best=loss_best)
+    check_like(op, "x", x, x_best=x_best)
+    check_rows(op, "loss", loss, x, loss.dtype)
+    changed = [("loss_best", loss_best), ("x_best", x_best)]
+    others = [loss, x]
+    if grad is not None and grad_best is not None:
+        check_like(op, "x", x, grad=grad, grad_best=grad_best)
+        changed.append(("grad_best", grad_best))
+        others.append(grad)
+    elif grad is not grad_best:
+        raise ValueError(f"{op}: grad and grad_best come together, or are both None")
+    for name, t in changed:
+        refuse_overlap(op, name, t, others)
+        others.append(t)
+    unchecked_keep_best_(loss, x, grad, loss_best, x_best, grad_best)
+
+
+def unchecked_keep_best_(
+    loss: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    loss_best: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor | None,
+) -> None:
+    """`keep_best_` for a loop that knows its tensors."""
+    _keep_best(loss, x, grad, loss_best, x_best, grad_best)
+    changed = (loss_best, x_best) if grad_best is None else (loss_best, x_best, grad_best)
+    torch.autograd.graph.increment_version(changed)
+
+
 def _check(op: str, x_adv: Tensor, active: Tensor | None, **tensors: Tensor) -> None:
     check_like(op, "x_adv", x_adv, **tensors)
     if active is not None:
@@ -278,9 +405,16 @@ def _parameters(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    convert = parameter if op.startswith("linf") else row_parameter
-    return (
-        convert(op, "alpha", alpha, x),
-        convert(op, "eps", eps, x, nonnegative=True),
-        *box_parameters(op, x, lo, hi),
-    )
+    convert = parameter if op in _ELEMENTWISE else row_parameter
+    return convert(op, "alpha", alpha, x), *_ball(op, x, eps, lo, hi)
+
+
+def _ball(
+    op: str,
+    x: Tensor,
+    eps: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    convert = parameter if op in _ELEMENTWISE else row_parameter
+    return convert(op, "eps", eps, x, nonnegative=True), *box_parameters(op, x, lo, hi)

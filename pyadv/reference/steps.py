@@ -101,10 +101,48 @@ def l2_momentum_step(
     return finish(l2_clip(mixed, center, eps, lo, hi), x_adv, _movable(grad, active))
 
 
+def square_step(
+    x_adv: Tensor,
+    x_best: Tensor,
+    x: Tensor,
+    u: Tensor,
+    side: int,
+    eps: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """x_best, with `linf_step` by 2 eps in one window of each row. See `ops.square_step`."""
+    height, width = x.shape[2:]
+    top = per_row((u[:, 0] * (height - side + 1)).long().clamp(0, height - side), x)
+    left = per_row((u[:, 1] * (width - side + 1)).long().clamp(0, width - side), x)
+    i, j = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+    inside = (i >= top) & (i < top + side) & (j >= left) & (j < left + side)
+    direction = torch.where(u[:, 2:, None, None] >= 0.5, 1.0, -1.0).to(x.dtype).expand(x.shape)
+    moved = linf_step(x_best, direction, x, 2 * eps, eps, lo, hi)
+    return finish(torch.where(inside, moved, x_best), x_adv, active)
+
+
 def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
     """Where mask: x_best <- x, grad_best <- grad. See `ops.keep_rows_`."""
     x_best.copy_(torch.where(per_row(mask, x), x, x_best))
     grad_best.copy_(torch.where(per_row(mask, grad), grad, grad_best))
+
+
+def keep_best_(
+    loss: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    loss_best: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor | None,
+) -> None:
+    """Where loss > loss_best: loss_best <- loss, x_best <- x, grad_best <- grad. See
+    `ops.keep_best_`."""
+    better = loss > loss_best
+    for new, best in ((loss, loss_best), (x, x_best), (grad, grad_best)):
+        if best is not None:
+            best.copy_(torch.where(per_row(better, new), new, best))
 
 
 def _signed(g: Tensor, size: Tensor) -> Tensor:

@@ -321,6 +321,87 @@ def test_keep_rows_layouts(layouts, device):
     assert (best[1] == 0).all() and (grad_best[1] == 1).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 2, 3, 4), (3,), (0, 4), (2, 0)])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_keep_best(shape, dtype, pairs, device):
+    new = [normal(shape, dtype, i, device) for i in range(pairs)]
+    best = [normal(shape, dtype, 2 + i, device) for i in range(pairs)]
+    loss = torch.tensor([1.0, 0.0, math.nan, 2.0, -math.inf], device=device)[: shape[0]]
+    loss_best = torch.tensor([0.0, 0.0, 0.0, -math.inf, 1.0], device=device)[: shape[0]]
+    kept, loss_kept, before = [b.clone() for b in best], loss_best.clone(), loss_best._version
+    none = [None] * (2 - pairs)
+    assert ops.keep_best_(loss, *new, *none, loss_best, *best, *none) is None
+    for row, better in enumerate([True, False, False, True, False][: shape[0]]):
+        assert loss_best[row] == (loss if better else loss_kept)[row]
+        for n, k, b in zip(new, kept, best, strict=True):
+            assert_same_bits(b[row], (n if better else k)[row])
+    assert loss_best._version > before and all(
+        b._version > k._version for b, k in zip(best, kept, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layouts", layout_pairs(), ids="-".join)
+def test_keep_best_layouts(layouts, device):
+    first, second = (LAYOUTS[name] for name in layouts)
+    x, grad = first(normal((3, 3, 4, 5), device=device)), second(normal((3, 3, 4, 5), seed=1))
+    best, grad_best = (f(torch.zeros(3, 3, 4, 5, device=device)) for f in (second, first))
+    loss = torch.tensor([1.0, 9.0, -1.0, 9.0, 1.0], device=device)[::2]
+    ops.keep_best_(loss, x, grad.to(device), torch.zeros_like(loss), best, grad_best)
+    for new, kept in ((x, best), (grad.to(device), grad_best)):
+        assert torch.equal(kept[::2], new[::2]) and not kept[1].any()
+
+
+def square_inputs(shape, dtype, device):
+    inputs = Inputs(shape, dtype, device)
+    u = torch.rand(shape[0], 2 + shape[1], generator=torch.Generator().manual_seed(5))
+    u[-1:, :2] = 1 - 2.0**-24  # the last place there is
+    return (inputs.x_adv, inputs.x_prev, inputs.x, u.to(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [1, 4])
+def test_square_step_equals_reference(dtype, side, device):
+    *tensors, u = square_inputs((6, 3, 7, 5), dtype, device)
+    per_sample = torch.linspace(0.01, 0.2, 6, device=device)
+    per_channel = torch.tensor([0.1, 0.2, 0.0], device=device).view(1, 3, 1, 1)
+    per_element = uniform((6, 3, 7, 5), torch.float32, 9, device, 0.5, 1.0)
+    for parameters in (
+        (0.05,),
+        (per_sample, None, 0.9),
+        (per_channel, per_channel / 2, None),
+        (per_channel, 0.0, per_element),
+    ):
+        for active in (None, alternating(6, device)):
+            args = (*tensors, u, side, *parameters)
+            result = ops.square_step(*args, active=active)
+            assert_same_bits(result, reference.square_step(*args, active=active))
+
+
+@pytest.mark.parametrize("layouts", layout_pairs(), ids="-".join)
+def test_square_step_layouts(layouts, device):
+    first, second = (LAYOUTS[name] for name in layouts)
+    x_adv, x_best, x, u = square_inputs((4, 3, 6, 5), torch.float32, device)
+    wanted = reference.square_step(x_adv, x_best, x, u, 3, 0.05)
+    x_adv = first(x_adv)
+    args = (x_adv, second(x_best), first(x), u, 3, 0.05)
+    assert torch.equal(ops.square_step(*args), wanted)
+    ops.square_step(*args, out=x_adv)
+    assert torch.equal(x_adv, wanted)
+
+
+def test_square_step_moves_one_square(device):
+    x_best = x = torch.full((1, 2, 8, 8), 0.5, device=device)
+    u = torch.tensor([[0.5, 0.99, 0.5, 0.49]], device=device)
+    offset = ops.square_step(x, x_best, x, u, 3, 0.25) - x
+    wanted = torch.zeros(1, 2, 8, 8, device=device)
+    wanted[0, 0, 3:6, 5:], wanted[0, 1, 3:6, 5:] = 0.25, -0.25
+    assert torch.equal(offset, wanted)
+    u = torch.full((1, 4), math.nan, device=device)  # nor does any number lead out of the image
+    for v in (math.nan, math.inf, -7.0, 1e30):
+        assert ((ops.square_step(x, x_best, x, u.fill_(v), 3, 0.25) - x) != 0).sum() == 18
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STEPS)
 def test_opcheck(name, dtype, device):
@@ -338,6 +419,19 @@ def test_opcheck(name, dtype, device):
 def test_opcheck_keep_rows(device):
     tensors = [normal((2, 3), seed=i, device=device) for i in range(4)]
     torch.library.opcheck(torch.ops.pyadv.keep_rows_.default, (alternating(2, device), *tensors))
+    losses = [normal((2,), seed=i, device=device) for i in range(2)]
+    keep_best = torch.ops.pyadv.keep_best_.default
+    x, grad, best, grad_best = tensors
+    torch.library.opcheck(keep_best, (losses[0], x, grad, losses[1], best, grad_best))
+    torch.library.opcheck(keep_best, (losses[0], x, None, losses[1], best, None))
+
+
+def test_opcheck_square_step(device):
+    sizes = (torch.tensor(0.1), torch.tensor(0.0), None, alternating(2, device))
+    args = (*square_inputs((2, 3, 5, 4), torch.float32, device), 2, *sizes)
+    torch.library.opcheck(torch.ops.pyadv.square_step.default, args)
+    out = torch.empty(2, 3, 5, 4, device=device)
+    torch.library.opcheck(torch.ops.pyadv.square_step_out.default, (*args, out))
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -379,3 +473,24 @@ def test_messages(device):
         ops.keep_rows_(alternating(2, device), a, g, a, x)
     with pytest.raises(ValueError, match="keep_rows_: grad_best shares memory with an input"):
         ops.keep_rows_(alternating(2, device), a, g, x, x)
+    loss = torch.zeros(2, device=device)
+    with pytest.raises(ValueError, match=r"keep_best_: loss must have shape \[2\]"):
+        ops.keep_best_(loss[:1], a, None, loss[:1].clone(), x, None)
+    with pytest.raises(ValueError, match="keep_best_: grad and grad_best come together"):
+        ops.keep_best_(loss, a, g, loss.clone(), x, None)
+    with pytest.raises(ValueError, match="keep_best_: loss_best shares memory with an input"):
+        ops.keep_best_(loss, a, None, loss, x, None)
+    with pytest.raises(ValueError, match="keep_best_: grad_best shares memory with an input"):
+        ops.keep_best_(loss, a, g, loss.clone(), x, x)
+    with pytest.raises(ValueError, match=r"square_step: x_adv must be images \[B, C, H, W\]"):
+        ops.square_step(a, a, x, a, 1, 0.1)
+    images = torch.rand(2, 3, 4, 5, device=device)
+    u = torch.rand(2, 5, device=device)
+    with pytest.raises(ValueError, match=r"square_step: u must have shape \[2, 5\], got \[2, 4\]"):
+        ops.square_step(images, images, images, u[:, :4], 1, 0.1)
+    with pytest.raises(TypeError, match="square_step: u must be a torch.float32 tensor"):
+        ops.square_step(images, images, images, u.double(), 1, 0.1)
+    with pytest.raises(
+        ValueError, match=r"square_step: side must be an integer in 1 \.\. 4, got 5"
+    ):
+        ops.square_step(images, images, images, u, 5, 0.1)
