@@ -124,7 +124,7 @@ from pyadv.ops._registry import _LIBRARY
 torch.ops.load_library(sys.argv[1])
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = {name for name in _LIBRARY._op_defs if not has(name, "CUDA")}
-expected = {"pyadv::winograd_weight", "pyadv::winograd_conv2d"}  # cuDNN has its own
+expected = {"pyadv::winograd_weight", "pyadv::winograd"}  # cuDNN has its own
 sys.exit(f"no CUDA kernel: {sorted(missing)}" if missing != expected else 0)
 """
     runtime = _build.find_cuda() / "lib64"

@@ -1,43 +1,61 @@
-// Winograd's convolution F(4x4, 3x3). Formulas: pyadv/reference/convolution.py.
+// Winograd's convolution of 3x3 windows. Formulas: pyadv/reference/convolution.py.
 //
-// An output tile of 4x4 pixels is A^T [sum over channels of U * (B^T d B)] A, with d the 6x6 pixels
-// it depends on and U = G w G^T the transformed kernel: 36 products where the sum over the window
-// has 144. Evaluated at the points 0, +-5/8, +-3/2 and infinity, whose float32 error is less than
-// half of that at the usual 0, +-1, +-2; every constant below is exact.
+// An output tile of 4x4 pixels is A^T [sum over channels of U * (B^T d B)] A, with d the input
+// pixels it depends on and U = G w G^T the transformed kernel: products at points, not in windows.
+// By the forms of convolution:
+//
+//                         input      points    output     products, direct
+//   stride 1, both ways   6x6        6x6       4x4        36, 144
+//   stride 2              9x9        9x9       4x4        81, 144
+//   its transpose         5x5        9x9       8x8        81, 144
+//
+// At stride 2 the outer two taps of a line meet every second pixel, which is a convolution of
+// stride 1 with two taps and takes five points for four outputs; the middle tap meets the pixels
+// between, and takes four products with itself, which share one U. So there are six different U per
+// side.
+//
+// The points are +-5/8, +-3/2, infinity, and 0 at stride 1, where their float32 error is less than
+// half of that of the usual 0, +-1, +-2; every constant of B and A is exact.
 #pragma once
 
 #include "common/types.h"
 
 namespace pyadv {
 
-constexpr int kTile = 4;           // outputs per side of a tile
-constexpr int kPatch = kTile + 2;  // inputs per side
-constexpr int kPoints = kPatch * kPatch;
-constexpr int kPanel = 32;  // output channels that are computed together
+constexpr int kSlots = 6 * 6;  // different U of a kernel
+constexpr int kPanel = 32;     // output channels that are computed together
 
-constexpr float kNear = 0.625f, kFar = 1.5f;  // the points
+constexpr float kNear = 0.625f, kFar = 1.5f;
 constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar;
 constexpr float kSum2 = kNear2 + kFar2, kProduct2 = kNear2 * kFar2;
 
+enum class WinogradForm { Stride1, Stride2, Transposed2 };
+
+// Output pixels per side of a tile.
+inline int64_t tile_of(WinogradForm form) { return form == WinogradForm::Transposed2 ? 8 : 4; }
+
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
-// U of a kernel w(output, input, 3, 3), in panels: out[panel][point][input][output in panel].
+// U of a kernel w(output, input, 3, 3), in panels: out[panel][slot][input][output in panel].
 struct WinogradWeightArgs {
   const float* weight;
   int64_t output_stride, input_stride, row_stride, column_stride;
   int64_t outputs, inputs;
+  int64_t stride;  // of the convolution
   float* out;
 };
 
 // Images are dense, channels innermost: [batch][height][width][channels].
 struct WinogradArgs {
+  WinogradForm form;
   const float* x;
   const float* weight;  // U
   const float* bias;    // or nullptr
   float* out;
   int64_t inputs, outputs;  // channels
-  int64_t height, width, padding;
+  int64_t height, width;
   int64_t out_height, out_width;
+  int64_t padding;                   // by which the first tile's input lies outside
   int64_t tiles_down, tiles_across;  // of an image
 };
 

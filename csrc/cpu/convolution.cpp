@@ -17,13 +17,41 @@ namespace {
 
 constexpr int64_t kLineFloats = 16;  // of a cache line
 
-// Tiles at a time. Few enough for their transformed input to stay in the cache, enough to use a
-// panel of weights, which may come from memory, several times; a multiple of kRows.
-int64_t winograd_block(int64_t inputs) { return inputs <= 256 ? 24 : 48; }
+constexpr int64_t kMostTiles = 48;  // at a time
 
-// Rows of tiles one after the other must not all fall into the same few sets of the cache.
-int64_t padded_row(int64_t channels) {
-  return (channels + kLineFloats - 1) / kLineFloats * kLineFloats + kLineFloats;
+// Few tiles keep their points in the cache; more use a panel of weights, which come from memory if
+// they are many, more often. Multiples of kRows.
+int64_t block_of(int64_t inputs, int64_t outputs) {
+  return inputs * outputs <= 256 * 256 ? 12 : kMostTiles;
+}
+
+int64_t whole_lines(int64_t floats) {
+  return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+}
+
+// Where a tile is.
+struct Place {
+  int64_t image, row, column;
+};
+
+// Of the tiles [begin, end), at most kMostTiles; returns their number.
+int64_t places_of(const WinogradArgs& a, int64_t begin, int64_t end, Place* places) {
+  const int64_t per_image = a.tiles_down * a.tiles_across;
+  for (int64_t tile = begin; tile < end; ++tile)
+    *places++ = {tile / per_image, tile % per_image / a.tiles_across, tile % a.tiles_across};
+  return std::max<int64_t>(end - begin, 0);
+}
+
+// Room that a thread keeps from call to call: fresh pages would cost a tenth of the convolution.
+float* room_of(int64_t floats) {
+  thread_local std::unique_ptr<float[]> kept;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    kept.reset(new float[static_cast<size_t>(floats + kLineFloats)]);
+    size = floats;
+  }
+  const size_t misplaced = reinterpret_cast<size_t>(kept.get()) / sizeof(float) % kLineFloats;
+  return kept.get() + (kLineFloats - misplaced) % kLineFloats;
 }
 
 #if defined(PYADV_HAS_CLONES)
@@ -58,29 +86,34 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }
 #undef PYADV_TARGET
 }  // namespace baseline
 
-// G w G^T in double precision, rounded once.
+// One line of G w, in double precision, rounded once in the end.
 struct WeightLoop {
-  PYADV_HD static void line(const double* w, int from, double* u, int to) {
+  PYADV_HD static void line(const double* w, int from, double* u, int to, bool two_taps) {
     constexpr double near = kNear, far = kFar, near2 = near * near, far2 = far * far;
-    constexpr double at_near = 1 / (2 * near2 * (near2 - far2)),
-                     at_far = 1 / (2 * far2 * (far2 - near2));
+    // With the point 0, and without.
+    const double at_near = 1 / (2 * near * (near2 - far2) * (two_taps ? 1 : near)),
+                 at_far = 1 / (2 * far * (far2 - near2) * (two_taps ? 1 : far));
+    const double sign = two_taps ? -1 : 1;
+    const int first = two_taps ? 0 : 1, infinity = first + 4, other = two_taps ? 5 : 0;
     PYADV_INDEPENDENT
     for (int n = 0; n < kPanel; ++n) {
       const double w0 = w[n], w1 = w[from * kPanel + n], w2 = w[2 * from * kPanel + n];
-      const double near_even = (w0 + near2 * w2) * at_near, near_odd = near * w1 * at_near;
-      const double far_even = (w0 + far2 * w2) * at_far, far_odd = far * w1 * at_far;
-      u[n] = w0 / (near2 * far2);
-      u[to * kPanel + n] = near_even + near_odd;
-      u[2 * to * kPanel + n] = near_even - near_odd;
-      u[3 * to * kPanel + n] = far_even + far_odd;
-      u[4 * to * kPanel + n] = far_even - far_odd;
-      u[5 * to * kPanel + n] = w2;
+      const double even = w0, odd = two_taps ? w2 : w1, square = two_taps ? 0.0 : w2;
+      const double near_even = (even + near2 * square) * at_near, near_odd = near * odd * at_near;
+      const double far_even = (even + far2 * square) * at_far, far_odd = far * odd * at_far;
+      u[first * to * kPanel + n] = near_even + near_odd;
+      u[(first + 1) * to * kPanel + n] = sign * (near_even - near_odd);
+      u[(first + 2) * to * kPanel + n] = far_even + far_odd;
+      u[(first + 3) * to * kPanel + n] = sign * (far_even - far_odd);
+      u[infinity * to * kPanel + n] = w2;
+      u[other * to * kPanel + n] = two_taps ? w1 : w0 / (near2 * far2);
     }
   }
 
   PYADV_HD static void run(const WinogradWeightArgs* args, int64_t begin, int64_t end) {
     const WinogradWeightArgs& a = *args;
-    double w[9 * kPanel] = {}, t[18 * kPanel], u[kPoints * kPanel];
+    const bool two_taps = a.stride == 2;
+    double w[9 * kPanel], t[18 * kPanel], u[kSlots * kPanel];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / a.inputs, c = item % a.inputs;
       const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, a.outputs - first);
@@ -91,10 +124,10 @@ struct WeightLoop {
             w[(3 * i + j) * kPanel + n] =
                 n < count ? from[i * a.row_stride + j * a.column_stride] : 0.0;
       }
-      for (int j = 0; j < 3; ++j) line(w + j * kPanel, 3, t + j * kPanel, 3);
-      for (int i = 0; i < kPatch; ++i) line(t + 3 * i * kPanel, 1, u + kPatch * i * kPanel, 1);
-      for (int k = 0; k < kPoints; ++k) {
-        float* to = a.out + ((panel * kPoints + k) * a.inputs + c) * kPanel;
+      for (int j = 0; j < 3; ++j) line(w + j * kPanel, 3, t + j * kPanel, 3, two_taps);
+      for (int i = 0; i < 6; ++i) line(t + 3 * i * kPanel, 1, u + 6 * i * kPanel, 1, two_taps);
+      for (int k = 0; k < kSlots; ++k) {
+        float* to = a.out + ((panel * kSlots + k) * a.inputs + c) * kPanel;
         PYADV_INDEPENDENT
         for (int n = 0; n < kPanel; ++n) to[n] = static_cast<float>(u[k * kPanel + n]);
       }
@@ -102,33 +135,18 @@ struct WeightLoop {
   }
 };
 
-// Room that a thread keeps from call to call: fresh pages would cost a tenth of the convolution.
-float* room_of(int64_t floats) {
-  thread_local std::unique_ptr<float[]> kept;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    kept.reset(new float[static_cast<size_t>(floats + kLineFloats)]);
-    size = floats;
-  }
-  const size_t misplaced = reinterpret_cast<size_t>(kept.get()) / sizeof(float) % kLineFloats;
-  return kept.get() + (kLineFloats - misplaced) % kLineFloats;
-}
-
 }  // namespace
 
 void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end) {
   run<WeightLoop>(&args, begin, end);
 }
 
-void winograd_conv2d(const WinogradArgs& args, int64_t begin, int64_t end) {
-  const int64_t step = padded_row(args.inputs);
-  const int64_t block = std::min(end - begin, winograd_block(args.inputs));
-  float* room = room_of(step + kPoints * (block * (step + kPanel) + 2 * kLineFloats));
+void winograd(const WinogradArgs& args, int64_t begin, int64_t end) {
 #if defined(PYADV_HAS_CLONES)
-  if (has_avx512()) return avx512::convolve(args, begin, end, block, room);
-  if (has_fma()) return avx2::convolve(args, begin, end, block, room);
+  if (has_avx512()) return avx512::convolve(args, begin, end);
+  if (has_fma()) return avx2::convolve(args, begin, end);
 #endif
-  baseline::convolve(args, begin, end, block, room);
+  baseline::convolve(args, begin, end);
 }
 
 }  // namespace cpu

@@ -50,7 +50,7 @@ void row_hash(const HashArgs& args, int64_t begin, int64_t end);        // items
 
 // items: panels x input channels
 void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end);
-void winograd_conv2d(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
+void winograd(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
 
 }  // namespace cpu
 }  // namespace pyadv

@@ -17,10 +17,11 @@ inline void check_float(const char* op, const char* name, const Tensor& t, int64
                   name, " must be a float32 tensor of ", dim, " dimensions on the CPU");
 }
 
-inline Tensor winograd_weight(const Tensor& weight, bool transposed) {
+inline Tensor winograd_weight(const Tensor& weight, bool transposed, int64_t stride) {
   const char* op = "winograd_weight";
   check_float(op, "weight", weight, 4);
   STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, op, ": weight must be 3 x 3");
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
   WinogradWeightArgs args{};
   args.weight = weight.const_data_ptr<float>();
   args.row_stride = weight.stride(2);
@@ -34,8 +35,9 @@ inline Tensor winograd_weight(const Tensor& weight, bool transposed) {
     args.row_stride = -args.row_stride;
     args.column_stride = -args.column_stride;
   }
+  args.stride = stride;
   const int64_t panels = panels_of(args.outputs);
-  const Tensor out = torch::stable::new_empty(weight, {panels, kPoints, args.inputs, kPanel});
+  const Tensor out = torch::stable::new_empty(weight, {panels, kSlots, args.inputs, kPanel});
   args.out = out.mutable_data_ptr<float>();
   const int64_t columns = panels * args.inputs;
   if (columns > 0)
@@ -43,26 +45,32 @@ inline Tensor winograd_weight(const Tensor& weight, bool transposed) {
   return out;
 }
 
-inline Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                              int64_t outputs, int64_t padding) {
-  const char* op = "winograd_conv2d";
+// `padding`: by how many pixels the first tile's input reaches beyond the edge.
+inline Tensor winograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       int64_t outputs, int64_t height, int64_t width, int64_t padding,
+                       int64_t stride, bool transposed) {
+  const char* op = "winograd";
   check_float(op, "x", x, 4);
   check_float(op, "weight", weight, 4);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
+  STD_TORCH_CHECK(padding >= 0 && height > 0 && width > 0 && outputs >= 0, op,
+                  ": padding must be >= 0, and the output not be empty");
   const Tensor image = torch::stable::contiguous(x, MemoryFormat::ChannelsLast),
                u = torch::stable::contiguous(weight);
   WinogradArgs args{};
+  args.form = stride == 1   ? WinogradForm::Stride1
+              : !transposed ? WinogradForm::Stride2
+                            : WinogradForm::Transposed2;
   args.inputs = x.size(1);
   args.outputs = outputs;
   args.height = x.size(2);
   args.width = x.size(3);
+  args.out_height = height;
+  args.out_width = width;
   args.padding = padding;
-  args.out_height = args.height + 2 * padding - 2;
-  args.out_width = args.width + 2 * padding - 2;
-  STD_TORCH_CHECK(u.size(0) == panels_of(outputs) && u.size(1) == kPoints &&
+  STD_TORCH_CHECK(u.size(0) == panels_of(outputs) && u.size(1) == kSlots &&
                       u.size(2) == args.inputs && u.size(3) == kPanel,
                   op, ": weight must be what winograd_weight made for these channels");
-  STD_TORCH_CHECK(padding >= 0 && args.out_height > 0 && args.out_width > 0, op,
-                  ": padding must be >= 0, and the padded image at least 3 x 3");
   Tensor shift = weight;
   if (bias.has_value()) {
     check_float(op, "bias", *bias, 1);
@@ -71,22 +79,23 @@ inline Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optio
     args.bias = shift.const_data_ptr<float>();
   }
   const Tensor out =
-      torch::stable::empty({x.size(0), outputs, args.out_height, args.out_width}, ScalarType::Float,
-                           std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+      torch::stable::empty({x.size(0), outputs, height, width}, ScalarType::Float, std::nullopt,
+                           std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
   args.x = image.const_data_ptr<float>();
   args.weight = u.const_data_ptr<float>();
   args.out = out.mutable_data_ptr<float>();
-  args.tiles_down = (args.out_height + kTile - 1) / kTile;
-  args.tiles_across = (args.out_width + kTile - 1) / kTile;
+  const int64_t tile = tile_of(args.form);
+  args.tiles_down = (height + tile - 1) / tile;
+  args.tiles_across = (width + tile - 1) / tile;
   const int64_t tiles = x.size(0) * args.tiles_down * args.tiles_across;
-  if (tiles > 0) backend::Device(x).run(backend::winograd_conv2d, args, tiles, kTileGrain);
+  if (tiles > 0) backend::Device(x).run(backend::winograd, args, tiles, kTileGrain);
   return out;
 }
 
 template <class Library>
 void register_convolution(Library& m) {
   m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
-  m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+  m.impl("winograd", TORCH_BOX(&winograd));
 }
 
 }  // namespace pyadv

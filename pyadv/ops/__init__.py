@@ -1,6 +1,6 @@
 """Fused ops. Each has a reference of the same name in `pyadv.reference`."""
 
-from pyadv.ops.convolution import winograd_conv2d, winograd_weight
+from pyadv.ops.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.ops.geometry import track
 from pyadv.ops.losses import (
     attack_loss,
@@ -60,4 +60,5 @@ __all__ = [
     "row_hash",
     "winograd_weight",
     "winograd_conv2d",
+    "winograd_conv2d_input",
 ]

@@ -1,8 +1,8 @@
-"""Winograd's convolution of 3x3 windows: a quarter of the multiplications.
+"""Winograd's convolution of 3x3 windows: 4 times less multiplications, at stride 2 1.8 times less.
 
-An output tile of 4x4 pixels takes 36 products per pair of channels instead of 144, between the
-transformed input and the transformed weight, and is transformed back. The weight is transformed
-once, by `winograd_weight`; four times as large then, it serves any number of calls.
+The weight is transformed once, by `winograd_weight`; four times as large then, it serves any number
+of calls. An output tile of 4x4 pixels takes 36 products per pair of channels (81 at stride 2)
+instead of 144, between the transformed input and the transformed weight, and is transformed back.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016), the form
 F(4x4, 3x3), but evaluated at 0, +-5/8, +-3/2 and infinity: the rounding error is less than half of
@@ -12,117 +12,180 @@ the Accuracy of Winograd Convolution for Deep Neural Networks" (ACM TOMS 2020).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyadv import reference
 from pyadv.ops._arguments import check_device
 from pyadv.ops._registry import register
-from pyadv.reference.convolution import PANEL, PATCH
+from pyadv.reference.convolution import (
+    PANEL,
+    SLOTS,
+    output_size,
+    transposed_padding,
+    winograd,
+)
 
 
-def _fake_weight(weight: Tensor, transposed: bool) -> Tensor:
+def _fake_weight(weight: Tensor, transposed: bool, stride: int) -> Tensor:
     outputs, inputs = weight.shape[:2]
     if transposed:
         outputs, inputs = inputs, outputs
-    return weight.new_empty(-(-outputs // PANEL), PATCH**2, inputs, PANEL)
+    return weight.new_empty(-(-outputs // PANEL), SLOTS, inputs, PANEL)
 
 
-def _fake_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    height: int,
+    width: int,
+    padding: int,
+    stride: int,
+    transposed: bool,
 ) -> Tensor:
-    height, width = (s + 2 * padding - 2 for s in x.shape[2:])
     shape = (x.shape[0], outputs, height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 _winograd_weight = register(
-    "winograd_weight(Tensor weight, bool transposed) -> Tensor",
+    "winograd_weight(Tensor weight, bool transposed, int stride) -> Tensor",
     reference.winograd_weight,
     _fake_weight,
 )
-_winograd_conv2d = register(
-    "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding) -> Tensor",
-    reference.winograd_conv2d,
-    _fake_conv2d,
+_winograd = register(
+    "winograd(Tensor x, Tensor weight, Tensor? bias, int outputs, int height, int width, "
+    "int padding, int stride, bool transposed) -> Tensor",
+    winograd,
+    _fake,
 )
 
 
-def winograd_weight(weight: Tensor, transposed: bool = False) -> Tensor:
-    """The weight of a convolution as `winograd_conv2d` takes it: U = G w G^T, float32.
+def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -> Tensor:
+    """The weight as `winograd_conv2d` takes it: U = G w G^T, computed in float64, rounded once.
 
     Args:
         weight: (N, C, 3, 3) float32, of any layout.
-        transposed: for the transposed convolution, from N channels to C, which is the input
-            gradient of the convolution: the window is turned by half a circle.
+        transposed: for `winograd_conv2d_input`: input and output change places, and the window is
+            turned by half a circle.
+        stride: of the convolution, 1 or 2.
 
     Returns:
-        (ceil(N / 32), 36, C, 32): panels of 32 output channels, the last one padded with zeros; for
-        each point and each input channel. With `transposed`, C and N change places.
+        (ceil(N / 32), 36, C, 32): panels of 32 output channels, the last one filled up with zeros,
+        for each of 36 products and each input channel. With `transposed`, C and N change places.
 
     Raises:
-        TypeError: not a float32 tensor. ValueError: another shape.
+        TypeError: not a float32 tensor. ValueError: another shape or stride.
     """
-    _check_float32("winograd_weight", "weight", weight)
+    op = "winograd_weight"
+    _check_float32(op, weight=weight)
+    _check_stride(op, stride)
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(
-            f"winograd_weight: weight must have shape [N, C, 3, 3], got {list(weight.shape)}"
-        )
-    return _winograd_weight(weight.detach(), transposed)
+        raise ValueError(f"{op}: weight must have shape [N, C, 3, 3], got {list(weight.shape)}")
+    return _winograd_weight(weight.detach(), transposed, stride)
 
 
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, stride: int = 1
 ) -> Tensor:
-    """`conv2d` of stride 1 with 3x3 windows and zero padding; gives no gradient.
-
-    The input gradient of a convolution with padding p is the transposed one with padding 2 - p:
-    `winograd_conv2d(grad, winograd_weight(w, transposed=True), None, C, 2 - p)`.
+    """`conv2d` with 3x3 windows and zero padding; gives no gradient.
 
     Rounding errors are about five times those of `conv2d`: 1e-6 of the outputs' standard deviation
     on 128 channels. A sample's result depends neither on the batch it is in nor on the number of
     threads. A NaN or an infinity in the input reaches all outputs of its tiles.
 
     Args:
-        x: (B, C, H, W) float32; channels-last is read as it is, other layouts are copied.
-        weight: from `winograd_weight`.
+        x: (B, C, H, W) float32; channels-last is read as it lies, other layouts are copied.
+        weight: from `winograd_weight`, with the same stride.
         bias: (N,) float32, or None.
         outputs: N, the number of output channels.
-        padding: zeros on each side, >= 0.
+        padding: zeros on each side, >= 0; at stride 2 it must be 1.
+        stride: 1 or 2.
 
     Returns:
-        (B, N, H + 2 padding - 2, W + 2 padding - 2), channels-last.
+        (B, N, H', W'), channels-last, with H' and W' as of `conv2d`.
 
     Raises:
         TypeError: not float32 tensors. ValueError: shapes that do not fit each other, other
-            devices, or an image smaller than the window.
+            devices, another stride or padding, or an image smaller than the window.
     """
     op = "winograd_conv2d"
-    _check_float32(op, "x", x)
-    _check_float32(op, "weight", weight)
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x must have shape [B, C, H, W], got {list(x.shape)}")
-    expected = [-(-outputs // PANEL), PATCH**2, x.shape[1], PANEL]
-    if list(weight.shape) != expected:
-        raise ValueError(
-            f"{op}: weight must be what winograd_weight made for {x.shape[1]} input and {outputs} "
-            f"output channels, of shape {expected}, got {list(weight.shape)}"
-        )
+    _check(op, "x", x, weight, outputs, stride)
     if padding < 0 or min(x.shape[2:]) + 2 * padding < 3:
         raise ValueError(
             f"{op}: padding must be >= 0 and make the image at least 3x3, "
             f"got {padding} for {list(x.shape[2:])}"
         )
-    check_device(op, "weight", weight, x)
+    _check_padding(op, padding, stride)
     if bias is not None:
-        _check_float32(op, "bias", bias)
+        _check_float32(op, bias=bias)
         if bias.shape != (outputs,):
             raise ValueError(f"{op}: bias must have shape [{outputs}], got {list(bias.shape)}")
         check_device(op, "bias", bias, x)
-    return _winograd_conv2d(x, weight, bias, outputs, padding)
+    height, width = output_size(x.shape[2:], padding, stride)
+    return _winograd(x, weight, bias, outputs, height, width, padding, stride, False)
 
 
-def _check_float32(op: str, name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor) or t.dtype != torch.float32:
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{op}: {name} must be a float32 tensor, got {got}")
+def winograd_conv2d_input(
+    grad: Tensor, weight: Tensor, shape: Sequence[int], padding: int, stride: int = 1
+) -> Tensor:
+    """The gradient of `winograd_conv2d` with respect to its input, as `torch.nn.grad.conv2d_input`.
+
+    Args:
+        grad: (B, N, H', W') float32, of the output.
+        weight: from `winograd_weight` with `transposed`, and with the same stride.
+        shape: (B, C, H, W), of the input.
+        padding, stride: of the convolution; padding is 0, 1 or 2, at stride 2 it is 1.
+
+    Returns:
+        (B, C, H, W), channels-last.
+
+    Errors are those of `winograd_conv2d`.
+    """
+    op = "winograd_conv2d_input"
+    _check(op, "grad", grad, weight, shape[1], stride)
+    _check_padding(op, padding, stride)
+    if padding not in (0, 1, 2):
+        raise ValueError(f"{op}: padding must be 0, 1 or 2, got {padding}")
+    size = output_size(tuple(shape[2:]), padding, stride)
+    if (grad.shape[0], *grad.shape[2:]) != (shape[0], *size):
+        raise ValueError(
+            f"{op}: grad must have shape {[shape[0], grad.shape[1], *size]} for an input of "
+            f"{list(shape)}, got {list(grad.shape)}"
+        )
+    outside = transposed_padding(padding, stride)
+    return _winograd(grad, weight, None, *shape[1:], outside, stride, True)
+
+
+def _check(op: str, name: str, x: Tensor, weight: Tensor, outputs: int, stride: int) -> None:
+    _check_float32(op, **{name: x, "weight": weight})
+    _check_stride(op, stride)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must have four dimensions, got {list(x.shape)}")
+    expected = [-(-outputs // PANEL), SLOTS, x.shape[1], PANEL]
+    if list(weight.shape) != expected:
+        raise ValueError(
+            f"{op}: weight must be what winograd_weight made for {x.shape[1]} input and {outputs} "
+            f"output channels, of shape {expected}, got {list(weight.shape)}"
+        )
+    check_device(op, "weight", weight, x)
+
+
+def _check_stride(op: str, stride: int) -> None:
+    if stride not in (1, 2):
+        raise ValueError(f"{op}: stride must be 1 or 2, got {stride}")
+
+
+def _check_padding(op: str, padding: int, stride: int) -> None:
+    if stride == 2 and padding != 1:
+        raise ValueError(f"{op}: at stride 2 padding must be 1, got {padding}")
+
+
+def _check_float32(op: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or t.dtype != torch.float32:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{op}: {name} must be a float32 tensor, got {got}")

@@ -1,6 +1,6 @@
 """The specification: every op of `pyadv.ops` under the same name, in plain PyTorch."""
 
-from pyadv.reference.convolution import winograd_conv2d, winograd_weight
+from pyadv.reference.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.reference.geometry import track
 from pyadv.reference.losses import (
     attack_loss,
@@ -60,4 +60,5 @@ __all__ = [
     "row_hash",
     "winograd_weight",
     "winograd_conv2d",
+    "winograd_conv2d_input",
 ]

@@ -1,73 +1,143 @@
-"""Winograd's convolution F(4x4, 3x3), in plain PyTorch. Functions of `pyadv.ops` of the same name
-have the same arguments; the tests hold the kernels against what stands here."""
+"""Winograd's convolution of 3x3 windows, in plain PyTorch. Functions of `pyadv.ops` of the same
+name have the same arguments; the tests hold the kernels against what stands here.
+
+A line of pixels d meets a line of taps w as A^T [(G w) * (B^T d)], by the algorithm of Toom and
+Cook: polynomials are multiplied through their values at points. At stride 2 the outer two taps meet
+every second pixel, in five points, and the middle one the pixels between, as it is; the transpose
+is laid out likewise. Tiles are the same in both directions of the image.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE, PATCH = 4, 6  # outputs and inputs per side of a tile
 PANEL = 32  # output channels that the kernel computes together
+SLOTS = 36  # transformed weights of a pair of channels
 
-_NEAR, _FAR = 5 / 8, 3 / 2  # evaluated at 0, +-near, +-far and infinity
-
-
-def _matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """B^T (6, 6), G (6, 3) and A^T (4, 6) by Toom and Cook: rows of B^T are the coefficients of
-    prod (z - q) over the other points q, those of G and columns of A^T powers of the points."""
-    a, b = _NEAR, _FAR
-    points, others = (0.0, a, -a, b, -b), (a * a + b * b, a * a * b * b)
-    from_input = [
-        [others[1], 0, -others[0], 0, 1, 0],
-        *([0, -p * q * q, -q * q, p, 1, 0] for p, q in ((a, b), (-a, b), (b, a), (-b, a))),
-        [0, others[1], 0, -others[0], 0, 1],
-    ]
-    from_weight, to_output = [], []
-    for p in points:
-        scale = 1.0
-        for q in points:
-            scale *= p - q if p != q else 1.0
-        from_weight.append([p**k / scale for k in range(3)])
-        to_output.append([p**k for k in range(TILE)])
-    from_weight.append([0, 0, 1])
-    to_output.append([0] * (TILE - 1) + [1])
-    matrices = (from_input, from_weight, list(zip(*to_output, strict=True)))
-    return tuple(torch.tensor(m, dtype=torch.float64) for m in matrices)
+_NEAR, _FAR = 5 / 8, 3 / 2  # the points +-near, +-far, infinity, and 0 at stride 1
 
 
-_FROM_INPUT, _FROM_WEIGHT, _TO_OUTPUT = _matrices()
+class _Form(NamedTuple):
+    step: int  # input pixels from tile to tile
+    from_input: Tensor  # B^T (points, input pixels)
+    to_output: Tensor  # A^T (output pixels, points)
+    slots: list[int]  # the row of G for each point
 
 
-def winograd_weight(weight: Tensor, transposed: bool = False) -> Tensor:
+def _toom_cook(points: tuple[float, ...], taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B^T, G and A^T for four outputs, at these points and infinity. Rows of B^T are the
+    coefficients of prod (z - q) over the other points; those of G, and columns of A^T, powers."""
+
+    def product(roots: list[float]) -> list[float]:
+        coefficients = [1.0]
+        for q in roots:
+            shifted, scaled = [0.0, *coefficients], [*(-q * c for c in coefficients), 0.0]
+            coefficients = [a + b for a, b in zip(shifted, scaled, strict=True)]
+        return coefficients
+
+    others = [[q for q in points if q != p] for p in points]
+    from_input = [[*product(o), 0.0] for o in others] + [product(list(points))]
+    scales = [math.prod(p - q for q in o) for p, o in zip(points, others, strict=True)]
+    from_weight = [[p**k / s for k in range(taps)] for p, s in zip(points, scales, strict=True)]
+    to_output = [[*(p**k for p in points), float(k == 3)] for k in range(4)]
+    from_weight.append([float(k == taps - 1) for k in range(taps)])
+    return tuple(torch.tensor(m, dtype=torch.float64) for m in (from_input, from_weight, to_output))
+
+
+def _forms() -> tuple[dict[int, Tensor], dict[tuple[int, bool], _Form]]:
+    """G by stride, and the forms by stride and whether they are transposed."""
+    both = (_NEAR, -_NEAR, _FAR, -_FAR)
+    from_input, from_weight, to_output = _toom_cook((0.0, *both), 3)
+    plain = _Form(4, from_input, to_output, list(range(6)))
+    from_five, from_two, to_four = _toom_cook(both, 2)
+    every_second = from_two.new_zeros(6, 3)
+    every_second[:5, ::2], every_second[5, 1] = from_two, 1.0
+    slots = [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    nine_in, four_out = from_five.new_zeros(9, 9), torch.cat([to_four, torch.eye(4)], 1)
+    nine_in[:5, ::2], nine_in[5:, 1::2] = from_five, torch.eye(4)
+    five_in, eight_out = torch.cat([from_five, torch.eye(4, 5)]), from_five.new_zeros(8, 9)
+    eight_out[::2, 5:], eight_out[1::2, :5] = torch.eye(4), to_four
+    return {1: from_weight, 2: every_second}, {
+        (1, False): plain,
+        (1, True): plain,
+        (2, False): _Form(8, nine_in, four_out, slots),
+        (2, True): _Form(4, five_in, eight_out, slots),
+    }
+
+
+_FROM_WEIGHT, _FORMS = _forms()
+
+
+def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -> Tensor:
     """U = G w G^T in panels. See `ops.winograd_weight`."""
     if transposed:
         weight = weight.flip(2, 3).transpose(0, 1)
     outputs, inputs = weight.shape[:2]
-    g = _FROM_WEIGHT.to(weight.device)
+    g = _FROM_WEIGHT[stride].to(weight.device)
     points = (g @ weight.double() @ g.T).to(weight.dtype)
     panels = -(-outputs // PANEL)
     points = F.pad(points.permute(2, 3, 1, 0).flatten(0, 1), (0, panels * PANEL - outputs))
-    return points.reshape(PATCH**2, inputs, panels, PANEL).permute(2, 0, 1, 3).contiguous()
+    return points.reshape(SLOTS, inputs, panels, PANEL).permute(2, 0, 1, 3).contiguous()
 
 
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, stride: int = 1
 ) -> Tensor:
     """A^T [sum over channels of U * (B^T d B)] A. See `ops.winograd_conv2d`."""
-    height, width = (s + 2 * padding - 2 for s in x.shape[2:])
-    down, across = -(-height // TILE), -(-width // TILE)
-    right, below = (
-        t * TILE + 2 - s - padding for t, s in ((across, x.shape[3]), (down, x.shape[2]))
+    height, width = output_size(x.shape[2:], padding, stride)
+    return winograd(x, weight, bias, outputs, height, width, padding, stride, False)
+
+
+def winograd_conv2d_input(
+    grad: Tensor, weight: Tensor, shape: tuple[int, ...], padding: int, stride: int = 1
+) -> Tensor:
+    """The transpose of `winograd_conv2d`. See `ops.winograd_conv2d_input`."""
+    return winograd(
+        grad, weight, None, *shape[1:], transposed_padding(padding, stride), stride, True
+    )
+
+
+def output_size(size: tuple[int, ...], padding: int, stride: int) -> tuple[int, ...]:
+    return tuple((s + 2 * padding - 3) // stride + 1 for s in size)
+
+
+def transposed_padding(padding: int, stride: int) -> int:
+    """By how many pixels the first tile of the transpose reaches beyond the edge."""
+    return 2 - padding if stride == 1 else 0
+
+
+def winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    height: int,
+    width: int,
+    padding: int,
+    stride: int,
+    transposed: bool,
+) -> Tensor:
+    form = _FORMS[stride, transposed]
+    b, a = (m.to(x) for m in (form.from_input, form.to_output))
+    (tile, points), patch = a.shape, b.shape[1]
+    down, across = -(-height // tile), -(-width // tile)
+    below, right = (
+        (n - 1) * form.step + patch - s - padding
+        for n, s in ((down, x.shape[2]), (across, x.shape[3]))
     )
     padded = F.pad(x, (padding, right, padding, below))
-    patches = padded.unfold(2, PATCH, TILE).unfold(3, PATCH, TILE)  # (B, C, down, across, 6, 6)
-    b, a = (m.to(x) for m in (_FROM_INPUT, _TO_OUTPUT))
-    v = (b @ patches @ b.T).permute(4, 5, 0, 2, 3, 1).reshape(PATCH**2, -1, x.shape[1])
-    u = weight.permute(1, 2, 0, 3).flatten(2)
-    m = (v @ u)[..., :outputs].unflatten(1, (len(x), down, across)).unflatten(0, (PATCH, PATCH))
-    y = a @ m.permute(2, 5, 3, 4, 0, 1) @ a.T  # (B, N, down, across, 4, 4)
-    y = y.transpose(3, 4).reshape(len(x), outputs, down * TILE, across * TILE)
+    patches = padded.unfold(2, patch, form.step).unfold(3, patch, form.step)
+    v = (b @ patches @ b.T).permute(4, 5, 0, 2, 3, 1).reshape(points**2, -1, x.shape[1])
+    slots = [6 * i + j for i in form.slots for j in form.slots]
+    u = weight.permute(1, 2, 0, 3).flatten(2)[slots]
+    m = (v @ u)[..., :outputs].unflatten(1, (len(x), down, across)).unflatten(0, (points, points))
+    y = a @ m.permute(2, 5, 3, 4, 0, 1) @ a.T  # (B, N, down, across, tile, tile)
+    y = y.transpose(3, 4).reshape(len(x), outputs, down * tile, across * tile)
     y = y[:, :, :height, :width]
     if bias is not None:
         y = y + bias.view(-1, 1, 1)

@@ -92,19 +92,23 @@ def test_logits_and_input_gradients_are_the_models(make):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The sizes of the images that Winograd's convolution was given."""
-    sizes, conv2d = [], _fast.ops.winograd_conv2d
+    """The sizes of the images and gradients that Winograd's convolution was given."""
+    sizes = []
 
-    def counted(x, *args):
-        sizes.append(x.shape[2])
-        return conv2d(x, *args)
+    def counted(op):
+        def call(x, *args):
+            sizes.append(x.shape[2])
+            return op(x, *args)
 
-    monkeypatch.setattr(_fast.ops, "winograd_conv2d", counted)
+        return call
+
+    for name in ("winograd_conv2d", "winograd_conv2d_input"):
+        monkeypatch.setattr(_fast.ops, name, counted(getattr(_fast.ops, name)))
     return sizes
 
 
 def convolutions():
-    """Only the third and the fourth one are of 3x3 windows, stride 1 and not too few channels."""
+    """Of all kinds; the second, third and fourth are such as Winograd's convolution takes."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
         nn.ReLU(),
@@ -128,18 +132,19 @@ def test_winograds_convolution_where_it_pays(calls):
     model = settled(convolutions(), torch.float32)
     x = inputs(dtype=torch.float32)
     view = fast_view(model, x)
-    assert isinstance(view, FastView) and calls == [8, 10]
+    assert isinstance(view, FastView) and calls == [16, 8, 10]
     exact = gradient(copy.deepcopy(model).double(), x.double())
     calls.clear()
     for ours, theirs in zip(gradient(view, x), exact, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    assert calls == [8, 10, 8, 10]
+    assert calls == [16, 8, 10, 8, 10, 8]
     calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         view(x)
     gradient(fast_view(model, x, dtype=torch.bfloat16), x)
     gradient(fast_view(model.double(), x.double()), x.double())
-    gradient(fast_view(model.float(), x[..., :2, :]), x[..., :2, :])  # outputs of 3, then 1 line
+    flat = x[..., :2, :]  # whose outputs have one, three and one line
+    gradient(fast_view(model.float(), flat), flat)
     assert not calls
 
 

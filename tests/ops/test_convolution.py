@@ -9,16 +9,21 @@ from inputs import LAYOUTS, assert_same_bits, normal
 
 from pyadv import ops, reference
 
-# (B, C, N, H, W, padding): around tiles, vectors and panels; less than a tile; nothing.
+# (B, C, N, H, W, padding, stride): around tiles, vectors and panels; less than a tile; nothing.
 SIZES = (
-    (2, 64, 64, 8, 8, 1),
-    (3, 17, 33, 7, 5, 0),
-    (1, 1, 1, 1, 1, 1),
-    (2, 3, 40, 4, 9, 2),
-    (5, 36, 5, 3, 3, 0),
-    (1, 15, 31, 1, 2, 2),
-    (2, 300, 65, 10, 6, 1),
-    (0, 4, 4, 8, 8, 1),
+    (2, 64, 64, 8, 8, 1, 1),
+    (3, 17, 33, 7, 5, 0, 1),
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 3, 40, 4, 9, 2, 1),
+    (5, 36, 5, 3, 3, 0, 1),
+    (1, 15, 31, 1, 2, 2, 1),
+    (2, 300, 65, 10, 6, 1, 1),
+    (0, 4, 4, 8, 8, 1, 1),
+    (3, 64, 33, 16, 8, 1, 2),
+    (1, 1, 1, 1, 1, 1, 2),
+    (2, 17, 65, 9, 15, 1, 2),
+    (7, 40, 3, 2, 18, 1, 2),
+    (0, 4, 4, 8, 8, 1, 2),
 )
 
 
@@ -29,10 +34,9 @@ def problem(b, c, n, h, w, device="cpu"):
     return x, weight, bias
 
 
-def winograd(x, weight, bias, padding, module=ops, transposed=False):
-    outputs = weight.shape[1 if transposed else 0]
-    points = module.winograd_weight(weight, transposed)
-    return module.winograd_conv2d(x, points, bias, outputs, padding)
+def winograd(x, weight, bias, padding, stride=1, module=ops):
+    points = module.winograd_weight(weight, stride=stride)
+    return module.winograd_conv2d(x, points, bias, len(weight), padding, stride)
 
 
 def assert_near(y, exact, scale):
@@ -47,17 +51,19 @@ def assert_near(y, exact, scale):
 @pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_it_is_the_convolution_and_its_input_gradient(size, module, device):
-    *sizes, padding = size
+    *sizes, padding, stride = size
     x, weight, bias = problem(*sizes, device)
     wide = x.double().requires_grad_()
-    exact = F.conv2d(wide, weight.double(), bias.double(), padding=padding)
-    scale = F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=padding)
-    assert_near(winograd(x, weight, bias, padding, module), exact, scale)
+    exact = F.conv2d(wide, weight.double(), bias.double(), stride, padding)
+    scale = F.conv2d(x.abs(), weight.abs(), bias.abs(), stride, padding)
+    assert_near(winograd(x, weight, bias, padding, stride, module), exact.detach(), scale)
     grad = normal(tuple(exact.shape), seed=3, device=device)
     (exact,) = torch.autograd.grad(exact, wide, grad.double())
-    scale = F.conv_transpose2d(grad.abs(), weight.abs(), padding=padding)
-    ours = winograd(grad, weight, None, 2 - padding, module, transposed=True)
-    assert_near(ours, exact, scale)
+    scale = F.conv_transpose2d(grad.abs(), weight.abs(), None, stride, padding)
+    points = module.winograd_weight(weight, True, stride)
+    ours = module.winograd_conv2d_input(grad, points, x.shape, padding, stride)
+    if x.numel():
+        assert_near(ours, exact, scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,14 +74,28 @@ def test_layouts(layout, device):
     assert_same_bits(winograd(*laid, 1), plain)
 
 
-def test_weights_are_the_references(device):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weights_are_the_references(stride, device):
     for shape in ((33, 5, 3, 3), (4, 70, 3, 3), (0, 3, 3, 3)):
         weight = normal(shape, device=device)
         for transposed in (False, True):
-            spec = reference.winograd_weight(weight, transposed)
-            torch.testing.assert_close(
-                ops.winograd_weight(weight, transposed), spec, rtol=2e-7, atol=0
-            )
+            spec = reference.winograd_weight(weight, transposed, stride)
+            points = ops.winograd_weight(weight, transposed, stride)
+            torch.testing.assert_close(points, spec, rtol=2e-7, atol=0)
+
+
+def test_the_forms_are_exact_in_exact_arithmetic():
+    """In float64 nothing is left but float64's roundings, at all strides and in all directions."""
+    for stride in (1, 2):
+        x, weight, bias = (t.double() for t in problem(2, 5, 6, 13, 11))
+        exact = F.conv2d(x, weight, bias, stride, 1)
+        points = reference.winograd_weight(weight, False, stride)
+        y = reference.winograd_conv2d(x, points, bias, 6, 1, stride)
+        torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+        points = reference.winograd_weight(weight, True, stride)
+        ours = reference.winograd_conv2d_input(y, points, x.shape, 1, stride)
+        theirs = torch.nn.grad.conv2d_input(x.shape, weight, y, stride, 1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
 
 
 def test_a_typical_layer_is_nearly_as_exact_as_conv2d(device):
@@ -90,22 +110,30 @@ def test_a_typical_layer_is_nearly_as_exact_as_conv2d(device):
     assert ours <= 1e-6 * exact.std()
 
 
-def test_a_row_depends_on_nothing_else():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_row_depends_on_nothing_else(stride):
     x, weight, bias = problem(23, 40, 40, 9, 9)
-    y = winograd(x, weight, bias, 1)
+    y = winograd(x, weight, bias, 1, stride)
+    points = ops.winograd_weight(weight, True, stride)
+    back = ops.winograd_conv2d_input(y, points, x.shape, 1, stride)
     for i in (0, 1, 7, 22):
-        assert torch.equal(winograd(x[i : i + 1], weight, bias, 1)[0], y[i])
+        one = winograd(x[i : i + 1], weight, bias, 1, stride)
+        assert torch.equal(one[0], y[i])
+        shape = (1, *x.shape[1:])
+        assert torch.equal(ops.winograd_conv2d_input(one, points, shape, 1, stride)[0], back[i])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(winograd(x, weight, bias, 1), y)
-            assert torch.equal(ops.winograd_weight(weight), reference.winograd_weight(weight))
+            assert torch.equal(winograd(x, weight, bias, 1, stride), y)
+            assert torch.equal(ops.winograd_conv2d_input(y, points, x.shape, 1, stride), back)
+            assert torch.equal(ops.winograd_weight(weight, True, stride), points)
     finally:
         torch.set_num_threads(threads)
     x[3, 5, 4, 4] = torch.nan
-    dirty = winograd(x, weight, bias, 1).isnan()
-    assert dirty[3, :, 4, 4].all() and not dirty[:3].any() and not dirty[4:].any()
+    dirty = winograd(x, weight, bias, 1, stride).isnan()
+    assert dirty[3, :, 4 // stride, 4 // stride].all()
+    assert not dirty[:3].any() and not dirty[4:].any()
 
 
 def test_well_formed_ops(device):
@@ -113,14 +141,18 @@ def test_well_formed_ops(device):
     for requires_grad in (False, True):
         weight.requires_grad_(requires_grad)
         x.requires_grad_(requires_grad)
-        assert not ops.winograd_weight(weight).requires_grad
         for transposed in (False, True):
-            torch.library.opcheck(torch.ops.pyadv.winograd_weight.default, (weight, transposed))
+            args = (weight, transposed, 2)
+            torch.library.opcheck(torch.ops.pyadv.winograd_weight.default, args)
         points = ops.winograd_weight(weight)
-        for shift in (None, bias):
-            args = (x, points, shift, 4, 1)
-            assert not ops.winograd_conv2d(*args).requires_grad
-            torch.library.opcheck(torch.ops.pyadv.winograd_conv2d.default, args)
+        assert not points.requires_grad
+        assert not ops.winograd_conv2d(x, points, bias, 4, 1).requires_grad
+        for args in (
+            (x, points, None, 4, 5, 6, 1, 1, False),
+            (x, points, bias, 4, 3, 3, 1, 2, False),
+            (x, points, bias, 4, 10, 11, 0, 2, True),
+        ):
+            torch.library.opcheck(torch.ops.pyadv.winograd.default, args)
 
 
 def test_refuses_bad_arguments(device):
@@ -130,6 +162,7 @@ def test_refuses_bad_arguments(device):
         (TypeError, "weight must be a float32 tensor, got torch.float64", (weight.double(),)),
         (ValueError, r"weight must have shape \[N, C, 3, 3\], got", (weight[..., :2],)),
         (ValueError, r"weight must have shape \[N, C, 3, 3\], got", (weight[0],)),
+        (ValueError, "stride must be 1 or 2, got 3", (weight, False, 3)),
     ):
         with pytest.raises(error, match=f"winograd_weight: {message}"):
             ops.winograd_weight(*args)
@@ -137,13 +170,25 @@ def test_refuses_bad_arguments(device):
         (TypeError, "x must be a float32 tensor, got int", (3, points, None, 4, 1)),
         (TypeError, "weight must be a float32", (x, points.half(), None, 4, 1)),
         (TypeError, "bias must be a float32", (x, points, bias.int(), 4, 1)),
-        (ValueError, r"x must have shape \[B, C, H, W\]", (x[0], points, None, 4, 1)),
+        (ValueError, "x must have four dimensions", (x[0], points, None, 4, 1)),
         (ValueError, "weight must .* 3 input and 33 out", (x, points, None, 33, 1)),
         (ValueError, "weight must .* 2 input and 4 out", (x[:, :2], points, None, 4, 1)),
         (ValueError, "padding must be >= 0 and .* got -1", (x, points, None, 4, -1)),
         (ValueError, r".* at least 3x3, got 0 for \[2, 6\]", (x[:, :, :2], points, None, 4, 0)),
+        (ValueError, "stride must be 1 or 2, got 0", (x, points, None, 4, 1, 0)),
+        (ValueError, "at stride 2 padding must be 1, got 0", (x, points, None, 4, 0, 2)),
         (ValueError, r"bias must have shape \[4\], got \[3\]", (x, points, bias[:3], 4, 1)),
         (ValueError, "weight must be on", (x, points.to("meta"), None, 4, 1)),
     ):
         with pytest.raises(error, match=f"winograd_conv2d: {message}"):
             ops.winograd_conv2d(*args)
+    grad, turned = bias.new_zeros(2, 4, 5, 6), ops.winograd_weight(weight, True)
+    for message, args in (
+        (r"grad must have shape \[2, 4, 3, 4\] for", (grad, turned, (2, 3, 5, 6), 0)),
+        (r"grad must have shape \[3, 4, 5, 6\] for", (grad, turned, (3, 3, 5, 6), 1)),
+        ("padding must be 0, 1 or 2, got 3", (grad, turned, (2, 3, 1, 2), 3)),
+        ("at stride 2 padding must be 1, got 2", (grad, turned, (2, 3, 9, 11), 2, 2)),
+        ("weight must be .* 4 input and 40 output", (grad, turned, (2, 40, 5, 6), 1)),
+    ):
+        with pytest.raises(ValueError, match=f"winograd_conv2d_input: {message}"):
+            ops.winograd_conv2d_input(*args)
