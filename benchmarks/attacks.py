@@ -72,7 +72,7 @@ def cases(options: Options) -> Iterator[Case]:
             yield Case(
                 f"{name}, {options.steps} steps, {problem.name}, batch {batch}",
                 {k: _provider(problem, k, make) for k, make in makers.items()},
-                _check(problem),
+                same_strength(problem),
                 images=batch,
                 steps=options.steps,
                 runs=(30, 60) if not large else (3, 5) if name == _PGD else (2, 3),
@@ -92,7 +92,7 @@ def _provider(problem: Problem, name: str, make: Maker) -> Provider:
     )
 
 
-def _check(problem: Problem) -> Callable[[Tensor], str | None]:
+def same_strength(problem: Problem) -> Callable[[Tensor], str | None]:
     """Inside the ball and the box, and as many samples left as after pyadv's attack, give or take
     an eighth: starts and the rounding of small gradients differ."""
     x, y, eps = problem.x, problem.y, problem.eps

@@ -364,6 +364,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
     return {
         "device": device_name(device),
+        **_card(device),
         "processor": _processor(),
         "cores": cores(),
         "torch": torch.__version__,
@@ -376,6 +377,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {"cuda": torch.version.cuda, "driver": _output(query).partition("\n")[0]}
 
 
 _CODE = ("--", ":(top)csrc", ":(top)pyadv", ":(top)benchmarks/*.py")
@@ -422,8 +430,12 @@ def _processor() -> str:
 
 def _git(*args: str) -> str:
     """Empty outside a checkout."""
+    return _output(["git", *args])
+
+
+def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return done.stdout.strip()

@@ -18,7 +18,7 @@ def _step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> T
     return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0.0, 1.0)
 
 
-def _pgd_with_weight_gradients(
+def gairat_attack(
     model: nn.Module, x: Tensor, y: Tensor, start: Tensor, alpha: float, eps: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """GAIRAT's GA_PGD: `loss.backward()`, and kappa sample by sample."""
@@ -98,7 +98,7 @@ def mart(model, x, y, start, alpha, eps, steps, beta=5.0) -> Tensor:
 
 
 def gairat(model, x, y, start, alpha, eps, steps, lam=-1.0) -> Tensor:
-    x_adv, kappa = _pgd_with_weight_gradients(model, x, y, start, alpha, eps, steps)
+    x_adv, kappa = gairat_attack(model, x, y, start, alpha, eps, steps)
     model.train()
     model.zero_grad()
     rows = F.cross_entropy(model(x_adv), y, reduction="none")

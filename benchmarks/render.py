@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from harness import HERE, Row, load, quartiles, ratios, use_checkout
-from run import QUESTIONS
+from run import GPU_QUESTIONS, QUESTIONS
 
 DOCS = HERE.parent / "docs"
 _BUSY = 0.5  # load per core, above which a machine is not quiet
@@ -45,7 +45,7 @@ def main() -> None:
     for folder in _newest(HERE / "results"):
         found = {
             name: load(folder / f"{name}.json")
-            for name in QUESTIONS
+            for name in (*QUESTIONS, *GPU_QUESTIONS)
             if (folder / f"{name}.json").is_file()
         }
         if found:
@@ -66,7 +66,9 @@ def _device(folder: str, found: dict[str, tuple[dict[str, Any], list[Row]]]) -> 
 
     environment = next(iter(found.values()))[0]
     parts = [f"## {environment['device']}\n", _where(environment)]
-    questions = {name: importlib.import_module(name) for name in QUESTIONS}
+    on_gpu = any(name in GPU_QUESTIONS for name in found)  # the goals of the others are a CPU's
+    asked = found if on_gpu else QUESTIONS
+    questions = {name: importlib.import_module(name) for name in asked}
     parts += ["### Goals\n", _goals(questions, found)]
     slower = _slower(row for _, rows in found.values() for row in rows)
     if slower:
@@ -92,7 +94,7 @@ def _where(e: dict[str, Any]) -> str:
     absent = ", ".join(k for k, v in e["peers"].items() if not v)
     lines = [
         f"{e['processor']}, {e['cores']} cores (load {e['load']} at the start), "
-        f"torch {e['torch']}, Python {e['python']}, "
+        f"torch {e['torch']}, {_driver(e)}Python {e['python']}, "
         f"pyadv {e['pyadv']}{_at(e)}, {e['kernels']} kernels, "
         f"{e['heap']} heap, {e['date']}. Peers: {peers}."
     ]
@@ -104,6 +106,10 @@ def _where(e: dict[str, Any]) -> str:
             "rough."
         )
     return " ".join(lines) + "\n"
+
+
+def _driver(e: dict[str, Any]) -> str:
+    return f"CUDA {e['cuda']}, driver {e['driver']}, " if e.get("cuda") else ""
 
 
 def _goals(questions: dict[str, ModuleType], found: dict[str, Any]) -> str:

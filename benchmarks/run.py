@@ -21,6 +21,7 @@ from pathlib import Path
 import harness
 
 QUESTIONS = ("ops", "attacks", "fast", "training", "evaluation", "startup", "scaling")
+GPU_QUESTIONS = ("gpu_kernels", "gpu_attacks")  # asked by name, see gpu_suite.py
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +44,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if _cuda() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(given)
-    unknown = set(options.questions) - set(QUESTIONS)
+    unknown = set(options.questions) - {*QUESTIONS, *GPU_QUESTIONS}
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu adds up what threads do: it goes with --threads 1")
     if unknown:

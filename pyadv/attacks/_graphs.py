@@ -281,6 +281,10 @@ class Graphs:
         self._of: weakref.WeakKeyDictionary[nn.Module, list[_Recording]]
         self._of = weakref.WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        words = f"graph={self.mode!r}: {self.recorded} recorded, {self.replayed} replayed"
+        return f"{words}; last call: {self.why}" if self.why else words
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.mode,)
 

@@ -1,0 +1,111 @@
+"""The suite for a card runs, here on the CPU at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="not a checkout")
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu_suite")
+
+
+def run(out: Path, *more: str) -> str:
+    command = [sys.executable, BENCHMARKS / "gpu_suite.py", "--dry", "--out", out / "results"]
+    done = subprocess.run(
+        [*map(str, command), "--runs", str(out / "runs"), *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    log = out / "results" / "log.txt"
+    assert done.returncode == 0, (
+        done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    )
+    return done.stdout
+
+
+def test_stages_leave_results_and_are_not_done_twice(tmp_path):
+    assert run(tmp_path, "--only", "kernels", "at").count("done,") == 2
+    out = tmp_path / "results"
+    status = json.loads((out / "status.json").read_text())
+    assert {k: v["state"] for k, v in status.items()} == {"kernels": "done", "at": "done"}
+    text = (out / "summary.md").read_text()
+    for words in ("A dry run", "attack_loss kl, 3x7", "bandwidth (time of copy_)", "| at | 1 |"):
+        assert words in text
+    found = json.loads((out / "at.json").read_text())
+    assert {"PGD-20", "margin PGD", "AutoAttack"} < set(found["accuracy"])
+    assert set(found["seconds"]) == {
+        *("data", "set up", "first epoch", "other epochs", "evaluation", "AutoAttack")
+    }
+    assert run(tmp_path, "--only", "kernels").count("kernels: done before") == 1
+
+
+@pytest.mark.slow
+def test_all_stages(tmp_path):
+    said = run(tmp_path)
+    names = list(importlib.import_module("gpu_suite").STAGES)
+    assert all(f"{name}: done," in said for name in names)
+
+
+def test_what_fails_or_takes_too_long_is_told_and_the_next_goes_on(tmp_path, suite, monkeypatch):
+    given = suite.arguments(["--out", str(tmp_path), "--dry"])
+    python = [sys.executable, "-c"]
+    commands = {
+        "good": [[*python, "print('said this')"]],
+        "bad": [[*python, "raise SystemExit(3)"], [*python, "print('and this')"]],
+        "slow": [[*python, "import time\ntime.sleep(60)"], [*python, "print('not this')"]],
+        "absent": [["no-such-program"]],
+    }
+    stages = {k: suite.Stage(0.02, lambda s, c=c: c) for k, c in commands.items()}
+    monkeypatch.setattr(suite, "STAGES", stages)
+    here = suite.Suite(given)
+    states = [here.run(name, 1.2) for name in stages]
+    assert states == ["done", "failed", "stopped", "failed"]
+    assert [v["state"] for v in here.status.values()] == states
+    log = (tmp_path / "log.txt").read_text()
+    for words in ("said this", "exit status 3", "and this", "stopped", "cannot run no-such"):
+        assert words in log
+    assert "not this" not in log.replace("print('not this')", "")
+
+
+def test_jpeg_archives(tmp_path, suite):
+    images = pytest.importorskip("PIL.Image")
+    files, y = [], np.arange(5) % 3
+    for i in range(5):
+        file = io.BytesIO()
+        images.fromarray(np.full((8, 8, 3), 50 * i, np.uint8)).save(file, "JPEG")
+        files.append(file.getvalue())
+    archive = io.BytesIO()
+    jpeg = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(archive, jpeg=jpeg, lengths=[len(f) for f in files], labels=y, n_train=4)
+    path = tmp_path / "few-jpeg.npz.xz"
+    path.write_bytes(lzma.compress(archive.getvalue()))
+    data = suite._from_jpeg(path)
+    assert data.name == "few-jpeg (JPEG copy)" and data.shape == (3, 8, 8)
+    assert len(data.train_y) == 4 and data.test_y.tolist() == [1]
+    assert data.train_x.mean((1, 2, 3)).mul(255).round().tolist() == [0, 50, 100, 150]
+
+
+def test_counters_are_read(tmp_path, suite):
+    head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    row = '"0","void pyadv::cuda::track_kernel(TrackArgs)","{}","{}","{}"'
+    rows = [row.format(name, "%", n) for n, name in enumerate(suite._COUNTERS)]
+    (tmp_path / "ncu.csv").write_text("\n".join(["==PROF== connected", head, *rows]) + "\n")
+    *_, line = suite._counted(tmp_path / "ncu.csv")
+    assert line.startswith("| void pyadv::cuda::track_kernel(TrackArgs) | 0 % | 1 % |")
