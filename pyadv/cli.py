@@ -137,6 +137,9 @@ def train(
         str | None,
         _option("ce, kl, margin, ... \\[the method's].", _ATTACK, metavar="NAME"),
     ] = None,
+    speed: Annotated[
+        str | None, _option("exact, fast or bfloat16 \\[fast].", _ATTACK, metavar="NAME")
+    ] = None,
     eps_warmup: Annotated[
         int | None, _option("Epochs over which eps grows to its value.", _ATTACK)
     ] = None,

@@ -55,6 +55,7 @@ class Config:
     steps: int = 10
     start: str = "keyed"  # of the attack: keyed, uniform, normal_small or none
     attack_loss: str | None = None  # what the attack ascends
+    speed: str = "fast"  # of the attack, see PGD: on a view of the network that computes the same
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None

@@ -73,6 +73,7 @@ class Method:
             "steps": config.steps,
             "loss": config.attack_loss,
             "start": config.start,
+            "speed": config.speed,
             "seed": config.seed,
         }
         if self.tau is None:

@@ -157,7 +157,7 @@ def test_every_method_is_known_here() -> None:
 @pytest.mark.parametrize("method", KINDS)
 def test_objectives_are_built_as_configured(method: str) -> None:
     data = images("x", 1)
-    config = Config(method=method, emr=0.5, eps=0.2, start="uniform").resolve(data)
+    config = Config(method=method, emr=0.5, eps=0.2, start="uniform", speed="exact").resolve(data)
     assert config.resolve(data) == config
     made = objective(config, data)
     assert type(made) is KINDS[method]
@@ -166,6 +166,7 @@ def test_objectives_are_built_as_configured(method: str) -> None:
     if method != "standard":
         s = made.attack.settings
         assert (s.eps, s.alpha, s.steps, s.start, made.attack.seed) == (0.2, 0.05, 10, "uniform", 0)
+        assert s.speed == "exact"
         assert s.loss.needs_reference_logits == (config.attack_loss == "kl")
         assert (config.attack_loss == "kl") == ("trades" in method)
     assert (made.tau is not None) == ("fat" in method)
