@@ -62,42 +62,54 @@ class Kernel:
 
 
 def kernels(quick: bool) -> Iterator[Kernel]:
-    for dtype, shape in IMAGES.items():
-        make = functools.partial(Kernel, shape=(3, 3, 7, 5) if quick else shape, dtype=dtype)
-        for op, moved, share in (
-            ("linf_step", 4, 0.9),
-            ("linf_momentum_step", 5, 0.9),
-            ("l2_step", 4, 0.9),
-            ("l1_step", 4, None),  # a selection in every row
-            ("keep_rows_", 4, 0.9),
-        ):
-            yield make("Steps", op, moved=moved, share=share)
-        for op, moved, share in (("linf", 3, 0.9), ("l2", 3, 0.9), ("l1", 3, None)):
-            yield make("Projections", f"{op}_project", moved=moved, share=share)
-        for op in ("keyed_uniform", "keyed_normal", "row_hash"):  # they compute more than they move
-            yield make("Noise", op, moved=1)
-    for shape in [(3, 7)] if quick else LOGITS:
+    """Every op that has a CUDA kernel; `quick` for shapes that fit no vector, and some that do."""
+    for dtype, large in IMAGES.items():
+        for shape in [(3, 3, 7, 5), (2, 3, 8, 8)] if quick else [large]:
+            make = functools.partial(Kernel, shape=shape, dtype=dtype)
+            for op, moved, share in (
+                ("linf_step", 4, 0.9),
+                ("linf_momentum_step", 5, 0.9),
+                ("l2_step", 4, 0.9),
+                ("l2_momentum_step", 5, 0.9),
+                ("l1_step", 4, None),  # a selection in every row
+                ("square_step", 2, None),
+                ("keep_rows_", 4, 0.9),
+                ("keep_best_", 4, 0.9),
+            ):
+                yield make("Steps", op, moved=moved, share=share)
+            for op, moved, share in (("linf", 3, 0.9), ("l2", 3, 0.9), ("l1", 3, None)):
+                yield make("Projections", f"{op}_project", moved=moved, share=share)
+            for op in ("keyed_uniform", "keyed_normal", "row_hash"):  # more work than traffic
+                yield make("Noise", op, moved=1)
+    for shape in [(3, 7), (5, 2056)] if quick else LOGITS:
         small = shape == LOGITS[0]
         bound = {"launches": 1.3} if small else {"share": 0.8}
-        for dtype in (torch.float32,) if small else (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if shape == LOGITS[1] else (torch.float32,):
             make = functools.partial(Kernel, "Losses", shape=shape, dtype=dtype, **bound)
             for loss, moved in (("ce", 2), ("margin", 2), ("dlr", 2), ("kl", 3)):
                 yield make("attack_loss", moved=moved, settings=(loss,))
-            for op, moved in (
-                ("weighted_cross_entropy", 1),
-                ("trades_kl", 2),
-                ("trades_kl_backward", 4),
-                ("mart_bce", 1),
-                ("row_stats", 1),
-                ("softmax_cotangent", 2),
-                ("row_square_sum", 1),
-            ):
-                yield make(op, moved=moved)
+            for op, inputs in _DIFFERENTIABLE.items():
+                yield make(op, moved=inputs)
+                yield make(f"{op}_backward", moved=2 * inputs)
+                if op != "row_square_sum":
+                    yield make(f"{op}_and_gradient", moved=2 * inputs)
+            yield make("row_stats", moved=1)
+            yield make("softmax_cotangent", moved=2)
     for op, bytes_of_row in (("track", 19), ("gairat_weights", 12), ("mail_weights", 8)):
         for n in (5,) if quick else (128, 4096):
             launches = 1.3 if n == 128 else None
             moved = bytes_of_row / 4
             yield Kernel("Rows", op, (n,), torch.float32, moved, launches=launches)
+
+
+# tensors of logits that each reads
+_DIFFERENTIABLE = {
+    "weighted_cross_entropy": 1,
+    "trades_kl": 2,
+    "mart_bce": 1,
+    "mart_kl": 2,
+    "row_square_sum": 1,
+}
 
 
 GOALS = [goal for kernel in kernels(quick=False) for goal in kernel.goals()]
@@ -124,8 +136,8 @@ def cases(options: Options) -> Iterator[Case]:
             close(reference(), rtol=loose, atol=loose / 10),
             group=f"{kernel.group}, {times} calls",
             images=kernel.shape[0],
-            runs=(10, 30),
-            budget_s=0.5,
+            runs=(10, 20),
+            budget_s=0.25,
             peak=False,
         )
     yield from _norms(options, big, times)
@@ -159,88 +171,150 @@ def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def calls(kernel: Kernel, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The op and its reference on the same tensors; what changes its arguments gives them."""
-    from pyadv import ops, reference
-    from pyadv.reference import losses
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
-    generator = torch.Generator(device).manual_seed(0)
 
-    def random(normal: bool = True, dtype: torch.dtype = kernel.dtype) -> Tensor:
-        draw = torch.randn if normal else torch.rand
-        return draw(kernel.shape, generator=generator, device=device).to(dtype)
-
-    n = kernel.shape[0]
-    name, settings = kernel.op, dict[str, Any]()
-    of = (getattr(ops, name, None), getattr(reference, name, None))
-    ids = torch.arange(n, device=device)
-    if kernel.group == "Steps":
-        x_adv, grad, x = random(False), random(), random(False)
-        arguments = (x_adv, grad, x, ALPHA, EPS)
-        if name == "linf_momentum_step":
-            alpha = torch.full((n,), ALPHA, device=device)
-            arguments = (x_adv, random(False), grad, x, alpha, EPS, 0.75)
-        if name == "keep_rows_":
-            best = torch.empty_like(x), torch.empty_like(x)
-            mask = torch.ones(n, dtype=torch.bool, device=device)
-
-            def kept(keep: Callable[..., None]) -> Callable[[], Any]:
-                return lambda: (keep(mask, x, grad, *best), best)[1]
-
-            return kept(of[0]), lambda: (x, grad)
-        out = torch.empty_like(x)
-        return lambda: of[0](*arguments, out=out), lambda: of[1](*arguments)
-    if kernel.group == "Projections":
-        arguments = (random(), random(False), EPS)
-    elif kernel.group == "Noise":
-        arguments = (random(),) if name == "row_hash" else (random(), ids, 0, 0)
-    elif kernel.group == "Losses":
-        z, other = 3 * random(), 3 * random()
-        y = torch.randint(kernel.shape[1], (n,), generator=generator, device=device)
-        cotangent = torch.rand(n, generator=generator, device=device)
-        if name == "trades_kl_backward":
-            of = torch.ops.pyadv.trades_kl_backward.default, losses.trades_kl_backward
-        arguments = {
-            "attack_loss": (z, y, *kernel.settings),
-            "trades_kl": (z, other),
-            "trades_kl_backward": (cotangent, z, other),
-            "softmax_cotangent": (z, 40.0),
-            "row_square_sum": (z,),
-        }.get(name, (z, y))
-        if kernel.settings == ("kl",):
-            settings = {"reference_logits": other}
-    elif name == "track":
-        kappa, patience = torch.zeros_like(ids), torch.full_like(ids, 2**40)
-        mask = torch.ones(n, dtype=torch.bool, device=device)
-        off = torch.zeros_like(mask)  # nobody is active, so that nothing changes
-        ops.track(mask, kappa, off, patience)
-        return lambda: (ops.track(mask, kappa, off, patience), kappa)[1], lambda: kappa.clone()
-    elif name == "gairat_weights":
-        arguments = (ids % 11, 10)
-    else:
-        arguments = (random(), 10.0, -0.5)
-    ours, theirs = (functools.partial(f, *arguments, **settings) for f in of)
+def calls(kernel: Kernel, device: torch.device) -> Calls:
+    """The op and its reference on the same tensors."""
+    makers = {"Steps": _step, "Losses": _loss, "Rows": _rows}
+    torch.manual_seed(0)
+    ours, theirs = makers.get(kernel.group, _plain)(kernel, device)
     return torch.no_grad()(ours), torch.no_grad()(theirs)
 
 
-def _norms(options: Options, big: Tensor, times: int) -> Iterator[Case]:
+def _random(kernel: Kernel, device: torch.device, draw: Callable[..., Tensor]) -> Tensor:
+    return draw(kernel.shape, device=device).to(kernel.dtype)
+
+
+def _step(kernel: Kernel, device: torch.device) -> Calls:
+    from pyadv import ops, reference
+
+    name, n = kernel.op, kernel.shape[0]
+    x_adv, before, x = (_random(kernel, device, torch.rand) for _ in range(3))
+    grad = _random(kernel, device, torch.randn)
+    if name.startswith("keep"):
+        best = torch.empty_like(x), torch.empty_like(x)
+        chosen = torch.ones(n, dtype=torch.bool, device=device)
+        loss, lowest = chosen.float(), torch.zeros(n, device=device)
+
+        def keep() -> Any:
+            if name == "keep_rows_":
+                ops.keep_rows_(chosen, x, grad, *best)
+            else:
+                lowest.zero_()
+                ops.keep_best_(loss, x, grad, lowest, *best)
+            return best
+
+        return keep, lambda: (x, grad)
+    arguments: tuple[Any, ...] = (x_adv, grad, x, ALPHA, EPS)
+    if name.endswith("momentum_step"):
+        alpha = torch.full((n,), ALPHA, device=device)
+        arguments = (x_adv, before, grad, x, alpha, EPS, 0.75)
+    if name == "square_step":
+        u = torch.rand(n, 2 + kernel.shape[1], device=device)
+        arguments = (x_adv, before, x, u, kernel.shape[2] // 2, EPS)
+    out = torch.empty_like(x)
+    ours = functools.partial(getattr(ops, name), *arguments, out=out)
+    return ours, functools.partial(getattr(reference, name), *arguments)
+
+
+def _plain(kernel: Kernel, device: torch.device) -> Calls:
+    from pyadv import ops, reference
+
+    x, other = _random(kernel, device, torch.randn), _random(kernel, device, torch.rand)
+    ids = torch.arange(kernel.shape[0], device=device)
+    arguments = {"row_hash": (x,), "keyed_uniform": (x, ids, 0, 0), "keyed_normal": (x, ids, 0, 0)}
+    given = arguments.get(kernel.op, (x, other, EPS))
+    ours, theirs = (getattr(module, kernel.op) for module in (ops, reference))
+    return functools.partial(ours, *given), functools.partial(theirs, *given)
+
+
+def _loss(kernel: Kernel, device: torch.device) -> Calls:
+    from pyadv import ops, reference
+    from pyadv.reference import losses
+
+    z, other = (3 * _random(kernel, device, torch.randn) for _ in range(2))
+    n, classes = kernel.shape
+    y, cotangent = torch.randint(classes, (n,), device=device), torch.rand(n, device=device)
+    name, _, gradient = kernel.op.partition("_and_gradient")
+    base = name.removesuffix("_backward")
+    if base not in _DIFFERENTIABLE:
+        settings = {"reference_logits": other} if kernel.settings == ("kl",) else {}
+        given = (z, 40.0) if base == "softmax_cotangent" else (z, y, *kernel.settings)
+        ours, theirs = (getattr(module, base) for module in (ops, reference))
+        return (functools.partial(f, *given, **settings) for f in (ours, theirs))
+    op = getattr(torch.ops.pyadv, kernel.op).default
+    inputs: dict[str, tuple[Any, ...]] = {
+        "weighted_cross_entropy": (z, y, None, None),
+        "trades_kl": (z, other),
+        "mart_bce": (z, y, False),
+        "mart_kl": (z, other, y, False, False),
+        "row_square_sum": (z,),
+    }
+    given = inputs[base]
+    value, backward = getattr(reference, base), getattr(losses, f"{base}_backward")
+    if name != base:
+        return lambda: op(cotangent, *given), lambda: backward(cotangent, *given)
+    if kernel.op == base:
+        return lambda: op(*given), lambda: value(*given)
+
+    def both() -> list[Tensor]:
+        grads = backward(torch.ones_like(cotangent), *given)
+        return [value(*given), *([grads] if isinstance(grads, Tensor) else grads)]
+
+    return lambda: op(*given), both
+
+
+def _rows(kernel: Kernel, device: torch.device) -> Calls:
+    from pyadv import ops, reference
+
+    n = kernel.shape[0]
+    kappa = torch.arange(n, device=device) % 11
+    if kernel.op == "track":
+        here = torch.ones(n, dtype=torch.bool, device=device)
+        nobody, patience = torch.zeros_like(here), torch.full_like(kappa, 2**40)
+
+        def track() -> Tensor:  # of which nothing changes, so that it can be repeated
+            ops.track(here, kappa, nobody, patience)
+            return kappa
+
+        return track, kappa.clone
+    margin = 2 * torch.rand(n, device=device) - 1
+    given = (kappa, 10) if kernel.op == "gairat_weights" else (margin, 10.0, -0.5)
+    ours, theirs = (getattr(module, kernel.op) for module in (ops, reference))
+    return functools.partial(ours, *given), functools.partial(theirs, *given)
+
+
+def norm_calls(
+    device: torch.device, quick: bool
+) -> Iterator[tuple[str, Callable[[], Any], Any, int]]:
+    """Name, call, expected result and least traffic of the ops on the weights of a whole network."""
     from pyadv import models, ops, reference
 
-    model = models.create("small-cnn" if options.quick else "wrn-34-10")
-    weights = [p.detach().to(options.device) for p in model.parameters() if p.dim() > 1]
-    moved = sum(w.nbytes for w in weights)
+    model = models.create("small-cnn" if quick else "wrn-34-10")
+    weights = [p.detach().to(device) for p in model.parameters() if p.dim() > 1]
+    moved, of = sum(w.nbytes for w in weights), "SmallCNN" if quick else "WRN-34-10"
+    cotangent, values = torch.rand(len(weights), device=device), reference.norms(weights)
+    yield f"norms of {of}", lambda: ops.norms(weights), values, moved
+    expected = [c * w / v for c, w, v in zip(cotangent, weights, values, strict=True)]
+    backward = torch.ops.pyadv.norms_backward.default
+    call = functools.partial(backward, cotangent, weights, values)
+    yield f"norms_backward of {of}", call, expected, 2 * moved
+
+
+def _norms(options: Options, big: Tensor, times: int) -> Iterator[Case]:
     target = torch.empty_like(big)
     copied = repeated(lambda: target.copy_(big), options.device, times)
-    norms = repeated(lambda: ops.norms(weights), options.device, times)
-    yield Case(
-        "norms of " + ("SmallCNN" if options.quick else "WRN-34-10"),
-        {
-            "pyadv": Provider(norms, moved * times),
-            "copy_": Provider(copied, 2 * big.nbytes * times, yardstick=True),
-        },
-        close(reference.norms(weights), rtol=1e-5),
-        group=f"Norms, {times} calls",
-        images=len(weights),
-        budget_s=0.5,
-        peak=False,
-    )
+    for name, call, expected, traffic in norm_calls(options.device, options.quick):
+        yield Case(
+            name,
+            {
+                "pyadv": Provider(repeated(call, options.device, times), traffic * times),
+                "copy_": Provider(copied, 2 * big.nbytes * times, yardstick=True),
+            },
+            close(expected, rtol=1e-5),
+            group=f"Norms, {times} calls",
+            images=1,
+            budget_s=0.25,
+            peak=False,
+        )

@@ -230,14 +230,20 @@ def _kernels(suite: Suite, quick: bool) -> None:
     import gpu_kernels
     import torch
 
-    wrong = []
-    device = torch.device(suite.device)
+    wrong, device = [], torch.device(suite.device)
+
+    def check(name: str, result: Any, expected: Any, dtype: torch.dtype = torch.float32) -> None:
+        loose = 1e-4 if dtype == torch.float32 else 2e-2
+        difference = harness.close(expected, loose, loose / 10)(result)
+        print(name, difference or "")
+        if difference:
+            wrong.append(name)
+
     for kernel in gpu_kernels.kernels(quick):
         ours, theirs = gpu_kernels.calls(kernel, device)
-        loose = 1e-4 if kernel.dtype == torch.float32 else 2e-2
-        difference = harness.close(theirs(), loose, loose / 10)(ours())
-        print(kernel.name, difference or "")
-        wrong += [kernel.name] if difference else []
+        check(kernel.name, ours(), theirs(), kernel.dtype)
+    for name, call, expected, _ in gpu_kernels.norm_calls(device, quick):
+        check(name, call(), expected)
     if suite.device == "cuda":
         torch.cuda.synchronize()
     if wrong:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="not a checkout")
@@ -100,6 +102,24 @@ def test_jpeg_archives(tmp_path, suite):
     assert data.name == "few-jpeg (JPEG copy)" and data.shape == (3, 8, 8)
     assert len(data.train_y) == 4 and data.test_y.tolist() == [1]
     assert data.train_x.mean((1, 2, 3)).mul(255).round().tolist() == [0, 50, 100, 150]
+
+
+def test_every_kernel_is_measured_and_sanitized(suite):
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "pyadv":
+                seen.add(op._opname.removesuffix("_out"))
+            return op(*args, **(kwargs or {}))
+
+    seen, kernels = set(), importlib.import_module("gpu_kernels")
+    options = suite.harness.Options(torch.device("cpu"), 1, quick=True)
+    with Log():
+        for case in kernels.cases(options):
+            assert case.check(case.providers["pyadv"].call()) is None, case.name
+    names = torch._C._dispatch_get_all_op_names()
+    names = {n.removeprefix("pyadv::") for n in names if n.startswith("pyadv::")}
+    missing = {n.removesuffix("_out") for n in names} - seen
+    assert missing == {"winograd", "winograd_weight"}  # which the CPU alone has
 
 
 def test_counters_are_read(tmp_path, suite):

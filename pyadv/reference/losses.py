@@ -133,10 +133,10 @@ def _sparse_terms(
         return index, weight, torch.ones_like(z[:, 0]), weight[:, :0]
     values, order = z.sort(dim=1, descending=True, stable=True)
     if loss == "dlr":
-        index = torch.cat([index, order[:, [0, 2]]], 1)
+        index = torch.cat([index, order[:, 0:3:2]], 1)  # a list would be copied to the device
         below, inner = values[:, 2], [1.0, -1.0]
     else:
-        index = torch.cat([index, order[:, [0, 2, 3]]], 1)
+        index = torch.cat([index, order[:, :1], order[:, 2:4]], 1)
         below, inner = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
     return index, weight, (values[:, 0] - below) + 1e-12, _constants(inner, z)
 
