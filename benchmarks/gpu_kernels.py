@@ -288,7 +288,7 @@ def _rows(kernel: Kernel, device: torch.device) -> Calls:
 def norm_calls(
     device: torch.device, quick: bool
 ) -> Iterator[tuple[str, Callable[[], Any], Any, int]]:
-    """Name, call, expected result and least traffic of the ops on the weights of a whole network."""
+    """Name, call, result and least traffic of the ops on the weights of a whole network."""
     from pyadv import models, ops, reference
 
     model = models.create("small-cnn" if quick else "wrn-34-10")
