@@ -10,6 +10,11 @@ namespace pyadv {
 enum class WeightKind { Tanh, Sigmoid, Discrete, Mail };
 enum class Normalize { None, Mean, Sum, Times3 };
 
+// From weights to results: weight / divisor * factor + least.
+struct Normaliser {
+  double divisor, factor, least;
+};
+
 struct WeightArgs {
   WeightKind kind;
   Normalize normalize;
@@ -35,13 +40,16 @@ struct WeightArgs {
   }
 
   // `total` is the sum of the weights; where that is 0, all of them are taken to be 1.
-  PYADV_HD void write(int64_t row, double total) const {
+  PYADV_HD Normaliser normaliser(double total) const {
     const double count = static_cast<double>(rows);
-    const double share = total == 0.0 ? 1.0 / count : weight(row) / total;
-    const double w = normalize == Normalize::Mean   ? (total == 0.0 ? 1.0 : share * count)
-                     : normalize == Normalize::Sum  ? share
-                     : normalize == Normalize::None ? weight(row)
-                                                    : 3.0 * weight(row);
+    const bool none = total == 0.0;
+    if (normalize == Normalize::Mean) return {none ? 1.0 : total, count, none ? 1.0 : 0.0};
+    if (normalize == Normalize::Sum) return {none ? 1.0 : total, 1.0, none ? 1.0 / count : 0.0};
+    return {1.0, normalize == Normalize::Times3 ? 3.0 : 1.0, 0.0};
+  }
+
+  PYADV_HD void write(int64_t row, const Normaliser& n) const {
+    const double w = weight(row) / n.divisor * n.factor + n.least;
     if (dtype == DType::Double)
       static_cast<double*>(out)[row] = w;
     else

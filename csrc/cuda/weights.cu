@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(WeightArgs args) {
   double total = 0.0;
   for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) total += args.weight(row);
   total = block_reduce(total, 0.0, Add());
-  for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) args.write(row, total);
+  const Normaliser normaliser = args.normaliser(total);
+  for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) args.write(row, normaliser);
 }
 
 }  // namespace
