@@ -9,8 +9,8 @@ where they are.
 
 The first attack of a kind runs as it is, which also warms up what may not happen in a recording.
 The second does too, and is watched: waiting for the device, drawing random numbers on the host and
-changing the model's attributes are what a replay would not do. If it did nothing of that, its steps
-are recorded, and from the third on they are replayed.
+changing the model's attributes are what a replay would not do. If it did nothing of that, the third
+is recorded, and it and all later ones are replays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks._fast import FastView
-from pyadv.attacks._model import footprint, has_hooks, places, same_footprint
+from pyadv.attacks._model import footprint, has_hooks, same_footprint, tensors
 from pyadv.attacks._result import Perturbed
 from pyadv.reference._common import compute_dtype
 
@@ -44,7 +44,6 @@ _KEPT = 8  # kinds of calls that an attack remembers for each model; the last us
 _MOST_PASSES = 200  # forward passes of a graph that "auto" records
 _RADII = ("eps", "alpha")  # numbers that schedules change
 _OUTSIDE = ("start", "start_from", "compact", "validate", "speed")  # settled before the steps
-_FIRST = "it is the first of its kind"
 _CHANGES = "the model changes its own attributes as it runs"
 _LOG = logging.getLogger("pyadv")
 _lock = threading.RLock()  # recordings share memory: one at a time is made or replayed
@@ -225,24 +224,34 @@ def _recorder(device: torch.device) -> Recorder:
     return _recorders[device]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a recording is made for: the call, and what a forward pass may read off the model."""
+
+    call: tuple[Any, ...]
+    seen: list[Any]
+    places: list[int]
+
+    @classmethod
+    def of(cls, module: nn.Module, call: Call) -> _Kind:
+        return cls(call.kind(), footprint(module), [t.data_ptr() for t in tensors(module)])
+
+    def serves(self, now: _Kind) -> bool:
+        same = self.places == now.places and same_footprint(self.seen, now.seen)
+        return same and self.call == now.call
+
+
 @dataclass(eq=False)
 class _Recording:
     """What one kind of call came to; `replay` is None until its steps are recorded, and `why` says
     why they will not be."""
 
-    kind: tuple[Any, ...]
-    seen: list[Any]
-    places: list[int]
+    kind: _Kind
+    watched: bool = False
     replay: Callable[[], None] | None = None
     held: dict[str, Tensor] | None = None
     result: Perturbed | None = None
     why: str | None = None
-
-    def serves(self, kind: tuple[Any, ...], seen: list[Any], where: list[int]) -> bool:
-        return self.places == where and same_footprint(self.seen, seen) and self.kind == kind
-
-    def still_serves(self, module: nn.Module) -> bool:
-        return self.serves(self.kind, footprint(module), places(module))
 
     def record(self, recorder: Recorder, search: Search, model: Any, call: Call) -> None:
         held = {k: _hold(k, v, call.x) for k, v in call.live().items()}
@@ -298,26 +307,27 @@ class Graphs:
         if why is not None:
             if self.mode is True:
                 raise ValueError(f"graph=True: {why}")
-            return self._unrecorded(search, model, call, why)
+            self.why = why
+            return search(model, call)
         with _lock:
-            recorder = _recorder(call.x.device)
             recording, new = self._find(module, call)
-            if recording.replay is not None:
-                self.replayed += 1
-                self.why = None
-                return recording(recorder, call)
             if not new and recording.why is None:
-                return self._second(recording, recorder, search, module, model, call)
-        result = self._unrecorded(search, model, call, recording.why or _FIRST)
-        if new and not recording.still_serves(module):
+                recorder = _recorder(call.x.device)
+                if not recording.watched:
+                    return self._watched(recording, recorder, search, module, model, call)
+                if recording.replay is None:
+                    self._record(recording, recorder, search, model, call)
+                if recording.replay is not None:
+                    self.replayed += 1
+                    self.why = None
+                    return recording(recorder, call)
+        self.why = recording.why or "it is the first of its kind"
+        result = search(model, call)
+        if new and not recording.kind.serves(_Kind.of(module, call)):
             if module in self._restless:  # once may be the first use of what is made when needed
                 self._give_up(recording, _CHANGES)
             self._restless.add(module)
         return result
-
-    def _unrecorded(self, search: Search, model: Any, call: Call, why: str) -> Perturbed:
-        self.why = why
-        return search(model, call)
 
     def _give_up(self, recording: _Recording, why: str, error: BaseException | None = None) -> None:
         recording.why = self.why = why
@@ -329,17 +339,16 @@ class Graphs:
 
     def _find(self, module: nn.Module, call: Call) -> tuple[_Recording, bool]:
         """What is known of calls like this one, and whether it is the first."""
-        known = self._of.setdefault(module, [])
-        kind, seen, where = call.kind(), footprint(module), places(module)
-        found = next((r for r in known if r.serves(kind, seen, where)), None)
-        recording = found or _Recording(kind, seen, where)
+        known, kind = self._of.setdefault(module, []), _Kind.of(module, call)
+        found = next((r for r in known if r.kind.serves(kind)), None)
+        recording = found or _Recording(kind)
         if found:
             known.remove(found)
         known.append(recording)
         del known[:-_KEPT]
         return recording, found is None
 
-    def _second(
+    def _watched(
         self,
         recording: _Recording,
         recorder: Recorder,
@@ -348,24 +357,26 @@ class Graphs:
         model: Any,
         call: Call,
     ) -> Perturbed:
-        drawn = _host_generators()
+        recording.watched, drawn = True, _host_generators()
+        self.why = "it was watched, to be recorded when it comes again"
         result, waited = recorder.watch(lambda: search(model, call))
         if waited:
             self._give_up(recording, "the model or the loss waits for the device")
         elif drawn != _host_generators():
             self._give_up(recording, "the model draws random numbers on the host")
-        elif not recording.still_serves(module):
+        elif not recording.kind.serves(_Kind.of(module, call)):
             self._give_up(recording, _CHANGES)
-        else:
-            self.why = None
-            try:
-                recording.record(recorder, search, model, call)
-                self.recorded += 1
-            except Exception as error:  # whatever CUDA, or the user's code within, has to say
-                first = error.__context__ or error
-                reason = f"{type(first).__name__}: {first}".splitlines()[0]
-                self._give_up(recording, reason, error)
         return result
+
+    def _record(
+        self, recording: _Recording, recorder: Recorder, search: Search, model: Any, call: Call
+    ) -> None:
+        try:
+            recording.record(recorder, search, model, call)
+            self.recorded += 1
+        except Exception as error:  # whatever CUDA, or the user's code within, has to say
+            first = error.__context__ or error
+            self._give_up(recording, f"{type(first).__name__}: {first}".splitlines()[0], error)
 
 
 def _host_generators() -> tuple[Any, ...]:
@@ -393,7 +404,7 @@ def _obstacle(module: Any, call: Call, compacts: bool, wanted: bool) -> str | No
         return "the model has hooks"
     if not call.x.numel() or not s.steps:
         return "there is nothing to do"
-    if any(t.device != device for t in (*module.parameters(), *module.buffers())):
+    if any(t.device != device for t in tensors(module)):
         return f"the model is not on {device} as x is"
     if wanted:
         return None
