@@ -50,7 +50,10 @@ struct WinogradArgs {
   WinogradForm form;
   const float* x;
   const float* weight;  // U
-  const float* bias;    // or nullptr
+  const float* bias;    // this and the next two may be nullptr
+  const float* added;   // to the result, of its layout
+  const float* mask;    // the same: where it is not positive, the result is 0
+  bool relu;            // of the sum; before the mask
   float* out;
   int64_t inputs, outputs;  // channels
   int64_t height, width;

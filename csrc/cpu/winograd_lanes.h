@@ -180,7 +180,7 @@ PYADV_TARGET inline void scatter(const WinogradArgs& a, const Place& tile, int64
   const int64_t rows = std::min<int64_t>(T, a.out_height - top),
                 columns = std::min<int64_t>(T, a.out_width - left),
                 channels = std::min<int64_t>(kPanel, a.outputs - first);
-  float* image = a.out + tile.image * (a.out_height * a.out_width * a.outputs) + first;
+  const int64_t image = tile.image * (a.out_height * a.out_width * a.outputs) + first;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channels - c);
     const Lanes bias = a.bias == nullptr ? splat(0.0f) : load(a.bias + first + c, count);
@@ -193,8 +193,14 @@ PYADV_TARGET inline void scatter(const WinogradArgs& a, const Place& tile, int64
     for (int64_t i = 0; i < rows; ++i) {
       Lanes row[T];
       Form::output(t + i * S, 1, row, 1);
-      float* to = image + ((top + i) * a.out_width + left) * a.outputs + c;
-      for (int64_t j = 0; j < columns; ++j, to += a.outputs) store(to, row[j] + bias, count);
+      int64_t at = image + ((top + i) * a.out_width + left) * a.outputs + c;
+      for (int64_t j = 0; j < columns; ++j, at += a.outputs) {
+        Lanes y = row[j] + bias;
+        if (a.added != nullptr) y = y + load(a.added + at, count);
+        if (a.relu) y = y < splat(0.0f) ? splat(0.0f) : y;  // NaN stays, as in PyTorch
+        if (a.mask != nullptr) y = load(a.mask + at, count) <= splat(0.0f) ? splat(0.0f) : y;
+        store(a.out + at, y, count);
+      }
     }
   }
 }
@@ -237,8 +243,10 @@ PYADV_TARGET inline void convolve(const WinogradArgs& a, int64_t begin, int64_t 
       const float* u = a.weight + p * kSlots * slot_size;
       const int64_t channels = std::min<int64_t>(kPanel, a.outputs - p * kPanel);
       for (int k = 0; k < S * S; ++k) {
-        prefetch(a.out + p * kPanel, now, tiles, Form::kTile, k, a.out_height, a.out_width,
-                 a.outputs, channels);
+        for (const float* written : {static_cast<const float*>(a.out), a.added, a.mask})
+          if (written != nullptr)
+            prefetch(written + p * kPanel, now, tiles, Form::kTile, k, a.out_height, a.out_width,
+                     a.outputs, channels);
         if (p + 1 == panels)
           prefetch(a.x, next, coming, Form::kStep, k, a.height, a.width, a.inputs, a.inputs);
         const int slot = Form::slot(k / S) * 6 + Form::slot(k % S);

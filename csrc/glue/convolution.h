@@ -47,6 +47,7 @@ inline Tensor winograd_weight(const Tensor& weight, bool transposed, int64_t str
 
 // `padding`: by how many pixels the first tile's input reaches beyond the edge.
 inline Tensor winograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& added, const OptionalTensor& mask, bool relu,
                        int64_t outputs, int64_t height, int64_t width, int64_t padding,
                        int64_t stride, bool transposed) {
   const char* op = "winograd";
@@ -81,6 +82,17 @@ inline Tensor winograd(const Tensor& x, const Tensor& weight, const OptionalTens
   const Tensor out =
       torch::stable::empty({x.size(0), outputs, height, width}, ScalarType::Float, std::nullopt,
                            std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  std::vector<Tensor> kept;
+  const auto like_out = [&](const char* name, const OptionalTensor& t) -> const float* {
+    if (!t.has_value()) return nullptr;
+    check_float(op, name, *t, 4);
+    STD_TORCH_CHECK(same_shape(*t, out), op, ": ", name, " must have the shape of the result");
+    kept.push_back(torch::stable::contiguous(*t, MemoryFormat::ChannelsLast));
+    return kept.back().const_data_ptr<float>();
+  };
+  args.added = like_out("added", added);
+  args.mask = like_out("mask", mask);
+  args.relu = relu;
   args.x = image.const_data_ptr<float>();
   args.weight = u.const_data_ptr<float>();
   args.out = out.mutable_data_ptr<float>();

@@ -40,6 +40,9 @@ def _fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    added: Tensor | None,
+    mask: Tensor | None,
+    relu: bool,
     outputs: int,
     height: int,
     width: int,
@@ -57,8 +60,8 @@ _winograd_weight = register(
     _fake_weight,
 )
 _winograd = register(
-    "winograd(Tensor x, Tensor weight, Tensor? bias, int outputs, int height, int width, "
-    "int padding, int stride, bool transposed) -> Tensor",
+    "winograd(Tensor x, Tensor weight, Tensor? bias, Tensor? added, Tensor? mask, bool relu, "
+    "int outputs, int height, int width, int padding, int stride, bool transposed) -> Tensor",
     winograd,
     _fake,
 )
@@ -89,9 +92,17 @@ def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -
 
 
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, stride: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    padding: int,
+    stride: int = 1,
+    *,
+    added: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """`conv2d` with 3x3 windows and zero padding; gives no gradient.
+    """`conv2d` with 3x3 windows and zero padding, and what often follows; gives no gradient.
 
     Rounding errors are about five times those of `conv2d`: 1e-6 of the outputs' standard deviation
     on 128 channels. A sample's result depends neither on the batch it is in nor on the number of
@@ -104,6 +115,8 @@ def winograd_conv2d(
         outputs: N, the number of output channels.
         padding: zeros on each side, >= 0; at stride 2 it must be 1.
         stride: 1 or 2.
+        added: (B, N, H', W') float32, added to the result.
+        relu: whether its positive part is taken then.
 
     Returns:
         (B, N, H', W'), channels-last, with H' and W' as of `conv2d`.
@@ -121,16 +134,22 @@ def winograd_conv2d(
         )
     _check_padding(op, padding, stride)
     if bias is not None:
-        _check_float32(op, bias=bias)
-        if bias.shape != (outputs,):
-            raise ValueError(f"{op}: bias must have shape [{outputs}], got {list(bias.shape)}")
-        check_device(op, "bias", bias, x)
-    height, width = output_size(x.shape[2:], padding, stride)
-    return _winograd(x, weight, bias, outputs, height, width, padding, stride, False)
+        _check_shape(op, "bias", bias, (outputs,), x)
+    size = output_size(x.shape[2:], padding, stride)
+    if added is not None:
+        _check_shape(op, "added", added, (x.shape[0], outputs, *size), x)
+    after = (bias, added, None, relu)
+    return _winograd(x, weight, *after, outputs, *size, padding, stride, False)
 
 
 def winograd_conv2d_input(
-    grad: Tensor, weight: Tensor, shape: Sequence[int], padding: int, stride: int = 1
+    grad: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    stride: int = 1,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `winograd_conv2d` with respect to its input, as `torch.nn.grad.conv2d_input`.
 
@@ -139,6 +158,8 @@ def winograd_conv2d_input(
         weight: from `winograd_weight` with `transposed`, and with the same stride.
         shape: (B, C, H, W), of the input.
         padding, stride: of the convolution; padding is 0, 1 or 2, at stride 2 it is 1.
+        mask: (B, C, H, W) float32; where it is not positive, the result is 0. With the output of a
+            ReLU, which was the convolution's input, this is the gradient before the ReLU.
 
     Returns:
         (B, C, H, W), channels-last.
@@ -156,8 +177,11 @@ def winograd_conv2d_input(
             f"{op}: grad must have shape {[shape[0], grad.shape[1], *size]} for an input of "
             f"{list(shape)}, got {list(grad.shape)}"
         )
+    if mask is not None:
+        _check_shape(op, "mask", mask, shape, grad)
     outside = transposed_padding(padding, stride)
-    return _winograd(grad, weight, None, *shape[1:], outside, stride, True)
+    after = (None, None, mask, False)
+    return _winograd(grad, weight, *after, *shape[1:], outside, stride, True)
 
 
 def _check(op: str, name: str, x: Tensor, weight: Tensor, outputs: int, stride: int) -> None:
@@ -172,6 +196,13 @@ def _check(op: str, name: str, x: Tensor, weight: Tensor, outputs: int, stride: 
             f"output channels, of shape {expected}, got {list(weight.shape)}"
         )
     check_device(op, "weight", weight, x)
+
+
+def _check_shape(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    _check_float32(op, **{name: t})
+    if t.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}")
+    check_device(op, name, t, x)
 
 
 def _check_stride(op: str, stride: int) -> None:

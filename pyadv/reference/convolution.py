@@ -10,6 +10,7 @@ is laid out likewise. Tiles are the same in both directions of the image.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,20 +87,35 @@ def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -
 
 
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, stride: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    padding: int,
+    stride: int = 1,
+    *,
+    added: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """A^T [sum over channels of U * (B^T d B)] A. See `ops.winograd_conv2d`."""
-    height, width = output_size(x.shape[2:], padding, stride)
-    return winograd(x, weight, bias, outputs, height, width, padding, stride, False)
+    size = output_size(x.shape[2:], padding, stride)
+    after = (bias, added, None, relu)
+    return winograd(x, weight, *after, outputs, *size, padding, stride, False)
 
 
 def winograd_conv2d_input(
-    grad: Tensor, weight: Tensor, shape: tuple[int, ...], padding: int, stride: int = 1
+    grad: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: int,
+    stride: int = 1,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The transpose of `winograd_conv2d`. See `ops.winograd_conv2d_input`."""
-    return winograd(
-        grad, weight, None, *shape[1:], transposed_padding(padding, stride), stride, True
-    )
+    outside = transposed_padding(padding, stride)
+    after = (None, None, mask, False)
+    return winograd(grad, weight, *after, *shape[1:], outside, stride, True)
 
 
 def output_size(size: tuple[int, ...], padding: int, stride: int) -> tuple[int, ...]:
@@ -115,6 +131,9 @@ def winograd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    added: Tensor | None,
+    mask: Tensor | None,
+    relu: bool,
     outputs: int,
     height: int,
     width: int,
@@ -141,4 +160,10 @@ def winograd(
     y = y[:, :, :height, :width]
     if bias is not None:
         y = y + bias.view(-1, 1, 1)
+    if added is not None:
+        y = y + added
+    if relu:
+        y = y.relu()
+    if mask is not None:
+        y = torch.where(mask <= 0, 0.0, y)
     return y.contiguous(memory_format=torch.channels_last)

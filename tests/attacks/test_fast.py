@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import operator
 import weakref
 
 import pytest
@@ -96,9 +98,9 @@ def calls(monkeypatch):
     sizes = []
 
     def counted(op):
-        def call(x, *args):
+        def call(x, *args, **more):
             sizes.append(x.shape[2])
-            return op(x, *args)
+            return op(x, *args, **more)
 
         return call
 
@@ -148,10 +150,95 @@ def test_winograds_convolution_where_it_pays(calls):
     assert not calls
 
 
+class Fused(nn.Module):
+    """Sums and ReLUs around Winograd's convolutions that may be fused with them, and some that may
+    not: read twice, added to themselves, broadcast, written in place."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.in_place = in_place
+        self.stem = nn.Conv2d(3, 64, 3)
+        conv = functools.partial(nn.Conv2d, 64, 64, 3, padding=1)
+        self.a, self.b, self.c, self.d, self.e, self.f = (conv() for _ in range(6))
+        self.g, self.h = conv(stride=2), nn.Conv2d(64, 64, 1, 2)
+        self.one = nn.Conv2d(64, 64, 14)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = F.relu(self.a(x))  # read by a convolution alone
+        y = F.relu(self.b(y) + x)
+        z = F.relu(self.c(y))  # read by a sum, too
+        z = self.d(z) + z
+        w = self.e(z) + self.one(z)  # one pixel is added to all
+        v = self.f(w)
+        if self.in_place:  # after the convolution has read it, before the sum
+            w.mul_(0.5)
+        w = F.relu(F.relu(v + w))
+        w = F.relu(self.g(w) + self.h(w))
+        return self.head(w.mean((2, 3)))
+
+
+def test_what_is_fused_with_winograds_convolution(calls):
+    model = settled(Fused(), torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)  # so that signal reaches the end
+    x = inputs(dtype=torch.float32)
+    view = fast_view(model, x)
+    assert isinstance(view, FastView)
+    left = [n.target for n in view.module.graph.nodes if n.target in (operator.add, torch.relu_)]
+    assert len(left) < 8
+    exact = gradient(copy.deepcopy(model).double(), x.double())
+    calls.clear()
+    for ours, theirs in zip(gradient(view, x), exact, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert len(calls) == 12  # all but the one with the pixel
+    calls.clear()
+    wide = fast_view(model.double(), x.double())  # the same graph, without Winograd's convolution
+    for ours, theirs in zip(gradient(wide, x.double()), exact, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not calls
+    model = Fused(in_place=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fast_view(model, x)(x), model(x))
+    assert calls
+
+
+@pytest.mark.parametrize("lines", [5, 7])
+def test_fused_layers_of_which_some_have_too_few_pixels(lines, calls):
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+    model, x = settled(model, torch.float32), inputs((3, lines, 9), dtype=torch.float32)
+    view = fast_view(model, x)
+    assert isinstance(view, FastView)
+    calls.clear()
+    exact = gradient(copy.deepcopy(model).double(), x.double())
+    for ours, theirs in zip(gradient(view, x), exact, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert len(calls) == (6 if lines == 5 else 8)
+
+
 def test_winograds_weights_follow_the_model(calls):
     model, x = settled(convolutions(), torch.float32), inputs(dtype=torch.float32)
     view = fast_view(model, x)
     old = gradient(view, x)
+    points = [dict(p.points) for p in view._parts if isinstance(p, _fast._Weighted)]
+    assert sum(map(len, points)) == 6
+    view.refresh()  # changes nothing, so the transformed weights are kept
+    for part, kept in zip(view._parts, points, strict=False):
+        assert all(part.points[k] is kept[k] for k in kept)
     with torch.no_grad():
         model[4].weight.mul_(1.5)
         model[7].weight.mul_(-1)

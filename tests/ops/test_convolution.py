@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,30 @@ def test_layouts(layout, device):
     plain = winograd(x.contiguous(memory_format=torch.channels_last), weight, bias, 1)
     laid = LAYOUTS[layout](x), LAYOUTS[layout](weight), bias.repeat_interleave(2)[::2]
     assert_same_bits(winograd(*laid, 1), plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_follows_is_the_same_in_one_pass(stride, layout, device):
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    x, weight, bias = problem(3, 20, 34, 6, 7, device)
+    points = ops.winograd_weight(weight, False, stride)
+    plain = ops.winograd_conv2d(x, points, bias, 34, 1, stride)
+    added = LAYOUTS[layout](normal(tuple(plain.shape), seed=4, device=device))
+    added[0, 0, 0, 0] = torch.nan
+    for relu in (False, True):
+        y = ops.winograd_conv2d(x, points, bias, 34, 1, stride, added=added, relu=relu)
+        same(y, (plain + added).relu() if relu else plain + added)
+        same(
+            ops.winograd_conv2d(x, points, bias, 34, 1, stride, relu=relu),
+            plain.relu() if relu else plain,
+        )
+    points = ops.winograd_weight(weight, True, stride)
+    mask = LAYOUTS[layout](x.relu())
+    mask[0, 0, 0, 0] = torch.nan
+    plain = ops.winograd_conv2d_input(y, points, x.shape, 1, stride)
+    masked = ops.winograd_conv2d_input(y, points, x.shape, 1, stride, mask=mask)
+    same(masked, torch.ops.aten.threshold_backward(plain, mask, 0))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -147,10 +173,12 @@ def test_well_formed_ops(device):
         points = ops.winograd_weight(weight)
         assert not points.requires_grad
         assert not ops.winograd_conv2d(x, points, bias, 4, 1).requires_grad
+        added = torch.ones(2, 4, 5, 6, device=device)
         for args in (
-            (x, points, None, 4, 5, 6, 1, 1, False),
-            (x, points, bias, 4, 3, 3, 1, 2, False),
-            (x, points, bias, 4, 10, 11, 0, 2, True),
+            (x, points, None, None, None, False, 4, 5, 6, 1, 1, False),
+            (x, points, bias, added, added, True, 4, 5, 6, 1, 1, False),
+            (x, points, bias, None, None, False, 4, 3, 3, 1, 2, False),
+            (x, points, None, None, None, True, 4, 10, 11, 0, 2, True),
         ):
             torch.library.opcheck(torch.ops.pyadv.winograd.default, args)
 
@@ -182,6 +210,12 @@ def test_refuses_bad_arguments(device):
     ):
         with pytest.raises(error, match=f"winograd_conv2d: {message}"):
             ops.winograd_conv2d(*args)
+    for message, more in (
+        (r"added must have shape \[2, 4, 5, 6\]", {"added": x}),
+        ("added must be a float32", {"added": x.double()}),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"winograd_conv2d: {message}"):
+            ops.winograd_conv2d(x, points, None, 4, 1, **more)
     grad, turned = bias.new_zeros(2, 4, 5, 6), ops.winograd_weight(weight, True)
     for message, args in (
         (r"grad must have shape \[2, 4, 3, 4\] for", (grad, turned, (2, 3, 5, 6), 0)),
@@ -192,3 +226,5 @@ def test_refuses_bad_arguments(device):
     ):
         with pytest.raises(ValueError, match=f"winograd_conv2d_input: {message}"):
             ops.winograd_conv2d_input(*args)
+    with pytest.raises(ValueError, match=r"mask must have shape \[2, 3, 5, 6\], got \[2, 4"):
+        ops.winograd_conv2d_input(grad, turned, (2, 3, 5, 6), 1, mask=grad)
