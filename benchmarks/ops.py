@@ -29,6 +29,22 @@ def _case(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -
     return f"{op}, {'x'.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
 
 
+# Of a ResNet-18 on 32x32 and, with batch 8, a WRN-34-10: B, C, N, side, stride.
+CONVOLUTIONS = (
+    (32, 64, 64, 32, 1),
+    (32, 128, 128, 16, 1),
+    (32, 256, 256, 8, 1),
+    (32, 512, 512, 4, 1),
+    (32, 128, 256, 16, 2),
+    (8, 160, 160, 32, 1),
+)
+
+
+def _convolution(what: str, shape: tuple[int, ...]) -> str:
+    b, c, n, side, stride = shape
+    return f"3x3 convolution, {what}, {b}x{c}x{side}x{side} to {n} channels, stride {stride}"
+
+
 _LINF, _L2 = "linf_step in place", "l2_step in place"
 _WRN = "log_norm_product of WRN-34-10, forward and backward"
 
@@ -72,6 +88,16 @@ GOALS = [
         for op in ("weighted_cross_entropy", "trades_kl", "mart_bce", "mart_kl")
         for shape, least in zip(LOGITS, (1.0, 1.8), strict=True)
     ),
+    *(
+        Goal(
+            f"Winograd's convolution, {what}, {shape[1]} channels: {least} times oneDNN",
+            _convolution(what, shape),
+            "conv2d",
+            at_least=least,
+        )
+        for what in ("forward", "input gradient")
+        for shape, least in zip(CONVOLUTIONS, (2.0, 2.5, 2.5, 2.5, 1.3, 2.5), strict=True)
+    ),
     Goal("Norm product of a WRN-34-10: 2 times a loop of norms", _WRN, "loop", at_least=2.0),
 ]
 
@@ -98,6 +124,9 @@ def cases(options: Options) -> Iterator[Case]:
         yield from _rows(rows, options)
     yield from _norms(options)
     yield from _noise(one, options)
+    if options.device.type == "cpu":
+        for shape in [(2, 16, 16, 8, 1)] if options.quick else CONVOLUTIONS:
+            yield from _convolutions(shape)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -445,3 +474,50 @@ def _noise(shape: tuple[int, ...], options: Options) -> Iterator[Case]:
             lambda rival=rival: rival(like), bytes=like.nbytes, yardstick=True
         )
         yield case
+
+
+# Convolutions
+
+
+def _convolutions(shape: tuple[int, ...]) -> Iterator[Case]:
+    """Weights are transformed beforehand, as the fast view does once for many steps."""
+    from pyadv import ops, reference
+
+    b, c, n, side, stride = shape
+    like = {"memory_format": torch.channels_last}
+    x, weight = torch.randn(b, c, side, side).contiguous(**like), torch.randn(n, c, 3, 3) / c**0.5
+    grad, bias = torch.randn_like(F.conv2d(x, weight, None, stride, 1)), torch.randn(n)
+    weight = weight.contiguous(**like)
+    points, turned = (ops.winograd_weight(weight, t, stride) for t in (False, True))
+    traffic = x.nbytes + grad.nbytes + points.nbytes
+
+    def input_gradient() -> Tensor:
+        needed = [True, False, False]
+        window = [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *window, needed)[0]
+
+    for what, calls in (
+        (
+            "forward",
+            {
+                "pyadv": lambda: ops.winograd_conv2d(x, points, bias, n, 1, stride),
+                "reference": lambda: reference.winograd_conv2d(x, points, bias, n, 1, stride),
+                "conv2d": lambda: F.conv2d(x, weight, bias, stride, 1),
+            },
+        ),
+        (
+            "input gradient",
+            {
+                "pyadv": lambda: ops.winograd_conv2d_input(grad, turned, x.shape, 1, stride),
+                "conv2d": input_gradient,
+            },
+        ),
+    ):
+        yield Case(
+            _convolution(what, shape),
+            {k: Provider(call, bytes=traffic) for k, call in calls.items()},
+            close(calls["conv2d"](), rtol=1e-4, atol=1e-4),
+            group="Convolutions",
+            images=b,
+            runs=(10, 30),
+        )

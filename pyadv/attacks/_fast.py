@@ -39,6 +39,7 @@ from pyadv.attacks._model import (
     same_footprint,
     unwrap,
 )
+from pyadv.ops._registry import has_kernel
 
 SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
 
@@ -330,6 +331,7 @@ class _Weighted(nn.Module):
             and self.weight.is_cpu
             and self.weight.dtype == torch.float32
             and layout == torch.channels_last
+            and has_kernel("winograd", self.weight.device)
         )
 
     def points_of(self, transposed: bool) -> Tensor:

@@ -81,6 +81,12 @@ def refuse_double_backward(name: str) -> dict[str, Callable[..., Any]]:
     return {"backward": backward, "setup_context": lambda ctx, inputs, output: None}
 
 
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether the op has a kernel of its own there; otherwise the reference runs."""
+    _native.load()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyadv::{name}", device.type.upper())
+
+
 def _default_kernel(op: torch._ops.OpOverload, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The first call of any op loads the native kernels and dispatches again, so that no later
     call pays for a check; where there are none for the device, the reference runs."""
