@@ -33,6 +33,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import os
@@ -256,8 +257,10 @@ def record(suite: Suite) -> None:
     import torch
 
     from pyadv.attacks import PGD
+    from pyadv.training import load_model
 
-    model, data, found = _trained(suite, "record", {"method": "at", "ema": 0.995, "lr": 0.2})
+    trainer, data, found = _trained(suite, "record", {"method": "at", "ema": 0.995, "lr": 0.2})
+    model = load_model(trainer.folder).model.to(suite.device)
     eps, correct = found["eps"], {}
     for speed in ("exact", "fast", "bfloat16"):
         attack = PGD(model, eps=eps, alpha=eps / 4, steps=10, seed=0, speed=speed)
@@ -269,16 +272,47 @@ def record(suite: Suite) -> None:
     found["PGD-10"] = {k: v.double().mean().item() for k, v in correct.items()}
     found["otherwise"] = {k: int((v != correct["exact"]).sum()) for k, v in correct.items()}
     write(suite.out / "record.json", found)
+    found["profile"] = _profile(trainer)  # last, because it trains on
+    write(suite.out / "record.json", found)
+
+
+def _profile(trainer: Any, steps: int = 5) -> dict[str, Any]:
+    """Where the time of a training step goes: the kernels of the card, or what the CPU does."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    trainer.epoch, batches = 1, itertools.cycle(trainer.batches.epoch(1))
+    for _ in range(3):  # the attack of a trainer that was only restored is not recorded yet
+        trainer._train_step(*next(batches))
+    activity, kind = (ProfilerActivity.CPU, "cpu")
+    if on_gpu:
+        activity, kind = (ProfilerActivity.CUDA, "device")
+        torch.cuda.synchronize()
+    with profile(activities=[activity]) as seen:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            trainer._train_step(*next(batches))
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    times = {e.key: getattr(e, f"self_{kind}_time_total") / 1e6 for e in seen.key_averages()}
+    most = sorted(times, key=times.get, reverse=True)[:12]
+    return {
+        "seconds of a step": seconds / steps,
+        "busy": sum(times.values()) / seconds,
+        "shares": {key: times[key] / sum(times.values()) for key in most},
+    }
 
 
 def _trained(suite: Suite, name: str, settings: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The network in evaluation mode, the data, and what was measured; goes on from a checkpoint,
-    and writes what is known before AutoAttack, which takes longest."""
+    """The trainer at its end, the data, and what was measured; goes on from a checkpoint, and
+    writes what is known before AutoAttack, which takes longest."""
     import torch
 
     from pyadv.attacks import AutoAttack
     from pyadv.evaluation import effective_margin, evaluate
-    from pyadv.training import Config, Display, Trainer, checkpoint
+    from pyadv.training import Config, Display, Trainer, checkpoint, load_model
 
     begin = time.perf_counter()
     data = _data(suite)
@@ -298,7 +332,7 @@ def _trained(suite: Suite, name: str, settings: dict[str, Any]) -> tuple[Any, An
     records = list(trainer.records)
     epochs = sum(r["seconds"] for r in records)
     spent |= {"first epoch": records[0]["seconds"], "other epochs": epochs - records[0]["seconds"]}
-    model = trainer.result.eval()
+    model = load_model(folder).model.to(suite.device)  # in float32, whatever it was trained in
     found: dict[str, Any] = {
         "environment": harness.environment(torch.device(suite.device)),
         "data": data.name,
@@ -328,7 +362,7 @@ def _trained(suite: Suite, name: str, settings: dict[str, Any]) -> tuple[Any, An
     found["AutoAttack on"] = len(y[part])
     spent["AutoAttack"] = time.perf_counter() - began
     write(suite.out / f"{name}.json", found)
-    return model, data, found
+    return trainer, data, found
 
 
 def _data(suite: Suite) -> Any:
@@ -342,30 +376,31 @@ def _data(suite: Suite) -> Any:
         return replace(small, **few)
     if suite.data is None:
         sys.exit("training wants --data")
-    return _from_jpeg(suite.data) if suite.data.suffix == ".xz" else data.load(suite.data)
+    if suite.data.suffix != ".xz":
+        return data.load(suite.data)
+    decoded = suite.runs / "decoded.npz"
+    if not decoded.exists():
+        _decode(suite.data, decoded)
+    name = suite.data.name.split(".")[0]
+    return replace(data.load(decoded, layout="NHWC"), name=f"{name} (JPEG copy)")
 
 
-def _from_jpeg(path: Path) -> Any:
+def _decode(path: Path, target: Path) -> None:
     import numpy as np
-    import torch
     from PIL import Image
-
-    from pyadv.data import ImageData, to_images
 
     files = np.load(io.BytesIO(lzma.decompress(path.read_bytes())))
     ends = np.cumsum(files["lengths"], dtype=np.int64)
     begins = ends - files["lengths"]
     jpeg = files["jpeg"].tobytes()
-    images = np.stack(
+    x = np.stack(
         [
             np.asarray(Image.open(io.BytesIO(jpeg[a:b])).convert("RGB"))
             for a, b in zip(begins.tolist(), ends.tolist(), strict=True)
         ]
     )
-    x = to_images(path.name, torch.from_numpy(images), "NHWC")
-    y, n = torch.from_numpy(files["labels"].astype(np.int64)), int(files["n_train"])
-    classes = tuple(map(str, range(int(y.max()) + 1)))
-    return ImageData(path.name.split(".")[0] + " (JPEG copy)", classes, x[:n], y[:n], x[n:], y[n:])
+    y, n = files["labels"].astype(np.int64), int(files["n_train"])
+    np.savez(target, x_train=x[:n], y_train=y[:n], x_test=x[n:], y_test=y[n:])
 
 
 # The result.
@@ -445,6 +480,11 @@ def _networks(suite: Suite) -> list[str]:
         f"- PGD-10, speed {k}: {100 * v:.2f} % left, {other[k]} verdicts not those of exact"
         for k, v in speeds.items()
     ]
+    profile = found.get("record", {}).get("profile")
+    if profile:
+        lines += [f"\nA training step takes {1000 * profile['seconds of a step']:.2f} ms; busy for"]
+        lines[-1] += f" {100 * profile['busy']:.0f} % of it:\n"
+        lines += [f"- {100 * v:.1f} % {k[:100]}" for k, v in profile["shares"].items()]
     return lines
 
 

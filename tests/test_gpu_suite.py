@@ -98,7 +98,8 @@ def test_jpeg_archives(tmp_path, suite):
     np.savez(archive, jpeg=jpeg, lengths=[len(f) for f in files], labels=y, n_train=4)
     path = tmp_path / "few-jpeg.npz.xz"
     path.write_bytes(lzma.compress(archive.getvalue()))
-    data = suite._from_jpeg(path)
+    folder = ["--out", str(tmp_path), "--runs", str(tmp_path), "--data", str(path)]
+    data = [suite._data(suite.Suite(suite.arguments(folder))) for _ in range(2)][1]
     assert data.name == "few-jpeg (JPEG copy)" and data.shape == (3, 8, 8)
     assert len(data.train_y) == 4 and data.test_y.tolist() == [1]
     assert data.train_x.mean((1, 2, 3)).mul(255).round().tolist() == [0, 50, 100, 150]

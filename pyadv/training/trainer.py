@@ -128,8 +128,6 @@ class Trainer:
         with self.display.progress() as progress:
             task = progress.add_task(f"epoch {self.epoch}", total=total, text="")
             for x, y, ids in self.batches.epoch(self.epoch, self.step):
-                if self.config.channels_last:
-                    x = x.contiguous(memory_format=torch.channels_last)
                 self._train_step(x, y, ids)
                 progress.update(task, completed=self.step, text=self._summary())
                 if stop.requested():
@@ -137,6 +135,8 @@ class Trainer:
                     raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}")
 
     def _train_step(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.model.train()
