@@ -121,7 +121,10 @@ def fast_view(
     modules = list(model.modules())
     if any(m.training for m in modules):
         raise ValueError("fast_view: model must be in evaluation mode; call model.eval()")
-    if has_hooks(model) or any("forward" in vars(m) for m in modules):
+    replaced = [m for m in modules if "forward" in vars(m)]
+    if dtype is not None and replaced == [model] and hasattr(model, "_original_forward"):
+        replaced = []  # Accelerate's autocast, around the whole: the view has its own
+    if has_hooks(model) or replaced:
         return model
     known = _views.setdefault(model, {})
     now = [x.shape[1:], x.dtype, output, *footprint(model)]

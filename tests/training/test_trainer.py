@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyadv import training
+from pyadv.attacks import _fast
 from pyadv.data import ImageData
 from pyadv.evaluation import evaluate
 from pyadv.training import Config, Display, Diverged, Interrupted, Trainer, checkpoint, load_model
@@ -244,6 +245,16 @@ def test_the_average_over_steps(small: ImageData, tmp_path: Path) -> None:
             expected = [0.75 * e + 0.25 * w for e, w in zip(expected, weights, strict=True)]
     for e, p in zip(expected, trainer.result.parameters(), strict=True):
         torch.testing.assert_close(p.detach(), e)
+
+
+def test_bf16_attacks_a_view_in_bf16(small: ImageData, tmp_path: Path) -> None:
+    """Although Accelerate has put autocast around the network's forward."""
+    config = Config(**{**FAST, "epochs": 1}, precision="bf16", channels_last=True).resolve(small)
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config, small, tmp_path / "run", device="cpu", display=QUIET)
+    trainer.fit()
+    assert "forward" in vars(trainer.network)
+    assert list(_fast._views[trainer.network]) == [torch.bfloat16]
 
 
 def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:
