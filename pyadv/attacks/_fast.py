@@ -36,7 +36,6 @@ from pyadv.attacks._model import (
     footprint,
     has_hooks,
     pick_logits,
-    same_footprint,
     unwrap,
 )
 from pyadv.ops._registry import has_kernel
@@ -60,6 +59,12 @@ _PATCH_ROWS = 32  # samples whose patches stay in the cache
 _views: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, FastView]] = (
     weakref.WeakKeyDictionary()
 )
+# What a model was when no view could be had, as in `FastView.agreed`.
+_refused: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, list[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_TF32 = 2**-10  # machine epsilon of what a GPU may multiply float32 in
 
 
 class FastView:
@@ -104,7 +109,8 @@ def fast_view(
 
     The logits on the first two rows of x have been compared: no entry is farther from the model's
     than sqrt(u) times their largest, u the machine epsilon of `dtype` or of the logits (3e-4 in
-    float32, 0.09 in bfloat16); typically they are as near as rounding, 1e-6.
+    float32, 0.03 where a GPU multiplies in TF32, 0.09 in bfloat16); typically they are as near as
+    rounding, 1e-6. A model that no view was found for is read again when its attributes change.
 
     Args:
         model: in evaluation mode; maps x to logits (B, C), or see `output`.
@@ -126,17 +132,20 @@ def fast_view(
         replaced = []  # Accelerate's autocast, around the whole: the view has its own
     if has_hooks(model) or replaced:
         return model
-    known = _views.setdefault(model, {})
-    now = [x.shape[1:], x.dtype, output, *footprint(model)]
+    known, refused = _views.setdefault(model, {}), _refused.setdefault(model, {})
+    now = _read(x, output, model)
+    if refused.get(dtype) == now:  # reading it again would take long
+        return model
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
         view = known.pop(dtype, None)
         if view:
             view.refresh()
         # A GPU, which would have to be waited for, is asked again only for another model or input.
-        asked = view and x.is_cuda and _same(view.agreed, now)
+        asked = view and x.is_cuda and view.agreed == now
         if not (asked or (view and _agrees(view, model, x, dtype, output))):
             view = _trace(model, dtype)  # for the first time, or because the model has changed
             if not (view and _agrees(view, model, x, dtype, output)):
+                refused[dtype] = now
                 return model
     view.agreed = now
     return known.setdefault(dtype, view)
@@ -154,9 +163,11 @@ def attacked(
         yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
-    own = 3  # of the input; the others are compared by identity
-    return before[:own] == now[:own] and same_footprint(before[own:], now[own:])
+def _read(x: Tensor, output: Output, model: nn.Module) -> list[Any]:
+    """What a view was made for. Numbers and words as they are, all else by identity: views are
+    known as long as their models live, and must not be what keeps them alive."""
+    read = [output, *footprint(model)]
+    return [x.shape[1:], x.dtype, *(v if type(v) in _PLAIN else id(v) for v in read)]
 
 
 def _agrees(
@@ -169,6 +180,8 @@ def _agrees(
     if logits.shape != expected.shape:
         return False
     unit = max(torch.finfo(t).eps for t in (expected.dtype, dtype or expected.dtype))
+    if x.is_cuda and torch.backends.cudnn.conv.fp32_precision != "ieee":
+        unit = max(unit, _TF32)
     wide = expected.double()
     off = (logits.double() - wide).abs().max()
     return bool(off <= math.sqrt(unit) * wide.abs().max())

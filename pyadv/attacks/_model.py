@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def footprint(module: nn.Module) -> list[Any]:
     seen: list[Any] = []
     for m in module.modules():
         seen += (*vars(m).values(), *m._parameters.values(), *m._buffers.values())
-    return seen
+    # A method that is bound to the model would keep it alive.
+    return [v.__func__ if type(v) is MethodType else v for v in seen]
 
 
 def same_footprint(before: list[Any], now: list[Any]) -> bool:

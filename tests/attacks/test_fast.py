@@ -319,9 +319,26 @@ def test_a_model_that_cannot_be_read_is_attacked_as_it_is(forward):
     assert model.calls <= 1 and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_view_keeps_no_model_alive():
-    model, x = settled(ConvNet()), inputs()
+def test_a_model_without_a_view_is_read_once(monkeypatch):
+    reads, trace = [], _fast._trace
+    monkeypatch.setattr(_fast, "_trace", lambda *args: reads.append(1) or trace(*args))
+    model, x = Wrapped(STRANGE["branches on values"]).eval(), inputs()
+    for _ in range(3):
+        assert fast_view(model, x) is model
+    assert len(reads) == 1
+    fast_view(model, inputs((3, 8, 8)))
+    assert len(reads) == 2
+    model.function = lambda self, x: self.inside(x)
     assert isinstance(fast_view(model, x), FastView)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_view_keeps_no_model_alive(readable):
+    model, x = settled(ConvNet()), inputs()
+    model.act, model.around = model.forward, [model]
+    if not readable:
+        model.forward = model.act
+    assert isinstance(fast_view(model, x), FastView) == readable
     gone = weakref.ref(model)
     del model
     gc.collect()
