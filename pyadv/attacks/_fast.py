@@ -454,10 +454,14 @@ def narrow_input_gradient(
 ) -> Tensor:
     """Of a two-dimensional convolution of few channels, by a matrix product and a sum of patches;
     `size` (H, W) of its input."""
-    kernel = weight.flatten(1).T
-    patches = (kernel @ part.flatten(2) for part in grad.split(_PATCH_ROWS))
-    window = {"stride": stride, "padding": padding, "dilation": dilation}
-    return torch.cat([F.fold(p, size, weight.shape[2:], **window) for p in patches])
+    kernel, window = weight.detach().flatten(1).T, weight.shape[2:]
+    images = []
+    for part in grad.detach().split(_PATCH_ROWS):
+        patches = kernel @ part.flatten(2)
+        patches = patches.reshape(1, -1, patches.shape[2])  # to `fold`, one image of many channels
+        folded = F.fold(patches, size, window, dilation, padding, stride)
+        images.append(folded.view(len(part), -1, *size))
+    return torch.cat(images)
 
 
 def _output_size(x: Tensor, layer: nn.Conv2d) -> list[int]:
