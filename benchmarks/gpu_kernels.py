@@ -81,6 +81,9 @@ def kernels(quick: bool) -> Iterator[Kernel]:
                 yield make("Projections", f"{op}_project", moved=moved, share=share)
             for op in ("keyed_uniform", "keyed_normal", "row_hash"):  # more work than traffic
                 yield make("Noise", op, moved=1)
+    if not quick:  # rows that one block keeps in its shared memory
+        for op, group, moved in (("l2_step", "Steps", 4), ("l2_project", "Projections", 3)):
+            yield Kernel(group, op, (8192, 3, 32, 32), torch.float32, moved, 0.9)
     for shape in [(3, 7), (5, 2056)] if quick else LOGITS:
         small = shape == LOGITS[0]
         bound = {"launches": 1.3} if small else {"share": 0.8}
