@@ -7,7 +7,7 @@ import math
 import torch
 from networks import RowLinear
 
-from pyadv.attacks._hyperplane import offset_to_hyperplane
+from pyadv.reference.hyperplane import offset_to_hyperplane
 
 ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}

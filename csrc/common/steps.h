@@ -123,6 +123,108 @@ struct L2Step {
   }
 };
 
+// The least offset d in a norm by which a point reaches the hyperplane g.d = -value inside the box:
+// the entries set out together, at the same speed in Linf and at that of their slope in L2, and
+// stop where the box ends. `unit` is a power of two that brings the largest slope to about 1.
+template <class C, bool kL2>
+struct ToHyperplane {
+  bool from_x;
+  C side, unit, time;
+
+  PYADV_HD C start(const Element<C>& e) const { return from_x ? e.x : e.a; }
+  PYADV_HD C slope(const Element<C>& e) const {
+    const C s = magnitude(e.g) * unit;
+    return s > C(1e-18) ? s : C(0);
+  }
+  PYADV_HD C direction(const Element<C>& e) const {
+    return slope(e) > 0 ? (e.g > 0 ? side : -side) : C(0);
+  }
+  PYADV_HD C room(const Element<C>& e) const {
+    const C d = direction(e), up = e.hi - start(e), down = start(e) - e.lo;
+    const C left = d > 0 ? up : d < 0 ? down : C(0);
+    return left > 0 ? left : C(0);
+  }
+  PYADV_HD C reach(const Element<C>& e) const { return kL2 ? time * slope(e) : time; }
+  PYADV_HD C length(const Element<C>& e) const {
+    const C most = room(e), far = reach(e);
+    return far < most ? far : most;
+  }
+  PYADV_HD C operator()(const Element<C>& e) const { return direction(e) * length(e); }
+};
+
+// Sets `way.time`, by Newton's steps from 0, and gives the length of the way. Entries that the box
+// has stopped only become more, so this ends, and on the right piece of what is gained over time.
+template <bool kL2, class C, class Row>
+PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& way) {
+  double total[4];  // speed of the gain; gains, number and squared length of the stopped entries
+  const auto pass = [&](double time) PYADV_INLINE_LAMBDA {
+    way.time = static_cast<C>(time);
+    row.template sums<4, C>(
+        [&](const Element<C>& e, C(&s)[4]) PYADV_INLINE_LAMBDA {
+          const C slope = way.slope(e), most = way.room(e);
+          const bool free = way.reach(e) < most;
+          s[0] = free ? (kL2 ? slope * slope : slope) : C(0);
+          s[1] = free ? C(0) : slope * most;
+          s[2] = free ? C(0) : C(1);
+          s[3] = free ? C(0) : most * most;
+        },
+        total);
+  };
+  double time = 0.0;
+  pass(time);
+  for (double stopped = -1.0; total[2] > stopped; pass(time)) {
+    stopped = total[2];
+    const double next = (need - total[1]) / total[0];
+    if (!(next > time)) break;
+    time = next < Range<C>::kLargest ? next : static_cast<double>(Range<C>::kLargest);
+  }
+  if (kL2) return static_cast<C>(sqrt(time * time * total[0] + total[3]));
+  if (total[0] > 0) return way.time;
+  return row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return way.length(e); });
+}
+
+template <class C, bool kL2>
+struct Between {
+  ToHyperplane<C, kL2> way, way_of_x;
+  C overshoot, share;
+  PYADV_HD C operator()(const Element<C>& e) const {
+    const C p = e.a + overshoot * way(e), q = e.x + overshoot * way_of_x(e);
+    return clip(share < C(0.5) ? p + share * (q - p) : q - (q - p) * (C(1) - share), e.lo, e.hi);
+  }
+};
+
+// FAB's step. Its value is in `alpha`, its overshoot in `eps`, its share in `momentum`.
+template <bool kL2>
+struct BoundaryStep {
+  static constexpr bool kGrad = true, kPrev = false;
+  template <class C, class Row>
+  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+    constexpr C kShortest = C(1e-8);
+    const C largest =
+        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
+    if (!(largest <= Range<C>::kLargest)) return row.keep();
+    const C unit = largest > 0 ? unit_scale(largest) : C(1);
+    double along[1];  // the gradient, scaled, from x_adv to x
+    row.template sums<1, C>([&](const Element<C>& e, C(&t)[1])
+                                PYADV_INLINE_LAMBDA { t[0] = (e.x - e.a) * (e.g * unit); },
+                            along);
+    const auto to = [&](double value, bool from_x, ToHyperplane<C, kL2>& way) PYADV_INLINE_LAMBDA {
+      way = {from_x, value > 0 ? C(-1) : value < 0 ? C(1) : C(0), unit, C(0)};
+      const double need = fabs(value) < Range<C>::kLargest ? fabs(value) : Range<C>::kLargest;
+      const C length = find_hyperplane(row, need, way);
+      return length > kShortest ? length : kShortest;
+    };
+    Between<C, kL2> point;
+    const double value = static_cast<double>(s.alpha) * unit;
+    const C length = to(value, false, point.way);
+    const C length_of_x = to(value + along[0], true, point.way_of_x);
+    const C share = length / (length + length_of_x);
+    point.overshoot = s.eps;
+    point.share = share < s.momentum ? share : s.momentum;
+    row.store(point);
+  }
+};
+
 template <class C, class Z>
 struct Mixed {
   Z z;

@@ -20,6 +20,8 @@ void linf_project(const StepArgs& args, int64_t begin, int64_t end);
 void l2_step(const StepArgs& args, int64_t begin, int64_t end);
 void l2_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
 void l1_step(const StepArgs& args, int64_t begin, int64_t end);
+void linf_boundary_step(const StepArgs& args, int64_t begin, int64_t end);
+void l2_boundary_step(const StepArgs& args, int64_t begin, int64_t end);
 void keep_rows(const KeepRowsArgs& args, int64_t begin, int64_t end);
 void keep_best(const KeepBestArgs& args, int64_t begin, int64_t end);
 void square_step(const StepArgs& args, int64_t begin, int64_t end);

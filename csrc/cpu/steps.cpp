@@ -24,6 +24,14 @@ void l2_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
   run_rows<L2MomentumStep>(s, begin, end);
 }
 
+void linf_boundary_step(const StepArgs& s, int64_t begin, int64_t end) {
+  run_rows<BoundaryStep<false>>(s, begin, end);
+}
+
+void l2_boundary_step(const StepArgs& s, int64_t begin, int64_t end) {
+  run_rows<BoundaryStep<true>>(s, begin, end);
+}
+
 void l1_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L1Step>(s, begin, end); }
 
 namespace {

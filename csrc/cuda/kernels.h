@@ -17,6 +17,8 @@ int linf_momentum_step(const StepArgs& args, void* stream);
 int l2_step(const StepArgs& args, void* stream);
 int l2_momentum_step(const StepArgs& args, void* stream);
 int l1_step(const StepArgs& args, void* stream);
+int linf_boundary_step(const StepArgs& args, void* stream);
+int l2_boundary_step(const StepArgs& args, void* stream);
 int keep_rows(const KeepRowsArgs& args, void* stream);
 int keep_best(const KeepBestArgs& args, void* stream);
 int square_step(const StepArgs& args, void* stream);

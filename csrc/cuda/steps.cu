@@ -93,6 +93,14 @@ int l2_momentum_step(const StepArgs& s, void* stream) {
   return run_rows<L2MomentumStep>(s, stream);
 }
 
+int linf_boundary_step(const StepArgs& s, void* stream) {
+  return run_rows<BoundaryStep<false>>(s, stream);
+}
+
+int l2_boundary_step(const StepArgs& s, void* stream) {
+  return run_rows<BoundaryStep<true>>(s, stream);
+}
+
 int l1_step(const StepArgs& s, void* stream) { return run_rows<L1Step>(s, stream); }
 
 int keep_rows(const KeepRowsArgs& k, void* stream) {

@@ -207,6 +207,41 @@ inline Tensor l2_momentum_step(const Tensor& x_adv, const Tensor& x_prev, const 
   return out;
 }
 
+inline void linf_boundary_step_out(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                                   const Tensor& value, const Tensor& share,
+                                   const Tensor& overshoot, const OptionalTensor& lo,
+                                   const OptionalTensor& hi, const OptionalTensor& active,
+                                   Tensor out) {
+  run_step(Rule::Rows, backend::linf_boundary_step, "linf_boundary_step", x_adv, grad, x, value,
+           overshoot, lo, hi, active, out, std::nullopt, share);
+}
+
+inline Tensor linf_boundary_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                                 const Tensor& value, const Tensor& share, const Tensor& overshoot,
+                                 const OptionalTensor& lo, const OptionalTensor& hi,
+                                 const OptionalTensor& active) {
+  Tensor out = torch::stable::empty_like(x_adv);
+  linf_boundary_step_out(x_adv, grad, x, value, share, overshoot, lo, hi, active, out);
+  return out;
+}
+
+inline void l2_boundary_step_out(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                                 const Tensor& value, const Tensor& share, const Tensor& overshoot,
+                                 const OptionalTensor& lo, const OptionalTensor& hi,
+                                 const OptionalTensor& active, Tensor out) {
+  run_step(Rule::Rows, backend::l2_boundary_step, "l2_boundary_step", x_adv, grad, x, value,
+           overshoot, lo, hi, active, out, std::nullopt, share);
+}
+
+inline Tensor l2_boundary_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                               const Tensor& value, const Tensor& share, const Tensor& overshoot,
+                               const OptionalTensor& lo, const OptionalTensor& hi,
+                               const OptionalTensor& active) {
+  Tensor out = torch::stable::empty_like(x_adv);
+  l2_boundary_step_out(x_adv, grad, x, value, share, overshoot, lo, hi, active, out);
+  return out;
+}
+
 inline void square_step_out(const Tensor& x_adv, const Tensor& x_best, const Tensor& x,
                             const Tensor& u, int64_t side, const Tensor& eps,
                             const OptionalTensor& lo, const OptionalTensor& hi,
@@ -300,6 +335,10 @@ void register_steps(Library& m) {
   m.impl("linf_momentum_step_out", TORCH_BOX(&linf_momentum_step_out));
   m.impl("l2_momentum_step", TORCH_BOX(&l2_momentum_step));
   m.impl("l2_momentum_step_out", TORCH_BOX(&l2_momentum_step_out));
+  m.impl("linf_boundary_step", TORCH_BOX(&linf_boundary_step));
+  m.impl("linf_boundary_step_out", TORCH_BOX(&linf_boundary_step_out));
+  m.impl("l2_boundary_step", TORCH_BOX(&l2_boundary_step));
+  m.impl("l2_boundary_step_out", TORCH_BOX(&l2_boundary_step_out));
   m.impl("square_step", TORCH_BOX(&square_step));
   m.impl("square_step_out", TORCH_BOX(&square_step_out));
   m.impl("keep_rows_", TORCH_BOX(&keep_rows));

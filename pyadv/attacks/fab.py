@@ -6,28 +6,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyadv import ops
 from pyadv.attacks import _checks
 from pyadv.attacks._attack import Model, Plan, functional
 from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
 from pyadv.attacks._engine import check_first, predict
-from pyadv.attacks._hyperplane import offset_to_hyperplane
 from pyadv.attacks._losses import Loss, check_classes, ranked_targets
 from pyadv.attacks._minimum import MinimumNorm, box_width, nearest_boundary, other_classes
 from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
-from pyadv.attacks._norms import ORDER, distance, row_norm
+from pyadv.attacks._norms import distance
 from pyadv.attacks._result import Perturbed
 from pyadv.attacks._rows import Parameter, PerRow, Settings
 from pyadv.attacks._rules import PlainRule
 from pyadv.attacks._start import Noise, start_on_sphere
-from pyadv.reference._common import clip_to_box, parameter, per_row, rows, widen
+from pyadv.reference._common import parameter, per_row, widen
+from pyadv.reference.hyperplane import boundary_step
 
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
-_SHORTEST = 1e-8  # way to a hyperplane, in the weights of the two ways
+_BOUNDARY_STEP = {
+    "Linf": ops.linf_boundary_step,
+    "L2": ops.l2_boundary_step,
+    "L1": partial(boundary_step, "L1"),
+}
 _CPU_ROWS = 128  # as one batch, from which on more only leave the caches
 
 
@@ -223,14 +229,9 @@ class FAB(MinimumNorm):
         if first:
             check_first(logits, r.y, validate=False, differentiate=True)
         value, w = nearest_boundary(logits, leaf, r.y, r.classes, s.norm)
-        x, x_adv = widen(r.x), widen(r.x_adv)
-        points = torch.stack([x_adv, x])
-        values = torch.stack([value, value + rows((x - x_adv) * w).sum(1)])
-        d = offset_to_hyperplane(points, w, values, s.norm, s.lo, s.hi)
-        way, way_x = row_norm(d.flatten(0, 1), ORDER[s.norm]).clamp(min=_SHORTEST).view_as(values)
-        share = per_row((way / (way + way_x)).clamp(max=self.alpha_max), x)
-        point, point_x = points.add_(d, alpha=self.eta)
-        r.x_adv = clip_to_box(point.lerp_(point_x, share).to(r.x.dtype), s.lo, s.hi)
+        x, w = widen(r.x), w.to(r.x.dtype)
+        where = value, self.alpha_max, self.eta, s.lo, s.hi
+        r.x_adv = _BOUNDARY_STEP[s.norm](r.x_adv, w, r.x, *where)
         still = s.loss.at(predict(model, r.x_adv, s), r.y, None)[2]
         r.steps = r.steps + r.active
         r.kappa = r.kappa + (r.active & still)

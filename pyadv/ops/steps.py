@@ -38,6 +38,7 @@ _STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps"
 _MOMENTUM_STEP = (
     "Tensor x_adv, Tensor x_prev, Tensor grad, Tensor x, Tensor alpha, Tensor eps, Tensor momentum"
 )
+_BOUNDARY_STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor value, Tensor share, Tensor overshoot"
 _BOX_AND_MASK = "Tensor? lo, Tensor? hi, Tensor? active"
 
 _linf_step = register_out(
@@ -57,6 +58,16 @@ _linf_momentum_step = register_out(
 _l2_momentum_step = register_out(
     f"l2_momentum_step({_MOMENTUM_STEP}, {_BOX_AND_MASK}) -> Tensor",
     reference.l2_momentum_step,
+    like_first,
+)
+_linf_boundary_step = register_out(
+    f"linf_boundary_step({_BOUNDARY_STEP}, {_BOX_AND_MASK}) -> Tensor",
+    reference.linf_boundary_step,
+    like_first,
+)
+_l2_boundary_step = register_out(
+    f"l2_boundary_step({_BOUNDARY_STEP}, {_BOX_AND_MASK}) -> Tensor",
+    reference.l2_boundary_step,
     like_first,
 )
 _square_step = register_out(
@@ -254,6 +265,85 @@ def l2_momentum_step(
     weight = row_parameter("l2_momentum_step", "momentum", momentum, x, fraction=True)
     args = (x_adv, x_prev, grad, x, alpha, eps, weight, *box, active)
     return run_out(*_l2_momentum_step, args, out)
+
+
+def linf_boundary_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One step of the fast adaptive boundary attack: to the hyperplane where a linear function is
+    zero, from x_adv and from x, and to a point between the two.
+
+    With d(p) the least offset in the norm by which p reaches the hyperplane inside the box (or gets
+    as near as the box allows), and s = min(|d(x_adv)| / (|d(x_adv)| + |d(x)|), share), the result
+    is (1 - s) (x_adv + overshoot d(x_adv)) + s (x + overshoot d(x)), in the box. An entry whose
+    gradient is 0, or about 1e18 times smaller than the row's largest, does not move.
+
+    Args:
+        grad: gradient of the linear function. A row with an entry that is not finite comes back
+            bit for bit.
+        value: its value at x_adv; a float or (B,).
+        share: the most of the way from x, in [0, 1]; a float or (B,).
+        overshoot: how far to go, 1 for as far as the hyperplane; a float >= 0 or (B,). The other
+            arguments are those of `linf_step`.
+
+    Source: Croce and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary
+    Attack" (ICML 2020), equations 4 and 9.
+    """
+    args = _boundary_args(
+        "linf_boundary_step", x_adv, grad, x, value, share, overshoot, lo, hi, active
+    )
+    return run_out(*_linf_boundary_step, args, out)
+
+
+def l2_boundary_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The same in L2. See `linf_boundary_step`."""
+    args = _boundary_args(
+        "l2_boundary_step", x_adv, grad, x, value, share, overshoot, lo, hi, active
+    )
+    return run_out(*_l2_boundary_step, args, out)
+
+
+def _boundary_args(
+    op: str,
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
+    active: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    _check(op, x_adv, active, grad=grad, x=x)
+    return (
+        *(x_adv, grad, x, row_parameter(op, "value", value, x)),
+        row_parameter(op, "share", share, x, fraction=True),
+        row_parameter(op, "overshoot", overshoot, x, nonnegative=True),
+        *(*box_parameters(op, x, lo, hi), active),
+    )
 
 
 def square_step(

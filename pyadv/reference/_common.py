@@ -49,6 +49,12 @@ def keep_inactive(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
     return new if active is None else torch.where(per_row(active, new), new, old)
 
 
+def movable(grad: Tensor, active: Tensor | None) -> Tensor:
+    """Rows with a gradient of finite numbers, among the active ones."""
+    finite = rows(grad).isfinite().all(1)
+    return finite if active is None else finite & active
+
+
 def finish(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
     """Round once to the dtype of `old`, keep its inactive rows and its memory layout."""
     result = keep_inactive(new.to(old.dtype), old, active)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import finish, parameter, per_row, rows, widen
+from pyadv.reference._common import finish, movable, parameter, per_row, rows, widen
+from pyadv.reference.hyperplane import boundary_step
 from pyadv.reference.projections import l1_box_clip, l2_clip, linf_clip, row_scale
 
 
@@ -39,7 +40,7 @@ def l2_step(
     """x_adv + alpha grad / ||grad||, then ball, then box. See `ops.l2_step`."""
     a, center = widen(x_adv), widen(x)
     moved = a + parameter(alpha, a) * _unit(widen(grad))
-    return finish(l2_clip(moved, center, eps, lo, hi), x_adv, _movable(grad, active))
+    return finish(l2_clip(moved, center, eps, lo, hi), x_adv, movable(grad, active))
 
 
 def l1_step(
@@ -60,7 +61,7 @@ def l1_step(
     kept = (g.abs() >= _smallest_kept(g, keep)) & (g != 0)
     count = per_row(rows(kept).sum(1), a)
     moved = a + torch.where(kept, _signed(g, parameter(alpha, a) / count), torch.zeros_like(a))
-    return finish(l1_box_clip(moved, center, eps, lo, hi), x_adv, _movable(grad, active))
+    return finish(l1_box_clip(moved, center, eps, lo, hi), x_adv, movable(grad, active))
 
 
 def linf_momentum_step(
@@ -98,7 +99,37 @@ def l2_momentum_step(
     a, center = widen(x_adv), widen(x)
     z = l2_clip(a + parameter(alpha, a) * _unit(widen(grad)), center, eps, lo, hi)
     mixed = _mixed(a, z, widen(x_prev), momentum)
-    return finish(l2_clip(mixed, center, eps, lo, hi), x_adv, _movable(grad, active))
+    return finish(l2_clip(mixed, center, eps, lo, hi), x_adv, movable(grad, active))
+
+
+def linf_boundary_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """FAB's step. See `ops.linf_boundary_step`."""
+    return boundary_step("Linf", x_adv, grad, x, value, share, overshoot, lo, hi, active)
+
+
+def l2_boundary_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """The same in L2."""
+    return boundary_step("L2", x_adv, grad, x, value, share, overshoot, lo, hi, active)
 
 
 def square_step(
@@ -156,12 +187,6 @@ def _unit(g: Tensor) -> Tensor:
     scaled = g / row_scale(g)
     norm = per_row(torch.linalg.vector_norm(rows(scaled), dim=1), g)
     return torch.where(norm > 0, scaled / norm, torch.zeros_like(g))
-
-
-def _movable(grad: Tensor, active: Tensor | None) -> Tensor:
-    """Rows with a gradient of finite numbers, among the active ones."""
-    finite = rows(grad).isfinite().all(1)
-    return finite if active is None else finite & active
 
 
 def _smallest_kept(g: Tensor, keep: float | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from networks import ConvNet, Recorded, RowLinear
 from torch import nn
 
 from pyadv.attacks import FAB, PGD, MinimumNormResult, TargetedFAB, fab, targeted_fab
-from pyadv.attacks._hyperplane import offset_to_hyperplane
+from pyadv.reference.hyperplane import offset_to_hyperplane
 
 P = {"Linf": math.inf, "L2": 2, "L1": 1}
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}

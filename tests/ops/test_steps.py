@@ -352,6 +352,79 @@ def test_keep_best_layouts(layouts, device):
         assert torch.equal(kept[::2], new[::2]) and not kept[1].any()
 
 
+BOUNDARY = ("linf_boundary_step", "l2_boundary_step")
+
+
+def boundary_inputs(shape, dtype, device):
+    """x_adv, grad, x and a value: of the hyperplane through x_adv, of ones near and far on both
+    sides, and of one that the box does not reach."""
+    inputs = Inputs(shape, dtype, device)
+    size = inputs.grad.float().abs().flatten(1).sum(1) if len(shape) > 1 else inputs.grad.abs()
+    shares = torch.tensor([0.05, -0.3, 0.01, 0.0, 5.0, -0.1], device=device)
+    return (
+        inputs.x_adv,
+        inputs.grad,
+        inputs.x,
+        size.float() * shares[: shape[0]].resize_(size.shape),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] <= 6])
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_boundary_agrees_with_reference(name, shape, dtype, device):
+    inputs = boundary_inputs(shape, dtype, device)
+    rows = torch.linspace(0, 1, shape[0], device=device)
+    for share, overshoot in ((0.1, 1.05), (1.0, 1.0), (rows, 1 + rows)):
+        for box in ((0.0, 1.0), (None, None), (None, 0.9)):
+            for active in (None, alternating(shape[0], device)):
+                args = (*inputs, share, overshoot, *box, active)
+                actual = run(name, *args)
+                exact = in_float64(name, *args)  # one sum in two forms: in float64 a few ulps apart
+                assert_within_twice(actual, expected(name, *args), exact, ulps=4)
+            assert_same_bits(actual[1::2], inputs[0][1::2])
+
+
+@pytest.mark.parametrize("layouts", layout_pairs(), ids="-".join)
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_boundary_layouts(name, layouts, device):
+    x_adv, grad, x, value = boundary_inputs((3, 3, 4, 5), torch.float32, device)
+    hi = torch.tensor([0.6, 0.7, 2.0], device=device).view(1, 3, 1, 1)
+    wanted = expected(name, x_adv, grad, x, value, 0.5, 1.05, None, hi)
+    first, second = (LAYOUTS[layout] for layout in layouts)
+    x_adv = first(x_adv)
+    args = (x_adv, second(grad), first(x), value, 0.5, 1.05, None, hi)
+    torch.testing.assert_close(run(name, *args), wanted, rtol=0, atol=5e-7)
+    assert run(name, *args, out=x_adv) is x_adv
+    torch.testing.assert_close(x_adv, wanted, rtol=0, atol=5e-7)
+
+
+def test_boundary_in_closed_form(device):
+    x_adv, grad, x, value = boundary_inputs((6, 30), torch.float64, device)
+    value = value.double()
+    offset = ops.linf_boundary_step(x_adv, grad, x, value, 0.0, 1.0, None, None) - x_adv
+    way = value / grad.abs().sum(1)
+    torch.testing.assert_close(offset, -way[:, None] * grad.sign())
+    offset = ops.l2_boundary_step(x_adv, grad, x, value, 0.0, 1.0, None, None) - x_adv
+    torch.testing.assert_close(offset, -(value / grad.square().sum(1))[:, None] * grad)
+    for step in (ops.linf_boundary_step, ops.l2_boundary_step):  # as far as the box goes
+        corner = step(x_adv, grad, x, 1e30, 0.0, 1.0)
+        assert torch.equal(corner, (grad < 0).double())
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1.0, 1e30])
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_boundary_with_gradients_of_any_size(name, scale, device):
+    x_adv, grad, x, value = boundary_inputs((4, 40), torch.float32, device)
+    grad = (grad * scale).double().float()  # 1e-42 is a denormal number
+    value = 0.1 * torch.tensor([1.0, -1.0, 0.5, 0.0], device=device) * grad.abs().sum(1)
+    grad[2, 3], grad[3] = math.inf, 0.0
+    args = (x_adv, grad, x, value, 0.1, 1.05)
+    actual = run(name, *args)
+    torch.testing.assert_close(actual[:2].double(), in_float64(name, *args)[:2], rtol=0, atol=5e-7)
+    assert_same_bits(actual[2], x_adv[2])
+
+
 def square_inputs(shape, dtype, device):
     inputs = Inputs(shape, dtype, device)
     u = torch.rand(shape[0], 2 + shape[1], generator=torch.Generator().manual_seed(5))
@@ -426,6 +499,15 @@ def test_opcheck_keep_rows(device):
     torch.library.opcheck(keep_best, (losses[0], x, None, losses[1], best, None))
 
 
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_opcheck_boundary(name, device):
+    numbers = (torch.tensor(0.1), torch.tensor(1.05), torch.tensor(0.0), None)
+    args = (*boundary_inputs((2, 3, 4), torch.float32, device), *numbers, alternating(2, device))
+    torch.library.opcheck(getattr(torch.ops.pyadv, name).default, args)
+    out = torch.empty(2, 3, 4, device=device)
+    torch.library.opcheck(getattr(torch.ops.pyadv, name + "_out").default, (*args, out))
+
+
 def test_opcheck_square_step(device):
     sizes = (torch.tensor(0.1), torch.tensor(0.0), None, alternating(2, device))
     args = (*square_inputs((2, 3, 5, 4), torch.float32, device), 2, *sizes)
@@ -473,6 +555,14 @@ def test_messages(device):
         ops.keep_rows_(alternating(2, device), a, g, a, x)
     with pytest.raises(ValueError, match="keep_rows_: grad_best shares memory with an input"):
         ops.keep_rows_(alternating(2, device), a, g, x, x)
+    with pytest.raises(ValueError, match=r"linf_boundary_step: share must be in \[0, 1\], got 2"):
+        ops.linf_boundary_step(a, g, x, 1.0, 2, 1.05)
+    with pytest.raises(ValueError, match="l2_boundary_step: overshoot must be a number >= 0"):
+        ops.l2_boundary_step(a, g, x, 1.0, 0.1, -1.0)
+    with pytest.raises(
+        ValueError, match="l2_boundary_step: value must be a number or hold one per"
+    ):
+        ops.l2_boundary_step(a, g, x, g[:1, :1], 0.1, 1.0)
     loss = torch.zeros(2, device=device)
     with pytest.raises(ValueError, match=r"keep_best_: loss must have shape \[2\]"):
         ops.keep_best_(loss[:1], a, None, loss[:1].clone(), x, None)

@@ -8,17 +8,52 @@ those few.
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, pad
 
-from pyadv.attacks._rows import Parameter
-from pyadv.reference._common import parameter, per_row, rows, widen
+from pyadv.reference._common import clip_to_box, finish, movable, parameter, per_row, rows, widen
+from pyadv.reference.projections import row_scale
 
 _FLAT = 1e-18  # of the steepest slope; in float32 the squares of flatter ones vanish
+_ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
+_SHORTEST = 1e-8  # way to a hyperplane, in the weights of the two ways
 _UNCHECKED = 8  # Newton steps between two looks at a GPU
+
+
+def boundary_step(
+    norm: str,
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    value: float | Tensor,
+    share: float | Tensor,
+    overshoot: float | Tensor,
+    lo: float | Tensor | None = 0.0,
+    hi: float | Tensor | None = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """FAB's step in any norm. See `ops.linf_boundary_step`."""
+    a, center = widen(x_adv), widen(x)
+    if not a.numel():
+        return finish(a, x_adv, active)
+    keep = movable(grad, active)
+    w = torch.where(per_row(keep, grad), widen(grad), 0.0)
+    scale = row_scale(w)
+    w = w / scale
+    value = torch.as_tensor(value, dtype=a.dtype, device=a.device).flatten() / scale.flatten()
+    points, values = torch.stack([a, center]), torch.stack([value, value])
+    values[1] += rows((center - a) * w).sum(1)
+    d = offset_to_hyperplane(points, w, values, norm, lo, hi)
+    ways = torch.linalg.vector_norm(d.reshape(2, len(a), -1), _ORDER[norm], dim=2).clamp(
+        min=_SHORTEST
+    )
+    part = torch.minimum(per_row(ways[0] / ways.sum(0), a), parameter(share, a))
+    point, point_of_x = points + parameter(overshoot, a) * d
+    return finish(clip_to_box(point.lerp(point_of_x, part), lo, hi), x_adv, keep)
 
 
 def offset_to_hyperplane(
@@ -26,8 +61,8 @@ def offset_to_hyperplane(
     w: Tensor,
     value: Tensor,
     norm: str,
-    lo: Parameter | None,
-    hi: Parameter | None,
+    lo: float | Tensor | None,
+    hi: float | Tensor | None,
 ) -> Tensor:
     """For each row the d of least norm with <w, d> = -value and lo <= x + d <= hi.
 
