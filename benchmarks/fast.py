@@ -19,7 +19,11 @@ from torch import Tensor, nn
 TITLE = "The fast network"
 LAYOUT = "list"
 
-_OFF = {"without narrow layers": {"_NARROW": 0}, "without channels-last": {"_WIDE": 1 << 30}}
+_OFF = {
+    "without narrow layers": {"_NARROW": 0},
+    "without Winograd": {"_WINOGRAD": {}},
+    "without channels-last": {"_WIDE": 1 << 30},  # nor Winograd, which needs it
+}
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -110,7 +110,7 @@ def fast_view(
     The logits on the first two rows of x have been compared: no entry is farther from the model's
     than sqrt(u) times their largest, u the machine epsilon of `dtype` or of the logits (3e-4 in
     float32, 0.03 where a GPU multiplies in TF32, 0.09 in bfloat16); typically they are as near as
-    rounding, 1e-6. A model that no view was found for is read again when its attributes change.
+    rounding, 5e-6. A model that no view was found for is read again when its attributes change.
 
     Args:
         model: in evaluation mode; maps x to logits (B, C), or see `output`.
