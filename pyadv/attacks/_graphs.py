@@ -321,6 +321,8 @@ class Graphs:
                     self.replayed += 1
                     self.why = None
                     return recording(recorder, call)
+        if recording.why is not None and self.mode is True:
+            raise RuntimeError(f"graph=True: {recording.why}")
         self.why = recording.why or "it is the first of its kind"
         result = search(model, call)
         if new and not recording.kind.serves(_Kind.of(module, call)):

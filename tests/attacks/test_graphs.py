@@ -12,6 +12,7 @@ import random
 import threading
 import weakref
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -244,8 +245,9 @@ def test_a_model_that_a_replay_would_not_follow(why, act, replayer, caplog):
     assert attack.graphs.recorded == attack.graphs.replayed == 0
     sure = PGD(steps=2, graph=True, **FREE)
     sure.perturb(x, y, model=model)
-    with pytest.raises(RuntimeError, match=why):
-        sure.perturb(x, y, model=model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=why):
+            sure.perturb(x, y, model=model)
 
 
 def test_waiting_for_the_device_and_what_a_recording_refuses(replayer, monkeypatch):
@@ -375,6 +377,47 @@ def test_threads_take_turns(replayer):
         thread.join()
     assert not wrong and attack.graphs.replayed == 40
     assert replayer.log == ["begin", "replay", "end"] * 40
+
+
+def test_what_is_asked_of_cuda(monkeypatch):
+    """In which order, and what is put right after a recording that CUDA refuses."""
+    log, generator = [], Mock()
+
+    class Graph:
+        refused = False
+
+        def capture_begin(self, pool, capture_error_mode):
+            log.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            log.append("end")
+            if self.refused:
+                raise RuntimeError("refused")
+
+        def pool(self):
+            return "shared"
+
+        def replay(self):
+            log.append("replay")
+
+    for name in ("Stream", "Event", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch, "Generator", lambda device: Mock())
+    recorder = _graphs.CudaRecorder(torch.device("cuda", 0))
+    replay, result = recorder.record(lambda: log.append("work") or 5)
+    replay()
+    recorder.record(lambda: None)  # while the first one lives, in its pool
+    first, second = (("begin", pool, "thread_local") for pool in ("new", "shared"))
+    assert log == [first, "work", "end", "replay", second, "end"] and result == 5
+    Graph.refused = True
+    with pytest.raises(RuntimeError, match="refused"):
+        recorder.record(lambda: None)
+    assert generator.graphsafe_set_state.call_count == 1 and len(_graphs._failed) == 1
+    _graphs._failed.clear()
 
 
 # On a card.
