@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
+import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
 from inputs import LAYOUTS, assert_same_bits, normal
 
-from pyadv import ops, reference
+from pyadv import _build, ops, reference
+from pyadv.reference.convolution import winograd as winograd_op
 
 # (B, C, N, H, W, padding, stride): around tiles, vectors and panels; less than a tile; nothing.
 SIZES = (
@@ -228,3 +232,50 @@ def test_refuses_bad_arguments(device):
             ops.winograd_conv2d_input(*args)
     with pytest.raises(ValueError, match=r"mask must have shape \[2, 3, 5, 6\], got \[2, 4"):
         ops.winograd_conv2d_input(grad, turned, (2, 3, 5, 6), 1, mask=grad)
+
+
+_LESSER = {"AVX2": "(n[3] != '5')", "128 bits": "(n[0] == 0)"}  # what the processor claims to have
+_CALL = """
+#include "cpu/kernels.h"
+extern "C" __attribute__((visibility("default"))) void call(
+    int form, const float* x, const float* u, const float* bias, const float* added,
+    const float* mask, float* out, const int64_t* s) {
+  pyadv::WinogradArgs a{};
+  a.form = static_cast<pyadv::WinogradForm>(form);
+  a.x = x, a.weight = u, a.bias = bias, a.added = added, a.mask = mask, a.relu = true, a.out = out;
+  a.inputs = s[1], a.outputs = s[2], a.height = s[3], a.width = s[4];
+  a.out_height = s[5], a.out_width = s[6], a.padding = s[7];
+  const int64_t tile = pyadv::tile_of(a.form);
+  a.tiles_down = (s[5] + tile - 1) / tile, a.tiles_across = (s[6] + tile - 1) / tile;
+  pyadv::cpu::winograd(a, 0, s[0] * a.tiles_down * a.tiles_across);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about the kernels for x86")
+@pytest.mark.parametrize("have", _LESSER.values(), ids=_LESSER)
+def test_lesser_instruction_sets(have, tmp_path):
+    """Processors without AVX-512 run kernels that no other test sees where there is AVX-512."""
+    compiler, csrc = _build.find_compiler(), _build.source_root()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "call.cpp").write_text(_CALL)
+    sources = [csrc / "cpu" / "convolution.cpp", tmp_path / "call.cpp"]
+    flags = [*_build.HOST_FLAGS, "-std=c++17", f"-I{csrc}", f"-D__builtin_cpu_supports(n)={have}"]
+    library = tmp_path / "lesser.so"
+    subprocess.run([*compiler, *flags, "-shared", *sources, "-o", library], check=True)
+    run = ctypes.CDLL(str(library)).call
+    x, weight, bias = problem(5, 35, 41, 11, 9)
+    for form, (stride, transposed) in enumerate([(1, False), (2, False), (2, True)]):
+        size, padding = [(11, 9), (6, 5), (22, 17)][form], 0 if transposed else 1
+        points = reference.winograd_weight(weight, False, stride)  # not turned: any will do
+        added, mask = normal((5, 41, *size), seed=5), normal((5, 41, *size), seed=6)
+        tensors = [t.contiguous(memory_format=torch.channels_last) for t in (x, added, mask)]
+        out = torch.empty_like(tensors[1])
+        after = (bias, *tensors[1:], True)
+        spec = winograd_op(tensors[0], points, *after, 41, *size, padding, stride, transposed)
+        sizes = (ctypes.c_int64 * 8)(5, 35, 41, 11, 9, *size, padding)
+        places = [tensors[0], points, bias, *tensors[1:], out]
+        run(form, *(ctypes.c_void_p(t.data_ptr()) for t in places), sizes)
+        torch.testing.assert_close(out, spec, rtol=1e-4, atol=1e-3)
