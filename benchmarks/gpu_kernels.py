@@ -72,6 +72,8 @@ def kernels(quick: bool) -> Iterator[Kernel]:
                 ("l2_step", 4, 0.9),
                 ("l2_momentum_step", 5, 0.9),
                 ("l1_step", 4, None),  # a selection in every row
+                ("linf_boundary_step", 4, None),  # a search for a hyperplane
+                ("l2_boundary_step", 4, None),
                 ("square_step", 2, None),
                 ("keep_rows_", 4, 0.9),
                 ("keep_best_", 4, 0.9),
@@ -213,6 +215,9 @@ def _step(kernel: Kernel, device: torch.device) -> Calls:
     if name.endswith("momentum_step"):
         alpha = torch.full((n,), ALPHA, device=device)
         arguments = (x_adv, before, grad, x, alpha, EPS, 0.75)
+    if name.endswith("boundary_step"):
+        value = grad.float().flatten(1).norm(dim=1) / 10  # a tenth away in L2
+        arguments = (x_adv, grad, x, value, 0.1, 1.05)
     if name == "square_step":
         u = torch.rand(n, 2 + kernel.shape[1], device=device)
         arguments = (x_adv, before, x, u, kernel.shape[2] // 2, EPS)
