@@ -1,6 +1,7 @@
 """The benchmarks, one question a file: what pyadv takes, against what else there is.
 
-    python benchmarks/run.py [ops attacks fast training evaluation startup scaling]
+    python benchmarks/run.py [ops attacks fast training evaluation startup scaling
+                             anatomy]
                              [--quick] [--against peers] [--threads 1 2] [--clock wall|cpu]
                              [--device cpu|cuda] [--out DIR]
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import harness
 
-QUESTIONS = ("ops", "attacks", "fast", "training", "evaluation", "startup", "scaling")
+QUESTIONS = ("ops", "attacks", "fast", "training", "evaluation", "startup", "scaling", "anatomy")
 GPU_QUESTIONS = ("gpu_kernels", "gpu_attacks")  # asked by name, see gpu_suite.py
 
 
