@@ -3,9 +3,9 @@
 Each case sets a whole against its parts, each made alone; what they leave is Python between them.
 
 - PGD on SmallCNN: the loss and the step, alone, are one per cent of the attack, and the attack is
-  within one per cent of a bare loop over the same ops ("network, loss and step"). But between two
-  passes they read and write memory that was the network's in the second-level cache, and that is
-  most of what the attack takes beyond the network's passes alone.
+  within one per cent of a bare loop over the same ops ("network, loss and step"). Most of what it
+  takes beyond the network's passes alone arises only where passes and steps take turns; probably
+  each finds the other's memory in the second-level cache.
 - A differentiable loss at (128, 10): the kernel is a tenth. A `torch.autograd.Function` that does
   nothing costs two fifths, which `F.cross_entropy`, whose nodes are in C++, does not pay.
 - The L2 step: the norm of the gradient must be known before the first element moves, so a row is
