@@ -395,7 +395,8 @@ def bench(
     questions: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, attacks, training, evaluation, startup, scaling \\[all].", show_default=False
+            help="ops, attacks, fast, training, evaluation, startup, scaling, anatomy \\[all].",
+            show_default=False,
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny cases: does all run?")] = False,
