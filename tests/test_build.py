@@ -531,8 +531,9 @@ def test_report_says_what_runs():
         assert word in text
 
 
-def test_import_costs_little():
-    """Beyond PyTorch itself: at most 0.2 s of the processor's time (the best of three)."""
+def test_import_costs_little(tmp_path):
+    """Beyond PyTorch itself: at most 0.2 s of the processor's time (the best of three, after a
+    first one that leaves bytecode, as an installation does)."""
     code = """
         import time, torch, sys
         begin = time.process_time()
@@ -541,7 +542,10 @@ def test_import_costs_little():
         print(time.process_time() - begin, "torch._dynamo" in sys.modules, "triton" in sys.modules)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    settings = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
+    _, *runs = [subprocess.run(command, **settings) for _ in range(4)]
     seconds, *heavy = min((run.stdout.split() for run in runs), key=lambda words: float(words[0]))
     assert heavy == ["False", "False"]
     assert float(seconds) < 0.2

@@ -16,10 +16,12 @@ from pyadv import _build
 
 pytestmark = pytest.mark.build
 
+# Those of torch.compile are the same whichever kernels run; convolutions have none for CUDA.
+_ELSEWHERE = ("test_compile.py", "test_convolution.py")
 OP_TESTS = sorted(
     path.name
     for path in (shim.REPOSITORY / "tests" / "ops").glob("test_*.py")
-    if path.name != "test_compile.py"  # of torch.compile, whichever kernels run
+    if path.name not in _ELSEWHERE
 )
 
 # What each kernel of mistakes.cu must bring to light, as a regular expression.
