@@ -3,14 +3,14 @@
 Each case sets a whole against its parts, each made alone; what they leave is Python between them.
 
 - PGD on SmallCNN: the loss and the step, alone, are one per cent of the attack, and the attack is
-  within one per cent of a bare loop over the same ops ("network, loss and step"). Most of what it
-  takes beyond the network's passes alone arises only where passes and steps take turns; probably
-  each finds the other's memory in the second-level cache.
+  one to two per cent longer than a bare loop over the same ops ("network, loss and step"). The rest
+  of what it takes beyond the network's passes alone arises only where passes and steps take turns;
+  probably each finds the other's memory in the second-level cache.
 - A differentiable loss at (128, 10): the kernel is a tenth. A `torch.autograd.Function` that does
   nothing costs two fifths, which `F.cross_entropy`, whose nodes are in C++, does not pay.
 - The L2 step: the norm of the gradient must be known before the first element moves, so a row is
-  read twice, the second time from the second-level cache, and summed up in between. It is the Linf
-  step and one such reading more.
+  read twice, the second time from the second-level cache: the Linf step, and one more reading of
+  three tensors.
 - The step of AT + EMR: the attack's passes through the fast view are most of it.
 """
 
