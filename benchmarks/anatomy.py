@@ -40,7 +40,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 def _case(name: str, whole: Callable[[], Any], parts: dict[str, Callable[[], Any]]) -> Case:
     yardsticks = {k: Provider(part, yardstick=True) for k, part in parts.items()}
-    return Case(name, {"pyadv": whole, **yardsticks}, peak=False, budget_s=10.0)
+    return Case(f"Parts of {name}", {"pyadv": whole, **yardsticks}, peak=False, budget_s=10.0)
 
 
 def _engine(options: Options) -> Case:
