@@ -90,7 +90,7 @@ GOALS = [
     ),
     *(
         Goal(
-            f"Winograd's convolution, {what}, {shape[1]} channels: {least} times oneDNN",
+            f"Winograd's {_convolution(what, shape)}: {least} times oneDNN",
             _convolution(what, shape),
             "conv2d",
             at_least=least,
