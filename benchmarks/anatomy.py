@@ -8,6 +8,9 @@ Each case sets a whole against its parts, each made alone; what they leave is Py
   probably each finds the other's memory in the second-level cache.
 - A differentiable loss at (128, 10): the kernel is a tenth. A `torch.autograd.Function` that does
   nothing costs two fifths, which `F.cross_entropy`, whose nodes are in C++, does not pay.
+- The same at (1024, 1000): the kernel is most of it, and waits for memory: the logits are read, and
+  the gradient is written, and read and written again by the scaling.
+- The Linf step reads three tensors and writes one, as much as two copies, whose time is its bound.
 - The L2 step: the norm of the gradient must be known before the first element moves, so a row is
   read twice, the second time from the second-level cache: the Linf step, and one more reading of
   three tensors.
@@ -33,7 +36,9 @@ LAYOUT = "list"
 
 def cases(options: Options) -> Iterator[Case]:
     yield _engine(options)
-    yield _loss(options)
+    for shape in [(4, 10)] if options.quick else [(128, 10), (1024, 1000)]:
+        yield _loss(options, *shape)
+    yield _linf_step(options)
     yield _l2_step(options)
     yield _training_step(options)
 
@@ -100,20 +105,19 @@ class _Nothing(torch.autograd.Function):
         return grad.new_empty(ctx.shape)
 
 
-def _loss(options: Options) -> Case:
+def _loss(options: Options, rows: int, classes: int) -> Case:
     from pyadv import ops
 
     torch.manual_seed(0)
-    rows = 4 if options.quick else 128
-    z = (3 * torch.randn(rows, 10)).to(options.device)
-    y, weight = (t.to(options.device) for t in (torch.randint(10, (rows,)), torch.rand(rows)))
+    z = (3 * torch.randn(rows, classes)).to(options.device)
+    y, weight = (t.to(options.device) for t in (torch.randint(classes, (rows,)), torch.rand(rows)))
     leaf, ones, unit = z.clone().requires_grad_(), torch.ones_like(weight), torch.randn_like(z)
 
     def through(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(leaf), leaf, ones)
 
     return _case(
-        f"weighted_cross_entropy, {rows}x10, forward and backward",
+        f"weighted_cross_entropy, {rows}x{classes}, forward and backward",
         through(lambda z: ops.weighted_cross_entropy(z, y, weight)),
         {
             "eager": through(lambda z: weight * F.cross_entropy(z, y, reduction="none")),
@@ -126,15 +130,42 @@ def _loss(options: Options) -> Case:
     )
 
 
-def _l2_step(options: Options) -> Case:
-    from pyadv import ops
-
+def _steps(options: Options) -> tuple[Tensor, ...]:
+    """x, a gradient, an iterate and one tensor more."""
     torch.manual_seed(0)
     shape = (2, 3, 8, 8) if options.quick else (128, 3, 32, 32)
     x, grad = (torch.randn(shape).to(options.device) for _ in range(2))
-    x_adv, other = x.clone(), x.clone()
+    return x, grad, x.clone(), x.clone()
+
+
+def _shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
+
+
+def _linf_step(options: Options) -> Case:
+    from pyadv import ops
+    from pyadv.ops.steps import stepper
+
+    x, grad, x_adv, other = _steps(options)
+    step = stepper("Linf", x, 0.1, 0.5, None, None, 0.0)
+
+    def twice() -> None:
+        other.copy_(x)
+        x_adv.copy_(grad)
+
     return _case(
-        f"l2_step in place, {'x'.join(map(str, shape))}",
+        f"linf_step in place, {_shape(x)}",
+        lambda: ops.linf_step(x_adv, grad, x, 0.1, 0.5, out=x_adv),
+        {"as the engine calls it": lambda: step(x_adv, grad, None), "copy_, of two tensors": twice},
+    )
+
+
+def _l2_step(options: Options) -> Case:
+    from pyadv import ops
+
+    x, grad, x_adv, other = _steps(options)
+    return _case(
+        f"l2_step in place, {_shape(x)}",
         lambda: ops.l2_step(x_adv, grad, x, 0.1, 0.5, out=x_adv),
         {
             "linf_step": lambda: ops.linf_step(x_adv, grad, x, 0.1, 0.5, out=x_adv),
