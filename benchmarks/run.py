@@ -6,7 +6,7 @@
                              [--device cpu|cuda] [--out DIR]
 
 Each question checks the results of its providers, times them in turns, prints a table and writes
-its rows to DIR/<question>.json. A full run takes about a quarter of an hour on two cores;
+its rows to DIR/<question>.json. A full run takes about half an hour;
 `--quick` takes seconds and says nothing about speed. `python benchmarks/render.py` makes
 docs/benchmarks.md of the results.
 """
