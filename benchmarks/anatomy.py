@@ -50,8 +50,9 @@ def _case(name: str, whole: Callable[[], Any], parts: dict[str, Callable[[], Any
 
 def _engine(options: Options) -> Case:
     from pyadv import ops
-    from pyadv.attacks import PGD, _checks
-    from pyadv.attacks._model import borrowed
+    from pyadv.attacks import PGD
+    from pyadv.engine import checks
+    from pyadv.passes.borrow import borrowed
 
     problem = problems.small_cnn(options, 4 if options.quick else 32, correct=True)
     _, model, x, y, eps, alpha = problem
@@ -88,7 +89,7 @@ def _engine(options: Options) -> Case:
             "network, loss and step": by_hand,
             "attack_loss": times(lambda: ops.attack_loss(logits, y, "ce")),
             "linf_step": times(lambda: ops.linf_step(x_adv, grad, x, alpha, eps, out=x_adv)),
-            "values of x": lambda: _checks.values(x, {"eps": eps, "alpha": alpha}, 0.0, 1.0),
+            "values of x": lambda: checks.values(x, {"eps": eps, "alpha": alpha}, 0.0, 1.0),
             "modes": modes,
         },
     )
@@ -178,7 +179,7 @@ def _l2_step(options: Options) -> Case:
 def _training_step(options: Options) -> Case:
     from pyadv.attacks import PGD, fast_view
     from pyadv.objectives import AT, EMR
-    from pyadv.objectives._step import Step
+    from pyadv.objectives.step import Step
 
     problem = problems.small_cnn(options, 8 if options.quick else 128)
     model, x, y = copy.deepcopy(problem.model).train(), problem.x, problem.y

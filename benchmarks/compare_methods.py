@@ -226,7 +226,7 @@ def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float | None]:
     from pyadv import ops
     from pyadv.evaluation import effective_margin
     from pyadv.objectives import EMR
-    from pyadv.objectives._step import Step
+    from pyadv.objectives.step import Step
 
     rows = EMR(1.0, of="jacobian", center=True).rows(Step(model, x, y, epoch=1))
     with torch.no_grad():

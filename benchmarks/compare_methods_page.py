@@ -365,7 +365,7 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from pyadv._look import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
+    from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
     colours = dict(zip(DRAWN, (GREY, GOLD, GREEN, RED, BLUE, PURPLE, "black"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)

@@ -56,18 +56,19 @@ def _preact(options: Options, batch: int) -> Problem:
 
 
 def _views(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
-    from pyadv.attacks import _fast, fast_view
+    from pyadv.attacks import fast_view
+    from pyadv.passes import view as views_of
 
     def view(**more: Any) -> Callable[[Tensor], Tensor]:
-        _fast._views.clear()  # a view of its own
+        views_of._views.clear()  # a view of its own
         return fast_view(problem.model, problem.x, **more)
 
     views = {"model": problem.model, "fast": view(), "bfloat16": view(dtype=torch.bfloat16)}
     for name, off in _OFF.items():
-        kept = {k: getattr(_fast, k) for k in off}
+        kept = {k: getattr(views_of, k) for k in off}
         for settings in (off, kept):
             for k, value in settings.items():
-                setattr(_fast, k, value)
+                setattr(views_of, k, value)
             if settings is off:
                 views[name] = view()
     return views

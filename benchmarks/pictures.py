@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from pyadv._look import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
+from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
 _COLOURS = {
     "floor": GREY,

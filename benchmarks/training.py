@@ -135,7 +135,7 @@ def _same_loss(expected: float) -> Callable[[Tensor], str | None]:
 def _penalties(options: Options) -> Iterator[Case]:
     """The three forms of the penalty's derivative, against one ordinary training pass."""
     from pyadv.objectives import EMR
-    from pyadv.objectives._step import Step
+    from pyadv.objectives.step import Step
 
     for problem in (
         problems.small_cnn(options, 4 if options.quick else 128),

@@ -120,7 +120,7 @@ def test_library_loads_without_cuda_and_serves_every_op(library: Path) -> None:
     check = """
 import sys, torch
 import pyadv.ops
-from pyadv.ops._registry import _LIBRARY
+from pyadv.ops.registry import _LIBRARY
 torch.ops.load_library(sys.argv[1])
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = {name for name in _LIBRARY._op_defs if not has(name, "CUDA")}

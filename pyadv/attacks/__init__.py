@@ -1,8 +1,5 @@
 """Attacks: `attack(x, y)` gives adversarial examples, `attack.run(x, y)` an `AttackResult`."""
 
-from pyadv.attacks._fast import FastView, fast_view
-from pyadv.attacks._grid import to_uint8
-from pyadv.attacks._result import AttackResult, MinimumNormResult, Perturbed
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
 from pyadv.attacks.autoattack import AutoAttack, EnsembleResult, Parity
 from pyadv.attacks.cw import CW, cw
@@ -13,6 +10,9 @@ from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.fmn import FMN, fmn
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
 from pyadv.attacks.square import Square, square
+from pyadv.attacks.to_uint8 import to_uint8
+from pyadv.engine.results import AttackResult, MinimumNormResult, Perturbed
+from pyadv.passes.view import FastView, fast_view
 
 __all__ = [
     "APGD",

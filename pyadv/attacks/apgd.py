@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, Model, Plan, _show, functional
-from pyadv.attacks._engine import predict, search
-from pyadv.attacks._graphs import Graphs
-from pyadv.attacks._losses import Loss, LossFunction, check_classes, ranked_targets
-from pyadv.attacks._losses import check as check_loss
-from pyadv.attacks._model import Output
-from pyadv.attacks._result import Perturbed
-from pyadv.attacks._rows import Parameter, Settings
-from pyadv.attacks._rules import HalvingRule, SparseRule
-from pyadv.attacks._start import PROJECT, SPHERE_STARTS, Noise, Start, start_on_sphere
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, Model, Plan, _show, functional
+from pyadv.engine.graphs import Graphs
+from pyadv.engine.loop import predict, search
+from pyadv.engine.losses import Loss, LossFunction, check_classes, ranked_targets
+from pyadv.engine.losses import check as check_loss
+from pyadv.engine.results import Perturbed
+from pyadv.engine.rules import HalvingRule, SparseRule
+from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Noise, Start, start_on_sphere
+from pyadv.engine.state import Parameter, Settings
+from pyadv.passes.borrow import Output
 
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
 
@@ -92,12 +92,12 @@ class APGD(GradientAttack):
         speed: str = "exact",
         graph: bool | str = "auto",
     ):
-        norm = _checks.canonical_norm(norm)
-        _checks.size("eps", eps)
-        _checks.size("rho", rho)
-        _checks.choice("best", best, ("fooled", "loss"))
+        norm = checks.canonical_norm(norm)
+        checks.size("eps", eps)
+        checks.size("rho", rho)
+        checks.choice("best", best, ("fooled", "loss"))
         if not callable(start):
-            _checks.choice("start", start, SPHERE_STARTS)
+            checks.choice("start", start, SPHERE_STARTS)
         if loss == "kl":
             raise ValueError('loss="kl" belongs to PGD: it is zero at x and knows no label')
         if multi_eps and norm != "L1":
@@ -182,7 +182,7 @@ class TargetedAPGD(APGD):
         for name in ("loss", "targeted"):
             if name in settings:
                 raise TypeError(f"TargetedAPGD has no argument {name}: it chooses the targets")
-        self.targets = _checks.count("targets", targets, 1)
+        self.targets = checks.count("targets", targets, 1)
         super().__init__(model, **settings)
         self.settings = replace(
             self.settings, loss=replace(self.settings.loss, loss="dlr_targeted")

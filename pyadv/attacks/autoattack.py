@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, Model
-from pyadv.attacks._ensemble import Attack, Ensemble, Findings, Progress
-from pyadv.attacks._model import Output
-from pyadv.attacks._rows import Parameter
 from pyadv.attacks.apgd import APGD, TargetedAPGD
+from pyadv.attacks.ensemble import Attack, Ensemble, Findings, Progress
 from pyadv.attacks.fab import FAB, TargetedFAB
 from pyadv.attacks.pgd import PGD
 from pyadv.attacks.square import Square
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.state import Parameter
+from pyadv.passes.borrow import Output
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -167,15 +167,15 @@ class AutoAttack:
         progress: Progress | str | None = "auto",
         parity: Parity | None = None,
     ):
-        _checks.choice("version", version, (*VERSIONS, "custom"))
+        checks.choice("version", version, (*VERSIONS, "custom"))
         if (version == "custom") != (attacks is not None):
             raise ValueError(f'attacks= belongs to version="custom", got version={version!r}')
         if isinstance(progress, str):
-            _checks.choice("progress", progress, ("auto",))
+            checks.choice("progress", progress, ("auto",))
         if isinstance(eps, Tensor):
             raise TypeError("eps must be one float for all samples, got a Tensor")
         self.model, self.version, self.parity = model, version, parity or Parity()
-        self.norm, self.eps, self.seed = _checks.canonical_norm(norm), eps, seed
+        self.norm, self.eps, self.seed = checks.canonical_norm(norm), eps, seed
         if self.parity.reseed and seed is None:
             raise ValueError("parity.reseed needs a seed")
         self.progress = Lines() if progress == "auto" else progress
@@ -190,7 +190,7 @@ class AutoAttack:
             raise ValueError("attacks must name at least one attack")
         if self._own is None:
             for name in self.names:
-                _checks.choice("attacks", name, tuple(plan(version, self.norm)))
+                checks.choice("attacks", name, tuple(plan(version, self.norm)))
         self._common, self.plan = common, plan(version, self.norm)
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model, functional
-from pyadv.attacks._minimum import NearestIterate, rounded
-from pyadv.attacks._norms import distance
-from pyadv.attacks._rows import PerRow, Rows, Settings
-from pyadv.reference._common import clip_to_box, parameter, per_row, rows, widen
+from pyadv.attacks.minimum_norm import NearestIterate, rounded
+from pyadv.engine import checks
+from pyadv.engine.attack import Model, functional
+from pyadv.engine.norms import distance
+from pyadv.engine.state import PerRow, Rows, Settings
+from pyadv.tensors import clip_to_box, parameter, per_row, rows, widen
 
 _INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
 _MOST = 1 - 1e-6  # of tanh, so that no entry is stuck where the slope rounds to 0
@@ -71,10 +71,10 @@ class CW(NearestIterate):
         abort_early: bool = True,
         **settings: Any,
     ):
-        _checks.count("steps", steps, 1)
-        _checks.count("searches", searches, 1)
+        checks.count("steps", steps, 1)
+        checks.count("searches", searches, 1)
         for name, value in (("confidence", confidence), ("lr", lr), ("c", c)):
-            _checks.size(name, value)
+            checks.size(name, value)
         super().__init__(
             model,
             norm="L2",

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model, functional
-from pyadv.attacks._minimum import NearestIterate, annealed, box_width, reach, rounded
-from pyadv.attacks._rows import PerRow, Rows
-from pyadv.reference._common import widen
+from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
+from pyadv.engine import checks
+from pyadv.engine.attack import Model, functional
+from pyadv.engine.state import PerRow, Rows
+from pyadv.tensors import widen
 
 _LAST_ALPHA = 0.01  # as a share of the first
 
@@ -55,10 +55,10 @@ class DDN(NearestIterate):
         start_radius: float | None = None,
         **settings: Any,
     ):
-        _checks.share("gamma", gamma)
+        checks.share("gamma", gamma)
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         radius = width if start_radius is None else start_radius
-        _checks.size("start_radius", radius)
+        checks.size("start_radius", radius)
         super().__init__(
             model,
             norm="L2",

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model, functional
-from pyadv.attacks._losses import ranked_targets
-from pyadv.attacks._minimum import NearestIterate, box_width, nearest_boundary, rounded
-from pyadv.attacks._norms import DUAL, row_norm
-from pyadv.attacks._rows import PerRow, Rows
-from pyadv.reference._common import clip_to_box, per_row, widen
+from pyadv.attacks.minimum_norm import NearestIterate, box_width, nearest_boundary, rounded
+from pyadv.engine import checks
+from pyadv.engine.attack import Model, functional
+from pyadv.engine.losses import ranked_targets
+from pyadv.engine.norms import DUAL, row_norm
+from pyadv.engine.state import PerRow, Rows
+from pyadv.tensors import clip_to_box, per_row, widen
 
 _LEAST = 1e-4
 
@@ -58,14 +58,14 @@ class DeepFool(NearestIterate):
         classes: int = 10,
         **settings: Any,
     ):
-        _checks.size("overshoot", overshoot)
-        _checks.count("classes", classes, 2)
+        checks.size("overshoot", overshoot)
+        checks.count("classes", classes, 2)
         if "targeted" in settings:
             raise TypeError("DeepFool has no argument targeted: it takes the nearest boundary")
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         super().__init__(
             model,
-            norm=_checks.canonical_norm(norm, ("Linf", "L2")),
+            norm=checks.canonical_norm(norm, ("Linf", "L2")),
             steps=steps,
             loss="margin",
             patience=0,

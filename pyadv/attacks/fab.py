@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model, Plan, functional
-from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
-from pyadv.attacks._engine import check_first, predict
-from pyadv.attacks._losses import Loss, check_classes, ranked_targets
-from pyadv.attacks._minimum import MinimumNorm, box_width, nearest_boundary, other_classes
-from pyadv.attacks._model import Output, borrowed, gradients_on, owned, pick_logits, unwrap
-from pyadv.attacks._norms import distance
-from pyadv.attacks._result import Perturbed
-from pyadv.attacks._rows import Parameter, PerRow, Settings
-from pyadv.attacks._rules import PlainRule
-from pyadv.attacks._start import Noise, start_on_sphere
-from pyadv.reference._common import parameter, per_row, widen
+from pyadv.attacks.minimum_norm import MinimumNorm, box_width, nearest_boundary, other_classes
+from pyadv.engine import checks
+from pyadv.engine.attack import Model, Plan, functional
+from pyadv.engine.compact import Remaining, first_active, may_compact, worth_compacting
+from pyadv.engine.loop import check_first, predict
+from pyadv.engine.losses import Loss, check_classes, ranked_targets
+from pyadv.engine.norms import distance
+from pyadv.engine.results import Perturbed
+from pyadv.engine.rules import PlainRule
+from pyadv.engine.starts import Noise, start_on_sphere
+from pyadv.engine.state import Parameter, PerRow, Settings
+from pyadv.passes.borrow import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.hyperplane import boundary_step
+from pyadv.tensors import parameter, per_row, widen
 
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
 _BOUNDARY_STEP = {
@@ -94,14 +94,14 @@ class FAB(MinimumNorm):
         validate: bool | str = "auto",
         speed: str = "exact",
     ):
-        norm = _checks.canonical_norm(norm)
+        norm = checks.canonical_norm(norm)
         if early_stop and eps is None:
             raise ValueError("early_stop=True stops within eps, so it needs eps, got None")
         if not 0 <= alpha_max <= 1:
             raise ValueError(f"alpha_max must be a share in [0, 1], got {alpha_max!r}")
         if not 1 <= eta < math.inf:
             raise ValueError(f"eta must be a finite number >= 1, got {eta!r}")
-        _checks.share("beta", beta)
+        checks.share("beta", beta)
         start_eps = _START_EPS[norm] * box_width(lo, hi)
         self.early_stop, self.alpha_max, self.eta, self.beta = early_stop, alpha_max, eta, beta
         settings = Settings(
@@ -146,7 +146,7 @@ class FAB(MinimumNorm):
         s, model, x, y = settings, unwrap(model), owned(x), owned(y)
         validate = s.checks_values(x)
         if validate:
-            _checks.values(x, {"eps": s.eps}, s.lo, s.hi)
+            checks.values(x, {"eps": s.eps}, s.lo, s.hi)
         with gradients_on(), borrowed(model, s.bn, s.update_stats):
             logits = predict(model, x, s)
             check_first(logits, y, validate, differentiate=False)
@@ -283,7 +283,7 @@ class TargetedFAB(FAB):
     """
 
     def __init__(self, model: Model | None = None, *, targets: int = 9, **settings: Any):
-        self.targets = _checks.count("targets", targets, 1)
+        self.targets = checks.count("targets", targets, 1)
         super().__init__(model, **settings)
 
     def attempts(self, classes: int) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import functional
-from pyadv.attacks._rows import Parameter
-from pyadv.attacks._rules import MomentumRule
-from pyadv.attacks._start import Start
 from pyadv.attacks.pgd import PGD
+from pyadv.engine import checks
+from pyadv.engine.attack import functional
+from pyadv.engine.rules import MomentumRule
+from pyadv.engine.starts import Start
+from pyadv.engine.state import Parameter
 
 
 class FGSM(PGD):
@@ -58,10 +58,10 @@ class MIFGSM(PGD):
         start: Start = "none",
         **settings: Any,
     ):
-        _checks.size("decay", decay)
+        checks.size("decay", decay)
         if alpha is None:
-            _checks.size("eps", eps)
-            alpha = eps / max(_checks.count("steps", steps, 0), 1)
+            checks.size("eps", eps)
+            alpha = eps / max(checks.count("steps", steps, 0), 1)
         super().__init__(model, eps=eps, alpha=alpha, steps=steps, start=start, **settings)
         self.settings = replace(self.settings, rule=MomentumRule(decay))
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model, functional
-from pyadv.attacks._minimum import NearestIterate, annealed, box_width, reach, rounded
-from pyadv.attacks._norms import DUAL, distance, row_norm
-from pyadv.attacks._rows import PerRow, Rows
-from pyadv.attacks._start import PROJECT
-from pyadv.reference._common import clip_to_box, per_row, rows, widen
+from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
+from pyadv.engine import checks
+from pyadv.engine.attack import Model, functional
+from pyadv.engine.norms import DUAL, distance, row_norm
+from pyadv.engine.starts import PROJECT
+from pyadv.engine.state import PerRow, Rows
+from pyadv.tensors import clip_to_box, per_row, rows, widen
 
 _LAST_ALPHA = 0.01  # as a share of the first
 _TINY = 1e-12
@@ -62,9 +62,9 @@ class FMN(NearestIterate):
         gamma_final: float = 0.001,
         **settings: Any,
     ):
-        _checks.share("gamma", gamma)
-        _checks.share("gamma_final", gamma_final)
-        norm = _checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
+        checks.share("gamma", gamma)
+        checks.share("gamma_final", gamma_final)
+        norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         usual = 10 * width if norm == "Linf" else width
         super().__init__(

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, functional
-from pyadv.attacks._graphs import Graphs
-from pyadv.attacks._losses import Loss, LossFunction
-from pyadv.attacks._losses import check as check_loss
-from pyadv.attacks._model import Output
-from pyadv.attacks._rows import BESTS, Parameter, Settings
-from pyadv.attacks._rules import PlainRule
-from pyadv.attacks._start import STARTS, Start
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, functional
+from pyadv.engine.graphs import Graphs
+from pyadv.engine.losses import Loss, LossFunction
+from pyadv.engine.losses import check as check_loss
+from pyadv.engine.rules import PlainRule
+from pyadv.engine.starts import STARTS, Start
+from pyadv.engine.state import BESTS, Parameter, Settings
+from pyadv.passes.borrow import Output
 
 
 class PGD(GradientAttack):
@@ -107,9 +107,9 @@ class PGD(GradientAttack):
         graph: bool | str = "auto",
     ):
         if not callable(start):
-            _checks.choice("start", start, STARTS)
-        _checks.choice("best", best, BESTS)
-        _checks.choice("scale", scale, (None, "unit", "exact"))
+            checks.choice("start", start, STARTS)
+        checks.choice("best", best, BESTS)
+        checks.choice("scale", scale, (None, "unit", "exact"))
         if loss == "kl" and start == "none":
             raise ValueError(
                 'loss="kl" needs a start other than "none": its gradient is exactly zero at x'
@@ -122,7 +122,7 @@ class PGD(GradientAttack):
             raise ValueError('scale="unit" needs eot=1: a mean needs gradients of one scale')
         scale = scale or ("exact" if bn == "train" or eot != 1 else "unit")
         settings = Settings(
-            norm=_checks.canonical_norm(norm),
+            norm=checks.canonical_norm(norm),
             eps=eps,
             alpha=alpha,
             steps=steps,
@@ -177,7 +177,7 @@ class FriendlyPGD(PGD):
                 'FriendlyPGD stops each sample at an iterate of its own: best must be "last", got '
                 f"{self.settings.best!r}"
             )
-        _checks.size("omega", omega)
+        checks.size("omega", omega)
         self.settings = replace(self.settings, omega=omega)
         self.tau = tau
 
@@ -187,7 +187,7 @@ class FriendlyPGD(PGD):
 
     @tau.setter
     def tau(self, value: int) -> None:
-        self.settings = replace(self.settings, patience=_checks.count("tau", value, 0))
+        self.settings = replace(self.settings, patience=checks.count("tau", value, 0))
 
 
 class PGDPlus(PGD):

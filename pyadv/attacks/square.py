@@ -11,14 +11,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import GradientAttack, Model, Plan, functional
-from pyadv.attacks._losses import Loss
-from pyadv.attacks._model import Output
-from pyadv.attacks._rows import Parameter, PerRow, Rows, Settings
-from pyadv.attacks._start import PROJECT, Noise
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, Model, Plan, functional
+from pyadv.engine.losses import Loss
+from pyadv.engine.starts import PROJECT, Noise
+from pyadv.engine.state import Parameter, PerRow, Rows, Settings
 from pyadv.ops.steps import square_stepper
-from pyadv.reference._common import compute_dtype, parameter, widen
+from pyadv.passes.borrow import Output
+from pyadv.tensors import compute_dtype, parameter, widen
 
 _SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 _TINY = 1e-12
@@ -72,9 +72,9 @@ class Square(GradientAttack):
         validate: bool | str = "auto",
         speed: str = "exact",
     ):
-        norm = _checks.canonical_norm(norm)
-        _checks.count("queries", queries, 0)
-        _checks.choice("draws", draws, ("keyed", "official"))
+        norm = checks.canonical_norm(norm)
+        checks.count("queries", queries, 0)
+        checks.choice("draws", draws, ("keyed", "official"))
         if not 0 < p <= 1:
             raise ValueError(f"p must be a share in (0, 1], got {p!r}")
         settings = Settings(

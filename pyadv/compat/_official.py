@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyadv.attacks import PGD, _checks
-from pyadv.attacks._losses import LossFunction
-from pyadv.attacks._start import SMALL, Start
+from pyadv.attacks import PGD
+from pyadv.engine import checks
+from pyadv.engine.losses import LossFunction
+from pyadv.engine.starts import SMALL, Start
 
 T = TypeVar("T")
 
 
 def choose(name: str, key: str, choices: Mapping[str, T]) -> T:
     """What an official code spells as an argument; it crashes later on other spellings."""
-    _checks.choice(name, key, tuple(choices))
+    checks.choice(name, key, tuple(choices))
     return choices[key]
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks
-from pyadv.attacks import Parity, _checks
-from pyadv.attacks._engine import predict
+from pyadv.attacks import Parity
 from pyadv.attacks.autoattack import VERSIONS, Lines, Member, plan
+from pyadv.engine import checks
+from pyadv.engine.loop import predict
 
 _OURS = {
     "n_iter": "steps",
@@ -96,9 +97,9 @@ class AutoAttack:
 
     def set_version(self, version: str = "standard") -> None:
         """The members of a version, with its settings."""
-        _checks.choice("version", version, tuple(VERSIONS))
+        checks.choice("version", version, tuple(VERSIONS))
         self.version, self.attacks_to_run = version, list(VERSIONS[version])
-        for name, member in plan(version, _checks.canonical_norm(self.norm)).items():
+        for name, member in plan(version, checks.canonical_norm(self.norm)).items():
             if name in self.attacks_to_run:
                 self._part(name).take(member)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pyadv.objectives import EMR
-from pyadv.objectives._step import Step
+from pyadv.objectives.step import Step
 
 
 def emr_penalty(model: nn.Module, x_adv: Tensor, temperature: float) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from pyadv import ops
 from pyadv.attacks import FriendlyPGD
-from pyadv.attacks._rows import Rows
-from pyadv.attacks._rules import PlainRule
-from pyadv.attacks._start import Start
 from pyadv.compat._official import choose, clipped_normal_start, uniform_start
+from pyadv.engine.rules import PlainRule
+from pyadv.engine.starts import Start
+from pyadv.engine.state import Rows
 
 LOSSES = {"cent": "ce", "kl": "kl"}
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks
-from pyadv.attacks._attack import GradientAttack
-from pyadv.attacks._start import Start
+from pyadv.engine.attack import GradientAttack
+from pyadv.engine.starts import Start
 
 
 class _Attack:

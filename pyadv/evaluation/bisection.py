@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD, _checks
-from pyadv.attacks._attack import GradientAttack, Model
-from pyadv.attacks._model import Output, owned
-from pyadv.attacks._norms import ORDER, distance, row_norm
-from pyadv.attacks._rows import Parameter
+from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.norms import ORDER, distance, row_norm
+from pyadv.engine.state import Parameter
 from pyadv.evaluation.normalized_margins import effective_margin
-from pyadv.reference._common import parameter, widen
+from pyadv.passes.borrow import Output, owned
+from pyadv.tensors import parameter, widen
 
 _LEAST = 1e-4  # first radius at least, as a share of the radius that holds the whole box
 
@@ -60,8 +61,8 @@ class Bisection:
         output: Output = None,
     ):
         self.model, self.output = model, output
-        self.norm = norm = _checks.canonical_norm(norm)
-        self.rounds = _checks.count("rounds", rounds, 1)
+        self.norm = norm = checks.canonical_norm(norm)
+        self.rounds = checks.count("rounds", rounds, 1)
         self.lo, self.hi = lo, hi
         common = {"norm": norm, "lo": lo, "hi": hi, "output": output}
         self.clean = PGD(eps=0.0, steps=0, start="none", loss="margin", **common)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyadv.attacks import PGD
-from pyadv.attacks._ensemble import CLEAN, Progress
+from pyadv.attacks.ensemble import CLEAN, Progress
 from pyadv.evaluation.evaluate import evaluate
 
 FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # of eps

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from pyadv._version import __version__
 from pyadv.attacks import PGD
-from pyadv.attacks._engine import predict
-from pyadv.attacks._model import device_of
+from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, Progress, evaluate
 from pyadv.evaluation.margins import Margins, measure_margins
 from pyadv.evaluation.masking import MaskingReport, check_masking
 from pyadv.evaluation.report import Report
+from pyadv.passes.borrow import device_of
 
 _EXAMPLES = 8  # in the picture
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyadv.attacks import PGD, AutoAttack, PGDPlus
-from pyadv.attacks._ensemble import Attack, Ensemble, Progress
 from pyadv.attacks.autoattack import Lines, warn_about
+from pyadv.attacks.ensemble import Attack, Ensemble, Progress
 from pyadv.evaluation.report import Report, Row
 
 Batches = Iterable[tuple[Tensor, Tensor]]

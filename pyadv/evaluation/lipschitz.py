@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyadv.attacks._model import borrowed, uncompiled
 from pyadv.models.normalized import Normalized
+from pyadv.passes.borrow import borrowed, uncompiled
 
 _ROUNDING = 1 + 1e-9  # far more than float64 loses in the norm of a layer
 _DIRECT = "donot_use_mm_for_euclid_dist"  # whose differences do not cancel

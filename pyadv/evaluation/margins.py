@@ -13,16 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyadv.attacks import DeepFool, MinimumNormResult, TargetedFAB, _checks
-from pyadv.attacks._attack import Model
-from pyadv.attacks._ensemble import Progress
-from pyadv.attacks._model import Output, device_of, unwrap
-from pyadv.attacks._rows import Parameter
+from pyadv.attacks import DeepFool, MinimumNormResult, TargetedFAB
 from pyadv.attacks.autoattack import Lines
+from pyadv.attacks.ensemble import Progress
+from pyadv.engine import checks
+from pyadv.engine.attack import Model
+from pyadv.engine.state import Parameter
 from pyadv.evaluation.bisection import Bisection
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.normalized_margins import logits_and_margin
-from pyadv.reference._common import compute_dtype
+from pyadv.passes.borrow import Output, device_of, unwrap
+from pyadv.tensors import compute_dtype
 
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 
@@ -53,7 +54,7 @@ def margin_attacks(
     """The searches for the nearest adversarial point, by the name of their column: "DeepFool", in
     Linf and L2, which costs least; "FAB-T", which costs most and finds the nearest points; and
     "bisection" of the radius of an attack that knows only one."""
-    norm = _checks.canonical_norm(norm)
+    norm = checks.canonical_norm(norm)
     box = {"norm": norm, "lo": lo, "hi": hi, "output": output}
     return {
         **({} if norm == "L1" else {"DeepFool": DeepFool(**box)}),
@@ -219,9 +220,9 @@ def measure_margins(
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), and for what the attacks refuse.
     """
-    norm = _checks.canonical_norm(norm)
-    _checks.batch(x, y, None)
-    _checks.count("batch_size", batch_size, 1)
+    norm = checks.canonical_norm(norm)
+    checks.batch(x, y, None)
+    checks.count("batch_size", batch_size, 1)
     if not len(x):
         raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
     if attacks is None:

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyadv.attacks import PGD, AttackResult, Square, _checks
-from pyadv.attacks._attack import GradientAttack, Model
-from pyadv.attacks._engine import predict
-from pyadv.attacks._ensemble import CLEAN, Progress
-from pyadv.attacks._losses import Loss
-from pyadv.attacks._model import (
+from pyadv.attacks import PGD, AttackResult, Square
+from pyadv.attacks.autoattack import Lines
+from pyadv.attacks.ensemble import CLEAN, Progress
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.loop import predict
+from pyadv.engine.losses import Loss
+from pyadv.passes.borrow import (
     Output,
     borrowed,
     device_of,
@@ -32,7 +34,6 @@ from pyadv.attacks._model import (
     pick_logits,
     unwrap,
 )
-from pyadv.attacks.autoattack import Lines
 
 # A check is suspicious when the lower end of the interval of `difference` is above its constant.
 SURE = 2.0  # standard errors that the interval reaches down: 1 honest model in 40 at the threshold
@@ -231,17 +232,17 @@ class _Study:
         progress: Progress | str | None,
         common: dict[str, Any],
     ):
-        _checks.batch(x, y, None)
+        checks.batch(x, y, None)
         if len(x) == 0:
             raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
-        _checks.count("batch_size", batch_size, 1)
+        checks.count("batch_size", batch_size, 1)
         if isinstance(eps, Tensor):
             raise TypeError("eps must be one float for all samples, got a Tensor")
-        _checks.size("eps", eps)
+        checks.size("eps", eps)
         if eps == 0:
             raise ValueError("eps must be > 0, got 0")
         self.model, self.x, self.y, self.eps, self.common = unwrap(model), x, y, eps, common
-        self.norm = _checks.canonical_norm(common["norm"])
+        self.norm = checks.canonical_norm(common["norm"])
         self.device = device_of(self.model, x)
         self.batch_size = batch_size
         self.progress = Lines() if progress == "auto" else progress
@@ -339,7 +340,7 @@ class _Study:
     def probe(self, x: Tensor, y: Tensor) -> list[Tensor]:
         first = self.run(self.only_look, x, y)
         z = first.logits
-        _checks.logits(z, y)
+        checks.logits(z, y)
         others = x.clone()  # every second sample gives its place to another
         others[1::2] = x[::2][: len(x) // 2]
         again, mixed = (predict(self.model, b, self.only_look.settings) for b in (x, others))
@@ -357,7 +358,7 @@ class _Study:
             _differ(again, z),
             _differ(with_gradients.detach(), z),
             depends,
-            _checks.are_probabilities(z),
+            checks.are_probabilities(z),
         ]
 
     def dead(self, leaf: Tensor, logits: Tensor, y: Tensor) -> Tensor:

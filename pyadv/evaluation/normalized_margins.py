@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model
-from pyadv.attacks._engine import check_first
-from pyadv.attacks._losses import check_classes
-from pyadv.attacks._minimum import boundaries, other_classes
-from pyadv.attacks._model import (
+from pyadv.attacks.minimum_norm import boundaries, other_classes
+from pyadv.engine import checks
+from pyadv.engine.attack import Model
+from pyadv.engine.loop import check_first
+from pyadv.engine.losses import check_classes
+from pyadv.passes.borrow import (
     Output,
     borrowed,
     device_of,
@@ -21,7 +21,7 @@ from pyadv.attacks._model import (
     pick_logits,
     unwrap,
 )
-from pyadv.reference._common import compute_dtype
+from pyadv.tensors import compute_dtype
 
 _POWER_ITERATIONS = 100  # for a number that is reported
 
@@ -63,8 +63,8 @@ def logits_and_margin(
     model: Model, x: Tensor, y: Tensor, norm: str | float, output: Output
 ) -> tuple[Tensor, Tensor]:
     """The effective margin and the logits (B, C) it was computed from, both detached."""
-    norm = _checks.canonical_norm(norm)
-    _checks.batch(x, y, None)
+    norm = checks.canonical_norm(norm)
+    checks.batch(x, y, None)
     model, x, y = unwrap(model), owned(x), owned(y)
     with gradients_on(), borrowed(model):
         leaf = x.requires_grad_()
@@ -106,8 +106,8 @@ def spectrally_normalized_margin(
     Source: Bartlett, Foster and Telgarsky, "Spectrally-normalized margin bounds for neural
     networks" (NeurIPS 2017).
     """
-    _checks.batch(x, y, None)
-    _checks.count("batch_size", batch_size, 1)
+    checks.batch(x, y, None)
+    checks.count("batch_size", batch_size, 1)
     model, device, parts = unwrap(model), device_of(model, x), []
     with torch.inference_mode(False), torch.no_grad(), borrowed(model):
         product = ops.NormProduct(model, x.shape[1:], "spectral", "operator").eval()
@@ -115,6 +115,6 @@ def spectrally_normalized_margin(
         log_product = product().double().cpu()
         for rows, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = pick_logits(model(rows.to(device, copy=True)), output)
-            _checks.logits(logits, labels)
+            checks.logits(logits, labels)
             parts.append(ops.row_stats(logits, labels.to(device)).margin.double().cpu())
     return torch.cat(parts) * torch.exp(-log_product)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
-from pyadv._look import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
+from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 from pyadv.evaluation.margins import Margins
 
 Points = Sequence[tuple[float, float]]

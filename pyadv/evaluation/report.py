@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks._ensemble import Findings
+from pyadv.attacks.ensemble import Findings
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyadv.attacks import _checks
-from pyadv.attacks._model import uncompiled, unwrap
-from pyadv.objectives._step import Step, kept_buffers
+from pyadv.engine import checks
 from pyadv.objectives.objective import Objective
+from pyadv.objectives.step import Step, kept_buffers
+from pyadv.passes.borrow import uncompiled, unwrap
 
 _TINY = 1e-20  # of the official code: a zero gradient moves nothing
 
@@ -46,7 +46,7 @@ class AWP(Objective):
     def __init__(self, objective: Objective, gamma: float = 0.01, begin_epoch: int = 1):
         if not isinstance(objective, Objective):
             raise TypeError(f"AWP wraps an objective, got {type(objective).__name__}")
-        _checks.size("gamma", gamma)
+        checks.size("gamma", gamma)
         self.__dict__.update(vars(objective))
         self.gamma = gamma
         self.begin_epoch = begin_epoch

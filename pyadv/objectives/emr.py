@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._model import borrowed, gradients_on, pick_logits, uncompiled, unwrap
-from pyadv.objectives._step import Schedule, Step, at_epoch
-from pyadv.objectives._tangent import TangentSweep
-from pyadv.reference._common import per_row
+from pyadv.engine import checks
+from pyadv.objectives.step import Schedule, Step, at_epoch
+from pyadv.passes.borrow import borrowed, gradients_on, pick_logits, uncompiled, unwrap
+from pyadv.passes.tangent import TangentSweep
+from pyadv.tensors import per_row
 
 DERIVATIVES = ("tangent", "double", "difference")
 
@@ -75,14 +75,14 @@ class EMR:
         radius: float | None = None,
     ):
         if not callable(lam):
-            _checks.size("lam", lam)
-        _checks.choice("reduction", reduction, ("mean", "official"))
-        _checks.choice("of", of, ("softmax", "pairwise", "jacobian"))
-        _checks.choice("derivative", derivative, DERIVATIVES)
+            checks.size("lam", lam)
+        checks.choice("reduction", reduction, ("mean", "official"))
+        checks.choice("of", of, ("softmax", "pairwise", "jacobian"))
+        checks.choice("derivative", derivative, DERIVATIVES)
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         if samples is not None:
-            _checks.count("samples", samples, 1)
+            checks.count("samples", samples, 1)
         if radius is not None and not radius > 0:
             raise ValueError(f"radius must be > 0, got {radius}")
         self.lam = lam

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import FriendlyPGD, _checks
-from pyadv.attacks._attack import GradientAttack
-from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.attacks import FriendlyPGD
+from pyadv.engine import checks
+from pyadv.engine.attack import GradientAttack
 from pyadv.objectives.objective import Objective, ascends_kl
 from pyadv.objectives.rows import (
     MARTBCE,
@@ -22,6 +22,7 @@ from pyadv.objectives.rows import (
     cross_entropy,
     trades_kl,
 )
+from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.objectives.weighting import GAIRATWeights, MAILWeights, Weighting
 
 
@@ -163,7 +164,7 @@ class MAIL(Objective):
         tau: Schedule | None = None,
         any_attack: bool = False,
     ):
-        _checks.choice("base", base, ("at", "trades", "mart"))
+        checks.choice("base", base, ("at", "trades", "mart"))
         attack = _kl_attack(attack, any_attack) if base == "trades" else _needed(attack)
         rows, added = {
             "at": (cross_entropy, ()),
@@ -232,7 +233,7 @@ class GAIRTRADES(Objective):
         begin_epoch: int = 1,
         tau: Schedule | None = None,
     ):
-        _checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
+        checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
         kl = Scaled(trades_kl, beta)
         rows, added = {
             "kl": (kl, (Mean(clean_cross_entropy),)),

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.engine import checks
+from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.ops import NormProduct
 
 
@@ -31,7 +31,7 @@ class NormPenalty:
 
     def __init__(self, lam: Schedule, product: NormProduct):
         if not callable(lam):
-            _checks.size("lam", lam)
+            checks.size("lam", lam)
         if not isinstance(product, NormProduct):
             raise TypeError(f"product must be a NormProduct, got {type(product).__name__}")
         self.lam, self.product = lam, product

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import FriendlyPGD
-from pyadv.attacks._attack import GradientAttack
-from pyadv.objectives._step import Schedule, Step, at_epoch, kept_buffers, process_group
+from pyadv.engine.attack import GradientAttack
 from pyadv.objectives.rows import Rows, cross_entropy
+from pyadv.objectives.step import Schedule, Step, at_epoch, kept_buffers, process_group
 from pyadv.objectives.weighting import Weighting, batch_weights
 
 

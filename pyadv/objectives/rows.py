@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.objectives.step import Schedule, Step, at_epoch
 
 Rows = Callable[[Step], Tensor]
 

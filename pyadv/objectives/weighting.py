@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.objectives._step import Schedule, Step, at_epoch
+from pyadv.engine import checks
+from pyadv.objectives.step import Schedule, Step, at_epoch
 
 
 class Weighting(Protocol):
@@ -60,8 +60,8 @@ class MAILWeights:
         normalize: str = "mean",
         begin_epoch: int = 1,
     ):
-        _checks.choice("margin", margin, ("nat", "adv", "dif", "dif_conf"))
-        _checks.choice("normalize", normalize, ("mean", "x3", "none"))
+        checks.choice("margin", margin, ("nat", "adv", "dif", "dif_conf"))
+        checks.choice("normalize", normalize, ("mean", "x3", "none"))
         self.margin = margin
         self.slope = slope
         self.bias = bias

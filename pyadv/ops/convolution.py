@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_device
-from pyadv.ops._registry import register
+from pyadv.ops.arguments import check_device
+from pyadv.ops.registry import register
 from pyadv.reference.convolution import (
     PANEL,
     SLOTS,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_rows, refuse_overlap
-from pyadv.ops._registry import no_output, register
+from pyadv.ops.arguments import check_rows, refuse_overlap
+from pyadv.ops.registry import no_output, register
 
 _track = register(
     "track(Tensor correct, Tensor(a!) kappa, Tensor(b!) active, Tensor(c!) patience) -> ()",

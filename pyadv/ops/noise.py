@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_like, check_rows, word
-from pyadv.ops._registry import like_first, register
+from pyadv.ops.arguments import check_like, check_rows, word
+from pyadv.ops.registry import like_first, register
 
 _MOST_ELEMENTS = 2**34  # of a row: the block counter has 32 bits
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyadv.ops._arguments import check_choice
+from pyadv.ops.arguments import check_choice
 from pyadv.ops.norms import norms
-from pyadv.reference._common import widen
 from pyadv.reference.norms import log_product
+from pyadv.tensors import widen
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WARM_UP = 15  # iterations at construction

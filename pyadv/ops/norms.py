@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_choice, check_device, check_floating
-from pyadv.ops._registry import refuse_double_backward, register
-from pyadv.reference._common import compute_dtype
+from pyadv.ops.arguments import check_choice, check_device, check_floating
+from pyadv.ops.registry import refuse_double_backward, register
 from pyadv.reference.norms import log_product, norms_backward
+from pyadv.tensors import compute_dtype
 
 _KINDS = ("frobenius", "spectral")
 

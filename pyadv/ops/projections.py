@@ -15,8 +15,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import box_parameters, check_like, parameter, row_parameter, run_out
-from pyadv.ops._registry import like_first, register_out
+from pyadv.ops.arguments import box_parameters, check_like, parameter, row_parameter, run_out
+from pyadv.ops.registry import like_first, register_out
 
 _BALL_AND_BOX = "Tensor x_adv, Tensor x, Tensor eps, Tensor? lo, Tensor? hi"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import (
+from pyadv.ops.arguments import (
     box_parameters,
     check_device,
     check_like,
@@ -31,7 +31,7 @@ from pyadv.ops._arguments import (
     row_parameter,
     run_out,
 )
-from pyadv.ops._registry import like_first, no_output, register, register_out
+from pyadv.ops.registry import like_first, no_output, register, register_out
 
 _ELEMENTWISE = ("linf_step", "linf_momentum_step", "square_step")  # sizes of any shape
 _STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps"

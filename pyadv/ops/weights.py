@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops._arguments import check_choice, check_floating, check_like, check_rows, parameter
-from pyadv.ops._registry import register
+from pyadv.ops.arguments import check_choice, check_floating, check_like, check_rows, parameter
 from pyadv.ops.losses import row_stats, weighted_cross_entropy
-from pyadv.reference._common import compute_dtype
+from pyadv.ops.registry import register
+from pyadv.tensors import compute_dtype
 
 _gairat_weights = register(
     "gairat_weights(Tensor kappa, int steps, Tensor lam, str kind, str normalize, float? slope,"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, pad
 
-from pyadv.reference._common import clip_to_box, finish, movable, parameter, per_row, rows, widen
 from pyadv.reference.projections import row_scale
+from pyadv.tensors import clip_to_box, finish, movable, parameter, per_row, rows, widen
 
 _FLAT = 1e-18  # of the steepest slope; in float32 the squares of flatter ones vanish
 _ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}

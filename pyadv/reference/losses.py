@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import per_row, widen
+from pyadv.tensors import per_row, widen
 
 ATTACK_LOSSES = (
     *("ce", "margin", "dlr", "kl", "slm"),

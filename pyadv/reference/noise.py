@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import compute_dtype
+from pyadv.tensors import compute_dtype
 
 _WORD = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import compute_dtype, widen
+from pyadv.tensors import compute_dtype, widen
 
 
 def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:

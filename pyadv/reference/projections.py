@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import clip_to_box, finish, parameter, per_row, rows, widen
+from pyadv.tensors import clip_to_box, finish, parameter, per_row, rows, widen
 
 
 def linf_project(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import finish, movable, parameter, per_row, rows, widen
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.reference.projections import l1_box_clip, l2_clip, linf_clip, row_scale
+from pyadv.tensors import finish, movable, parameter, per_row, rows, widen
 
 
 def linf_step(

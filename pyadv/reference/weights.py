@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import compute_dtype, widen
+from pyadv.tensors import compute_dtype, widen
 
 
 def gairat_weights(

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyadv.data import ImageData
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
-from pyadv.objectives._step import Schedule
+from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
 from pyadv.training.config import Config
 from pyadv.training.methods import METHODS

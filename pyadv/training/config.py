@@ -9,8 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pyadv.attacks._checks import canonical_norm
 from pyadv.data import ImageData
+from pyadv.engine.checks import canonical_norm
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import SCHEDULES
 

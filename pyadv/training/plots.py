@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.ticker import MaxNLocator
 
-from pyadv._look import BLUE, GREY, RED, plain
+from pyadv._plot_style import BLUE, GREY, RED, plain
 
 Records = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyadv import evaluation, models
-from pyadv._host import sent
+from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
 from pyadv.data import Batches, ImageData
 from pyadv.training import build, checkpoint
@@ -166,7 +166,7 @@ class Trainer:
         """The last value called `name` that has reached the host since it was asked for; `now` is
         sent when none is underway."""
         if name not in self.underway:
-            self.underway[name] = sent(now.detach())
+            self.underway[name] = start_host_copy(now.detach())
         value = self.underway[name]()
         if value is not None:
             del self.underway[name]

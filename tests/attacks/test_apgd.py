@@ -10,8 +10,8 @@ from networks import ConvNet, Recorded, RowLinear
 from torch import nn
 
 from pyadv.attacks import APGD, PGD, TargetedAPGD, apgd, targeted_apgd
-from pyadv.attacks._rows import Best
-from pyadv.attacks._rules import HalvingRule
+from pyadv.engine.rules import HalvingRule
+from pyadv.engine.state import Best
 
 DUAL = {"Linf": 1, "L2": 2, "L1": torch.inf}
 P = {"Linf": torch.inf, "L2": 2, "L1": 1}

@@ -8,7 +8,7 @@ from networks import ConvNet, RowLinear
 from torch import nn
 
 from pyadv.attacks import APGD, FAB, PGD, AutoAttack, Parity, Square, TargetedAPGD, TargetedFAB
-from pyadv.attacks._engine import predict
+from pyadv.engine.loop import predict
 
 norms = pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 DUAL = {"Linf": 1, "L2": 2, "L1": torch.inf}

@@ -10,7 +10,7 @@ from networks import ConvNet, RowLinear
 from torch import nn
 
 from pyadv import attacks
-from pyadv.attacks._attack import GradientAttack
+from pyadv.engine.attack import GradientAttack
 
 CLASSES = [
     value

@@ -727,7 +727,7 @@ def test_a_start_of_the_callers_own_is_taken_as_it_is(net, batch):
 
 
 def test_attacks_the_module_inside_compiled_and_parallel_wrappers(net):
-    from pyadv.attacks._model import unwrap
+    from pyadv.passes.borrow import unwrap
 
     parallel = nn.DataParallel(net)
     compiled = torch.compile(parallel)  # nothing is compiled before the first call

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyadv.attacks import PGD, AutoAttack
-from pyadv.attacks._ensemble import Findings
+from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
 

@@ -10,7 +10,7 @@ from objective_parts import attack, gradients
 from torch import nn
 
 from pyadv.objectives import AT, EMR, TRADES, Standard
-from pyadv.objectives._step import Step
+from pyadv.objectives.step import Step
 
 
 class TestClosedForms:

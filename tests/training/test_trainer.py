@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pyadv import training
-from pyadv.attacks import _fast
 from pyadv.data import ImageData
 from pyadv.evaluation import evaluate
+from pyadv.passes import view
 from pyadv.training import Config, Display, Diverged, Interrupted, Trainer, checkpoint, load_model
 
 QUIET = Display(quiet=True)
@@ -254,7 +254,7 @@ def test_bf16_attacks_a_view_in_bf16(small: ImageData, tmp_path: Path) -> None:
     trainer = Trainer(config, small, tmp_path / "run", device="cpu", display=QUIET)
     trainer.fit()
     assert "forward" in vars(trainer.network)
-    assert list(_fast._views[trainer.network]) == [torch.bfloat16]
+    assert list(view._views[trainer.network]) == [torch.bfloat16]
 
 
 def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.attacks._compact import Remaining, first_active, may_compact, worth_compacting
-from pyadv.attacks._graphs import Call
-from pyadv.attacks._model import borrowed, gradients_on, owned, pick_logits, unwrap
-from pyadv.attacks._norms import distance
-from pyadv.attacks._result import AttackResult, Perturbed
-from pyadv.attacks._rows import Best, Parameter, Rows, Settings
-from pyadv.attacks._start import Noise
+from pyadv.engine import checks
+from pyadv.engine.compact import Remaining, first_active, may_compact, worth_compacting
+from pyadv.engine.graphs import Call
+from pyadv.engine.norms import distance
+from pyadv.engine.results import AttackResult, Perturbed
+from pyadv.engine.starts import Noise
+from pyadv.engine.state import Best, Parameter, Rows, Settings
 from pyadv.ops.geometry import unchecked_track
-from pyadv.reference._common import per_row
+from pyadv.passes.borrow import borrowed, gradients_on, owned, pick_logits, unwrap
+from pyadv.tensors import per_row
 
 __all__ = [
     "Parameter",
@@ -60,7 +60,7 @@ def search(
     s = settings
     with gradients_on(), borrowed(model, s.bn, s.update_stats):
         if s.checks_values(x):
-            _checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
+            checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
         first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, noise)
         call = Call(x, first, y, s, noise, target, group)
         return s.graphs.run(_loop, model, call, _releases(s) and may_compact(model, x, s))
@@ -262,4 +262,4 @@ def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) 
     if differentiate and not logits.requires_grad:
         raise ValueError(_NO_GRADIENT)
     if validate:
-        _checks.logits(logits, y)
+        checks.logits(logits, y)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyadv.reference._common import rows, widen
+from pyadv.tensors import rows, widen
 
 ORDER = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}

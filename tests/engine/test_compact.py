@@ -7,9 +7,10 @@ import pytest
 import torch
 from networks import Recorded, RowLinear
 
-from pyadv.attacks import APGD, CW, FAB, FriendlyPGD, PGDPlus, Square, _compact
-from pyadv.attacks._compact import Remaining, first_active, may_compact
-from pyadv.attacks._graphs import Graphs
+from pyadv.attacks import APGD, CW, FAB, FriendlyPGD, PGDPlus, Square
+from pyadv.engine import compact
+from pyadv.engine.compact import Remaining, first_active, may_compact
+from pyadv.engine.graphs import Graphs
 
 B = 16
 ATTACKS = {
@@ -35,8 +36,8 @@ def late(monkeypatch, lag):
         vain = iter(range(lag))
         return lambda: count if next(vain, None) is None else None
 
-    monkeypatch.setattr(_compact, "is_late", lambda x: True)
-    monkeypatch.setattr(_compact, "sent", sent)
+    monkeypatch.setattr(compact, "is_late", lambda x: True)
+    monkeypatch.setattr(compact, "start_host_copy", sent)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 4, 1000])

@@ -30,7 +30,8 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from pyadv import ops
-from pyadv.attacks._model import (
+from pyadv.ops.registry import has_kernel
+from pyadv.passes.borrow import (
     Output,
     borrowed,
     footprint,
@@ -38,7 +39,6 @@ from pyadv.attacks._model import (
     pick_logits,
     unwrap,
 )
-from pyadv.ops._registry import has_kernel
 
 SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
 

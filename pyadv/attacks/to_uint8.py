@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.attacks import _checks
-from pyadv.ops._arguments import check_like
-from pyadv.reference._common import parameter, per_row, rows
+from pyadv.engine import checks
+from pyadv.ops.arguments import check_like
+from pyadv.tensors import parameter, per_row, rows
 
 LEVELS = 255
 _SLACK = 1e-4  # of a grid step: eps = 8 / 255 in floating point is eight steps
@@ -33,10 +33,10 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
         TypeError, ValueError: for shapes, dtypes, an eps that is no radius, an x that is not an
             8-bit image, or an x_adv outside the box or the ball.
     """
-    norm = _checks.canonical_norm(norm)
-    _checks.size("eps", eps)
+    norm = checks.canonical_norm(norm)
+    checks.size("eps", eps)
     check_like("to_uint8", "x_adv", x_adv, x=x)
-    _checks.parameters(x, {"eps": eps})
+    checks.parameters(x, {"eps": eps})
     image, adv = LEVELS * x.double(), LEVELS * x_adv.double()
     level = image.round()
     # As far as its dtype can hold multiples of 1/255, and a little for arithmetic on the way.

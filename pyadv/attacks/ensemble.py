@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pyadv import _state, ops
-from pyadv.attacks import _checks
-from pyadv.attacks._attack import Model
-from pyadv.attacks._model import device_of
-from pyadv.attacks._result import AttackResult
+from pyadv.engine import checks
+from pyadv.engine.attack import Model
+from pyadv.engine.results import AttackResult
+from pyadv.passes.borrow import device_of
 
 CLEAN = "clean"  # the name of the first look at each sample, without an attack
 
@@ -161,7 +161,7 @@ class Ensemble:
     ):
         if CLEAN in names:
             raise ValueError(f'no attack may be called "{CLEAN}"')
-        _checks.count("batch_size", batch_size, 1)
+        checks.count("batch_size", batch_size, 1)
         self.model, self.attacks, self.clean, self.survivors = model, attacks, clean, survivors
         self.batch_size, self.progress, self.reseed = batch_size, progress, reseed
         self.findings = Findings((CLEAN, *names))
@@ -175,7 +175,7 @@ class Ensemble:
 
     def attack(self, x: Tensor, y: Tensor) -> None:
         """Everything on the next chunk of samples: x (N, ...), y (N,) int64."""
-        _checks.batch(x, y, None)
+        checks.batch(x, y, None)
         keys = torch.cat([ops.row_hash(part).cpu() for part in x.split(self.batch_size)])
         self.findings.extend(self.first, keys, y.cpu())
         try:
@@ -213,10 +213,10 @@ class Ensemble:
             batch = x[at].to(device), y[at].to(device)
             result = attack.run(*batch, ids=ids, draw=draw, model=self.model)
             if column == 0:
-                _checks.logits(result.logits, batch[1])
+                checks.logits(result.logits, batch[1])
             if not f.classes:
                 f.classes = result.logits.shape[1]
-                _checks.warn_of_probabilities(result.logits)
+                checks.warn_of_probabilities(result.logits)
             f.record(column, rows, result)
             done += len(part)
             if self.progress:

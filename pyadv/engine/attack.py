@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks import _checks
-from pyadv.attacks._engine import judge, search
-from pyadv.attacks._fast import SPEEDS, FastView, attacked
-from pyadv.attacks._graphs import GRAPHS, Graphs
-from pyadv.attacks._result import AttackResult, Perturbed
-from pyadv.attacks._rows import Settings
-from pyadv.attacks._start import Noise
+from pyadv.engine import checks
+from pyadv.engine.graphs import GRAPHS, Graphs
+from pyadv.engine.loop import judge, search
+from pyadv.engine.results import AttackResult, Perturbed
+from pyadv.engine.starts import Noise
+from pyadv.engine.state import Settings
+from pyadv.passes.view import SPEEDS, FastView, attacked
 
 Model = Callable[..., Any]
 
@@ -42,19 +42,19 @@ class GradientAttack:
 
     def __init__(self, model: Model | None, settings: Settings, restarts: int, seed: int | None):
         s = settings
-        _checks.size("eps", s.eps)
-        _checks.size("alpha", s.alpha)
-        _checks.box(s.norm, s.eps, s.lo, s.hi)
-        _checks.count("steps", s.steps, 0)
-        _checks.count("eot", s.eot, 1)
-        _checks.choice("bn", s.bn, ("eval", "train", "as_is"))
-        _checks.choice("compact", s.compact, ("auto", True, False))
-        _checks.choice("validate", s.validate, ("auto", True, False))
-        _checks.choice("speed", s.speed, tuple(SPEEDS))
-        _checks.choice("graph", s.graphs.mode, GRAPHS)
+        checks.size("eps", s.eps)
+        checks.size("alpha", s.alpha)
+        checks.box(s.norm, s.eps, s.lo, s.hi)
+        checks.count("steps", s.steps, 0)
+        checks.count("eot", s.eot, 1)
+        checks.choice("bn", s.bn, ("eval", "train", "as_is"))
+        checks.choice("compact", s.compact, ("auto", True, False))
+        checks.choice("validate", s.validate, ("auto", True, False))
+        checks.choice("speed", s.speed, tuple(SPEEDS))
+        checks.choice("graph", s.graphs.mode, GRAPHS)
         self.model = model
         self.settings = settings
-        self.restarts = _checks.count("restarts", restarts, 1)
+        self.restarts = checks.count("restarts", restarts, 1)
         self.seed = seed
         self.draw = 0
 
@@ -234,8 +234,8 @@ class GradientAttack:
         model = self.model if model is None else model
         if model is None:
             raise ValueError("attack: no model; give one at construction or as model=")
-        _checks.batch(x, y, ids)
-        _checks.parameters(x, self.settings.parameters)
+        checks.batch(x, y, ids)
+        checks.parameters(x, self.settings.parameters)
         if draw is None:
             draw = self.draw
             self.draw += 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.ops._arguments import check_floating, parameter
+from pyadv.ops.arguments import check_floating, parameter
 
 _NORMS = {
     "linf": "Linf",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks._rows import Parameter, PerRow, Rows
-from pyadv.attacks._start import PROJECT
+from pyadv.engine.starts import PROJECT
+from pyadv.engine.state import Parameter, PerRow, Rows
 from pyadv.ops.steps import stepper
-from pyadv.reference._common import compute_dtype, keep_inactive, per_row, rows, widen
+from pyadv.tensors import compute_dtype, keep_inactive, per_row, rows, widen
 
 MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pyadv.attacks._graphs import Graphs
-from pyadv.attacks._losses import Loss
-from pyadv.attacks._model import Output
-from pyadv.attacks._start import Noise, Start, start
+from pyadv.engine.graphs import Graphs
+from pyadv.engine.losses import Loss
+from pyadv.engine.starts import Noise, Start, start
 from pyadv.ops.steps import unchecked_keep_best_
+from pyadv.passes.borrow import Output
 
 Parameter = float | Tensor
 # From rows, logits and the input they belong to: the direction, and its number of backward passes.

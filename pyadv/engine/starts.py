@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.reference._common import parameter, per_row, widen
+from pyadv.tensors import parameter, per_row, widen
 
 PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
 

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyadv.attacks._fast import FastView
-from pyadv.attacks._model import footprint, has_hooks, same_footprint, tensors
-from pyadv.attacks._result import Perturbed
-from pyadv.reference._common import compute_dtype
+from pyadv.engine.results import Perturbed
+from pyadv.passes.borrow import footprint, has_hooks, same_footprint, tensors
+from pyadv.passes.view import FastView
+from pyadv.tensors import compute_dtype
 
 if TYPE_CHECKING:
-    from pyadv.attacks._rows import Settings
-    from pyadv.attacks._start import Noise
+    from pyadv.engine.starts import Noise
+    from pyadv.engine.state import Settings
 
 GRAPHS = ("auto", True, False)
 

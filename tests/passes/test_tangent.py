@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pyadv.objectives import EMR
-from pyadv.objectives._step import Step
-from pyadv.objectives._tangent import TangentSweep
+from pyadv.objectives.step import Step
+from pyadv.passes.tangent import TangentSweep
 
 COLOUR, LINE, VOLUME = (3, 3, 9, 8), (3, 2, 12), (2, 1, 5, 6, 7)
 

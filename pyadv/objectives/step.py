@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyadv.attacks import Perturbed
-from pyadv.attacks._attack import GradientAttack
-from pyadv.attacks._model import Output, pick_logits
+from pyadv.engine.attack import GradientAttack
+from pyadv.passes.borrow import Output, pick_logits
 
 Schedule = float | Callable[[int], float]
 

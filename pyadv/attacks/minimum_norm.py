@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyadv.attacks._attack import GradientAttack, Model, _show
-from pyadv.attacks._engine import input_gradient
-from pyadv.attacks._losses import Loss
-from pyadv.attacks._model import Output
-from pyadv.attacks._norms import DUAL, ORDER, distance, row_norm
-from pyadv.attacks._result import MinimumNormResult
-from pyadv.attacks._rows import Direction, Parameter, Settings, StepRule
-from pyadv.reference._common import clip_to_box, parameter, per_row, widen
+from pyadv.engine.attack import GradientAttack, Model, _show
+from pyadv.engine.loop import input_gradient
+from pyadv.engine.losses import Loss
+from pyadv.engine.norms import DUAL, ORDER, distance, row_norm
+from pyadv.engine.results import MinimumNormResult
+from pyadv.engine.state import Direction, Parameter, Settings, StepRule
+from pyadv.passes.borrow import Output
+from pyadv.tensors import clip_to_box, parameter, per_row, widen
 
 _TINY = 1e-12
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyadv._host import sent
-from pyadv.attacks._rows import Settings
+from pyadv._host_copy import start_host_copy
+from pyadv.engine.state import Settings
 
 _SHORT = 20  # steps up to which an attack on a GPU is rather recorded than compacted
 _SIZES = 8
@@ -51,7 +51,7 @@ class Remaining:
             if count is None:
                 return None
             size = min(-(-int(count) // self._part) * self._part, len(active))
-        self._arrived = sent(active.sum())
+        self._arrived = start_host_copy(active.sum())
         return size
 
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyadv.attacks import APGD, MIFGSM, PGD, FriendlyPGD, TargetedAPGD, _graphs
+from pyadv.attacks import APGD, MIFGSM, PGD, FriendlyPGD, TargetedAPGD
+from pyadv.engine import graphs
 from tests.networks import ConvNet
 
 
@@ -56,8 +57,8 @@ class Replayer:
 def replayer(monkeypatch):
     """The stand-in, which serves the CPU for the time of a test."""
     found = Replayer("cpu")
-    monkeypatch.setitem(_graphs.RECORDERS, "cpu", lambda device: found)
-    monkeypatch.setattr(_graphs, "_recorders", {})
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: found)
+    monkeypatch.setattr(graphs, "_recorders", {})
     return found
 
 
@@ -148,7 +149,7 @@ def calls(attack, model, *seeds, n=4):
 
 def plain(attack, model, x, y):
     other = copy.copy(attack)
-    other.settings = replace(attack.settings, graphs=_graphs.Graphs(False))
+    other.settings = replace(attack.settings, graphs=graphs.Graphs(False))
     return other.perturb(x, y, model=model, draw=0)
 
 
@@ -407,7 +408,7 @@ def test_what_is_asked_of_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch, "Generator", lambda device: Mock())
-    recorder = _graphs.CudaRecorder(torch.device("cuda", 0))
+    recorder = graphs.CudaRecorder(torch.device("cuda", 0))
     replay, result = recorder.record(lambda: log.append("work") or 5)
     replay()
     recorder.record(lambda: None)  # while the first one lives, in its pool
@@ -416,8 +417,8 @@ def test_what_is_asked_of_cuda(monkeypatch):
     Graph.refused = True
     with pytest.raises(RuntimeError, match="refused"):
         recorder.record(lambda: None)
-    assert generator.graphsafe_set_state.call_count == 1 and len(_graphs._failed) == 1
-    _graphs._failed.clear()
+    assert generator.graphsafe_set_state.call_count == 1 and len(graphs._failed) == 1
+    graphs._failed.clear()
 
 
 # On a card.

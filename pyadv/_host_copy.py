@@ -1,4 +1,4 @@
-"""What a GPU knows, brought to the host without waiting for it."""
+"""Non-blocking device-to-host copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def sent(t: Tensor) -> Callable[[], Tensor | None]:
+def start_host_copy(t: Tensor) -> Callable[[], Tensor | None]:
     """`t` on its way to the host. The result gives it once it is there, until then None; of a
     tensor on the CPU that is at once."""
     if t.is_cpu:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyadv.attacks import APGD, FAB, PGD, AutoAttack, PGDPlus, Square, _fast, fast_view
-from pyadv.attacks._fast import FastView
+from pyadv.attacks import APGD, FAB, PGD, AutoAttack, PGDPlus, Square, fast_view
 from pyadv.models import Normalized, SmallCNN, WideResNet
 from pyadv.models.resnet import BasicBlock, PreActBlock
-from pyadv.ops._registry import has_kernel
+from pyadv.ops.registry import has_kernel
+from pyadv.passes import view as views
+from pyadv.passes.view import FastView
 from tests.networks import ConvNet
 
 
@@ -108,7 +109,7 @@ def calls(monkeypatch):
         return call
 
     for name in ("winograd_conv2d", "winograd_conv2d_input"):
-        monkeypatch.setattr(_fast.ops, name, counted(getattr(_fast.ops, name)))
+        monkeypatch.setattr(views.ops, name, counted(getattr(views.ops, name)))
     return sizes
 
 
@@ -237,7 +238,7 @@ def test_winograds_weights_follow_the_model(calls):
     model, x = settled(convolutions(), torch.float32), inputs(dtype=torch.float32)
     view = fast_view(model, x)
     old = gradient(view, x)
-    points = [dict(p.points) for p in view._parts if isinstance(p, _fast._Weighted)]
+    points = [dict(p.points) for p in view._parts if isinstance(p, views._Weighted)]
     assert sum(map(len, points)) == 6
     view.refresh()  # changes nothing, so the transformed weights are kept
     for part, kept in zip(view._parts, points, strict=False):
@@ -253,7 +254,7 @@ def test_winograds_weights_follow_the_model(calls):
 
 def test_batch_norms_are_folded():
     view = fast_view(settled(blocks(BasicBlock)), inputs())
-    assert not any(isinstance(m, (nn.BatchNorm2d, _fast._Affine)) for m in view.module.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, views._Affine)) for m in view.module.modules())
 
 
 def test_the_model_is_left_as_it_was():
@@ -320,8 +321,8 @@ def test_a_model_that_cannot_be_read_is_attacked_as_it_is(forward):
 
 
 def test_a_model_without_a_view_is_read_once(monkeypatch):
-    reads, trace = [], _fast._trace
-    monkeypatch.setattr(_fast, "_trace", lambda *args: reads.append(1) or trace(*args))
+    reads, trace = [], views._trace
+    monkeypatch.setattr(views, "_trace", lambda *args: reads.append(1) or trace(*args))
     model, x = Wrapped(STRANGE["branches on values"]).eval(), inputs()
     for _ in range(3):
         assert fast_view(model, x) is model
@@ -401,8 +402,8 @@ def test_who_fools_the_view_alone_is_searched_again(name, monkeypatch):
             logits = super().__call__(x)
             return logits - 10 * F.one_hot(y[:1], logits.shape[1]).to(logits)
 
-    monkeypatch.setattr(_fast, "FastView", Gullible)
-    monkeypatch.setattr(_fast, "_agrees", lambda *args: True)
+    monkeypatch.setattr(views, "FastView", Gullible)
+    monkeypatch.setattr(views, "_agrees", lambda *args: True)
     exact, misled = (ATTACKS[name](seed=0, speed=s).run(x, y, model=model) for s in SPEEDS)
     again = y == y[0]
     assert again.any()
