@@ -9,6 +9,7 @@ from pyadv.attacks.fab import FAB, TargetedFAB, fab, targeted_fab
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.fmn import FMN, fmn
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
+from pyadv.attacks.sigma_zero import SigmaZero, sigma_zero
 from pyadv.attacks.square import Square, square
 from pyadv.attacks.to_uint8 import to_uint8
 from pyadv.engine.results import AttackResult, MinimumNormResult, Perturbed
@@ -33,6 +34,7 @@ __all__ = [
     "PGDPlus",
     "Parity",
     "Perturbed",
+    "SigmaZero",
     "Square",
     "TargetedAPGD",
     "TargetedFAB",
@@ -46,6 +48,7 @@ __all__ = [
     "fmn",
     "mifgsm",
     "pgd",
+    "sigma_zero",
     "square",
     "targeted_apgd",
     "targeted_fab",

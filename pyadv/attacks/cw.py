@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks.minimum_norm import NearestIterate, rounded
+from pyadv.attacks.minimum_norm import ClassRule, NearestIterate, class_choice, rounded
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.norms import distance
-from pyadv.engine.rules import StepRule, kept
+from pyadv.engine.rules import kept
 from pyadv.engine.state import State
 from pyadv.engine.task import Model, Settings
 from pyadv.tensors import clip_to_box, parameter, per_row, rows, widen
@@ -49,6 +49,8 @@ class CW(NearestIterate):
         c: the first weight of the margin.
         abort_early: end a search in which a tenth of the steps has not lowered the objective by
             0.01 %.
+        classes: which wrong class m and the descent look at until a point is found, as in `DDN`;
+            "runner-up" is the m above, as the authors have it.
         targeted: y is the class to reach, and m is z_y - max_{j != y} z_j.
         eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
@@ -72,6 +74,8 @@ class CW(NearestIterate):
         lr: float = 0.01,
         c: float = 0.001,
         abort_early: bool = True,
+        classes: str = "nearest",
+        targeted: bool = False,
         **settings: Any,
     ):
         checks.count("steps", steps, 1)
@@ -84,7 +88,8 @@ class CW(NearestIterate):
             steps=searches * steps,
             loss="margin",
             confidence=confidence,
-            rule=SearchRule(searches, steps, lr, c, abort_early),
+            rule=SearchRule(class_choice(classes, targeted), searches, steps, lr, c, abort_early),
+            targeted=targeted,
             **settings,
         )
 
@@ -95,7 +100,7 @@ class CW(NearestIterate):
 
 
 @dataclass
-class SearchRule(StepRule):
+class SearchRule(ClassRule):
     """The rule of CW: searches one after the other, each from x by Adam. The gradient at x is taken
     once."""
 
@@ -151,12 +156,12 @@ class SearchRule(StepRule):
         )
 
     def kind(self, k: int, steps: int) -> str:
-        return "plain" if k else "first"
+        return "plain" if k else "choose"
 
     def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
-        self.loss.copy_(loss)
-        if kind == "first":
-            self.loss_at_x.copy_(loss)
+        self.loss.copy_(self.margin(loss))
+        if kind == "choose":
+            self.loss_at_x.copy_(self.loss)
             self.grad_at_x = kept(self.grad_at_x, grad)
             self.before.copy_(self.c * self._hinge(state))
             return grad

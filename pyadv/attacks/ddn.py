@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
+from pyadv.attacks.minimum_norm import (
+    ClassRule,
+    NearestIterate,
+    annealed,
+    box_width,
+    class_choice,
+    reach,
+    rounded,
+)
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
-from pyadv.engine.rules import StepRule
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
 from pyadv.tensors import widen
@@ -23,7 +30,8 @@ _LAST_ALPHA = 0.01  # as a share of the first
 
 
 class DDN(NearestIterate):
-    """The nearest point in L2, by steps along the cross-entropy's gradient on a sphere around x.
+    """The nearest point in L2, by steps on a sphere around x, along the gradient of z_c - z_y for a
+    class c, or of the cross-entropy (classes="runner-up", as the authors).
 
     The sphere shrinks by the factor 1 - gamma after an iterate that fools the model, and else grows
     by 1 + gamma. `attack(x, y)` gives the nearest iterate that fools the model, x itself where
@@ -38,6 +46,10 @@ class DDN(NearestIterate):
         alpha: size of the first step, in units of x; the width of the box by default (1 if lo and
             hi are not both numbers). It falls along half a cosine to a hundredth.
         start_radius: of the sphere, like alpha.
+        classes: which wrong class c to descend towards: "nearest", the one whose linearised
+            boundary is nearest to x, chosen at x and from 50 steps on again halfway, each time by
+            one backward pass per class (at most 9); or "runner-up", whichever class the model ranks
+            next to y, as the authors do. With `targeted` there is no choice.
         targeted: y is the class to reach.
         eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
@@ -56,6 +68,8 @@ class DDN(NearestIterate):
         gamma: float = 0.05,
         alpha: float | None = None,
         start_radius: float | None = None,
+        classes: str = "nearest",
+        targeted: bool = False,
         **settings: Any,
     ):
         checks.share("gamma", gamma)
@@ -70,13 +84,14 @@ class DDN(NearestIterate):
             steps=steps,
             loss="ce",
             scale="unit",
-            rule=SphereRule(gamma, radius, alpha),
+            rule=SphereRule(class_choice(classes, targeted), gamma, radius, alpha),
+            targeted=targeted,
             **settings,
         )
 
 
 @dataclass
-class SphereRule(StepRule):
+class SphereRule(ClassRule):
     """The rule of DDN: a step along the gradient, then back to a sphere whose radius adapts."""
 
     gamma: float

@@ -11,15 +11,23 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
+from pyadv.attacks.minimum_norm import (
+    ClassRule,
+    NearestIterate,
+    annealed,
+    box_width,
+    class_choice,
+    reach,
+    rounded,
+)
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.norms import DUAL, distance, row_norm
-from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
-from pyadv.tensors import clip_to_box, per_row, rows, widen
+from pyadv.tensors import clip_to_box, parameter, per_row, widen
+from pyadv.tensors import rows as flatten
 
 _LAST_ALPHA = 0.01  # as a share of the first
 _TINY = 1e-12
@@ -39,10 +47,14 @@ class FMN(NearestIterate):
         norm: "Linf", "L2", "L1" or "L0" (or inf, 2, 1, 0); L0 counts the entries of x that change.
         steps: number of steps.
         alpha: L2 size of the first step, in units of x; by default the width of the box (1 if lo
-            and hi are not both numbers), in Linf, whose balls are wide in L2, ten times that. It
+            and hi are not both numbers); ten times that in Linf and L0, where entries move far. It
             falls along half a cosine to a hundredth.
         gamma, gamma_final: change of the radius at the first step and after the last, in (0, 1);
             between them it falls as alpha does. In L0 it is at least one entry.
+        classes: which wrong class c to descend towards: "nearest", the one whose linearised
+            boundary is nearest to x, chosen at x and from 50 steps on again halfway, each time by
+            one backward pass per class (at most 9); or "runner-up", whichever class the model ranks
+            next to y, as the authors do. With `targeted` there is no choice.
         targeted: y is the class to reach.
         eps, lo, hi, compact, output, validate, speed: as in `FAB`.
 
@@ -51,7 +63,10 @@ class FMN(NearestIterate):
             logits.
 
     Source: algorithm 1, from x. There the first ball comes to a halt on a boundary that rounding
-    does not cross; here it grows by at least 1 + gamma / 2.
+    does not cross; here it grows by at least 1 + gamma / 2. In L0 there the ball grows from one
+    entry, by one entry at most steps, and a step spreads its length over all entries before most of
+    them are dropped, so large images are hardly fooled; here the first ball reaches the linearised
+    boundary in L0 too, and the step has its length within the entries that are kept.
     """
 
     def __init__(
@@ -63,13 +78,15 @@ class FMN(NearestIterate):
         alpha: float | None = None,
         gamma: float = 0.05,
         gamma_final: float = 0.001,
+        classes: str = "nearest",
+        targeted: bool = False,
         **settings: Any,
     ):
         checks.share("gamma", gamma)
         checks.share("gamma_final", gamma_final)
         norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
-        usual = 10 * width if norm == "Linf" else width
+        usual = 10 * width if norm in ("Linf", "L0") else width
         alpha = usual if alpha is None else alpha
         checks.size("alpha", alpha)
         super().__init__(
@@ -77,13 +94,14 @@ class FMN(NearestIterate):
             norm=norm,
             steps=steps,
             loss="margin",
-            rule=BallRule(gamma, gamma_final, alpha),
+            rule=BallRule(class_choice(classes, targeted), gamma, gamma_final, alpha),
+            targeted=targeted,
             **settings,
         )
 
 
 @dataclass
-class BallRule(StepRule):
+class BallRule(ClassRule):
     """The rule of FMN: a step along the gradient, then back into a ball whose radius adapts."""
 
     first_gamma: float
@@ -116,14 +134,17 @@ class BallRule(StepRule):
     def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
         s, nearest = state.settings, -state.best.loss
         smaller, larger = self.radius * (1 - self.gamma), self.radius * (1 + self.gamma)
+        missing = self.margin(loss).abs().to(self.radius.dtype)
         if s.norm == "L0":
             smaller = torch.minimum(smaller.floor(), self.radius - 1).clamp(min=0)
             larger = torch.maximum(larger.floor(), self.radius + 1)
+            way = _entries_to_boundary(state, widen(grad), missing)
         else:
             slope = row_norm(widen(grad), DUAL[s.norm]).clamp(min=_TINY)
-            boundary = distance(state.x_adv, state.x, s.norm) + loss.abs().to(slope.dtype) / slope
-            boundary = torch.maximum(boundary, self.radius * (1 + self.gamma / 2))
-            larger = torch.where(nearest.isfinite(), larger, boundary)
+            way = missing / slope
+        boundary = distance(state.x_adv, state.x, s.norm) + way
+        least = larger if s.norm == "L0" else self.radius * (1 + self.gamma / 2)
+        larger = torch.where(nearest.isfinite(), larger, torch.maximum(boundary, least))
         radius = torch.where(state.still, larger, torch.minimum(smaller, nearest))
         torch.minimum(radius, self.most, out=self.radius)
         return grad
@@ -131,21 +152,36 @@ class BallRule(StepRule):
     def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
         s, x = state.settings, widen(state.x)
         radius = self.radius if s.norm == "L2" else torch.inf
-        point = ops.l2_step(self.point, widen(grad), x, self.alpha, radius, None, None)
-        if s.norm == "L0":
-            point = x + _largest(point - x, self.radius)
+        grad = widen(grad)
+        point = ops.l2_step(self.point, grad, x, self.alpha, radius, None, None)
+        if s.norm == "L0":  # the step gets its length within the entries that are kept
+            kept = _largest(point - x, self.radius)
+            inside = torch.where(kept, self.point, x)
+            point = ops.l2_step(inside, grad * kept, x, self.alpha, radius, None, None)
         elif s.norm != "L2":
             point = PROJECT[s.norm](point, x, self.radius, None, None)
         self.point.copy_(clip_to_box(point, s.lo, s.hi))
         state.x_adv.copy_(rounded(self.point, state.x, s.lo, s.hi))
 
 
+def _entries_to_boundary(state: State, grad: Tensor, missing: Tensor) -> Tensor:
+    """Return (B,): how many entries have to move as far as the box allows until a linear model with
+    this gradient has gained `missing`; all of them where that is not enough."""
+    s, x_adv = state.settings, widen(state.x_adv)
+    up = torch.inf if s.hi is None else parameter(s.hi, x_adv) - x_adv
+    down = torch.inf if s.lo is None else x_adv - parameter(s.lo, x_adv)
+    room = torch.where(grad > 0, up, down)
+    gains = flatten(torch.where(grad == 0, 0.0, grad.abs() * room)).sort(1, descending=True).values
+    short = gains.cumsum(1) < missing[:, None]
+    return (short.sum(1) + 1).clamp(max=gains.shape[1]).to(missing.dtype)
+
+
 def _largest(offset: Tensor, count: Tensor) -> Tensor:
-    """The `count` (B,) entries of largest magnitude of each row, the others 0."""
-    order = rows(offset).abs().argsort(dim=1, descending=True, stable=True)
+    """Return a mask of the `count` (B,) entries of largest magnitude of each row."""
+    order = flatten(offset).abs().argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places).view(offset.shape)
-    return torch.where(rank < per_row(count, offset), offset, 0.0)
+    return rank < per_row(count, offset)
 
 
 fmn = functional("fmn", FMN)

@@ -1,33 +1,42 @@
-"""What the attacks that look for the nearest point have in common: the linearised
-boundaries, and how they end."""
+"""The base of the attacks that look for the nearest point that fools the model: linearised decision
+boundaries, the choice of a class to follow, and results with distances."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
+from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, show
 from pyadv.engine.loop import input_gradient
-from pyadv.engine.losses import Loss
+from pyadv.engine.losses import Loss, ranked_targets
 from pyadv.engine.norms import DUAL, ORDER, distance, row_norm
 from pyadv.engine.results import MinimumNormResult
-from pyadv.engine.rules import StepRule
+from pyadv.engine.rules import StepRule, kept
+from pyadv.engine.state import State
 from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
 from pyadv.passes.borrow import Output
 from pyadv.tensors import clip_to_box, parameter, per_row, widen
+from pyadv.tensors import rows as flatten
 
 _TINY = 1e-12
+_RIVALS = 9  # classes that are compared when one to follow is chosen
+_TWICE = 50  # steps from which on the choice is made again halfway
+
+Gradient = Callable[[], tuple[Tensor, int]]  # of the loss, with its number of backward passes
+CLASSES = ("nearest", "runner-up")
 
 
 def boundaries(
     logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each class c in a column of `classes` (B, m): z_c - z_y (B,), its input gradient at
-    `leaf`, and the norm of that (B,) by which z_c - z_y divided is a distance in `norm`. One
-    gradient is made at a time, so memory does not grow with the number of classes."""
+    """Yield, for the class c in each column of `classes` (B, m): z_c - z_y (B,), its input gradient
+    at `leaf`, and the norm of the gradient (B,) that turns z_c - z_y into a distance in `norm`. One
+    gradient exists at a time, so memory does not grow with the number of classes."""
     values = widen(logits.detach())
     values = values.gather(1, classes) - values.gather(1, y[:, None])
     of_label = torch.zeros_like(logits).scatter_(1, y[:, None], 1.0)
@@ -41,8 +50,8 @@ def boundaries(
 def nearest_boundary(
     logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
 ) -> tuple[Tensor, Tensor]:
-    """z_c - z_y (B,) and its input gradient at `leaf`, for the class c of `classes` (B, m) whose
-    boundary is nearest if the model is linear."""
+    """Return z_c - z_y (B,) and its input gradient at `leaf`, for the class c of `classes` (B, m)
+    whose linearised boundary is nearest."""
     value = torch.zeros_like(widen(logits.detach())[:, 0])
     best, w = torch.full_like(value, torch.inf), torch.zeros_like(widen(leaf.detach()))
     for difference, grad, slope in boundaries(logits, leaf, y, classes, norm):
@@ -55,19 +64,20 @@ def nearest_boundary(
 
 
 def other_classes(logits: Tensor, y: Tensor) -> Tensor:
-    """(B, C - 1): all classes but y."""
+    """Return (B, C - 1): all classes but y."""
     k = torch.arange(logits.shape[1] - 1, device=y.device)
     return k + (k >= y[:, None])
 
 
 def box_width(lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> float:
-    """Settings published for the box [0, 1] are multiplied by it; 1 if a bound is no number."""
+    """Return the factor for settings that were published for the box [0, 1]: the width of this one,
+    1 if a bound is no number."""
     bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
     return float(abs(hi - lo)) if bounded else 1.0
 
 
 def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
-    """(B,): how far from x the farthest point of the box is; inf without a box."""
+    """Return (B,): how far from x the farthest point of the box is; inf without a box."""
     wide = widen(x)
     infinity = torch.full_like(wide, torch.inf)
     above = infinity if hi is None else parameter(hi, wide) - wide
@@ -76,13 +86,83 @@ def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | No
 
 
 def annealed(first: float, last: float, k: int, steps: int) -> float:
-    """From `first` at k = 0 along half a cosine to `last` at k = steps."""
+    """Return the value at step k of half a cosine from `first` at 0 to `last` at `steps`."""
     return last + (first - last) * (1 + math.cos(math.pi * k / steps)) / 2
 
 
 def rounded(point: Tensor, x: Tensor, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
-    """A point of the box in the dtype of x, still in the box."""
+    """Return a point of the box in the dtype of x, still in the box."""
     return point if point.dtype == x.dtype else clip_to_box(point.to(x.dtype), lo, hi)
+
+
+@dataclass
+class ClassRule(StepRule):
+    """The base of rules that follow one class c per sample: they ascend z_c - z_y. With
+    classes="runner-up" they ascend the loss instead, which sees whichever class is next to y.
+
+    With "nearest", c is the class whose boundary, linearised at the iterate, is nearest to x. It is
+    chosen at x, and in long attacks again halfway. A sample that another class has fooled at the
+    nearest point so far follows that class from there.
+    """
+
+    classes: str
+    _: KW_ONLY
+    follow: Tensor | None = None  # (B,) the classes
+    value: Tensor | None = None  # (B,) z_c - z_y at the current iterate
+    best: Tensor | None = None  # (B,) minus the smallest distance before this iterate
+
+    def kind(self, k: int, steps: int) -> str:
+        if self.classes == "nearest" and (k == 0 or (steps >= _TWICE and k == steps // 2)):
+            return "choose"
+        return "plain"
+
+    def direction(
+        self, state: State, kind: Hashable, logits: Tensor, leaf: Tensor, gradient: Gradient
+    ) -> tuple[Tensor, int]:
+        """Return the gradient of z_c - z_y."""
+        if self.classes == "runner-up":
+            return gradient()
+        z, best = logits.detach(), state.best.loss
+        y = state.y.clamp(0, z.shape[1] - 1)  # where labels are not checked
+        if kind == "choose":
+            grad, passes = self._choose(state, logits, leaf, y)
+        else:
+            fooled_nearest = ~state.still & (best > self.best)
+            follow = torch.where(fooled_nearest, z.argmax(1), self.follow)
+            self.follow.copy_(torch.where(follow == y, self.follow, follow))
+            cotangent = torch.zeros_like(z).scatter_(1, self.follow[:, None], 1.0)
+            cotangent.scatter_(1, y[:, None], -1.0)
+            grad, passes = input_gradient(logits, leaf, cotangent), 1
+        wide = widen(z)
+        value = wide.gather(1, self.follow[:, None]) - wide.gather(1, y[:, None])
+        self.value, self.best = kept(self.value, value[:, 0]), kept(self.best, best)
+        return grad, passes
+
+    def margin(self, loss: Tensor) -> Tensor:
+        """Return the margin (B,) to the class that is followed; `loss` is that to the runner-up."""
+        return loss if self.classes == "runner-up" else self.value.to(loss.dtype)
+
+    def _choose(self, state: State, logits: Tensor, leaf: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        classes = ranked_targets(logits.detach(), y, _RIVALS).T
+        norm = "L1" if state.settings.norm == "L0" else state.settings.norm
+        offset = widen(state.x) - widen(leaf.detach())
+        nearest = torch.full_like(widen(logits.detach())[:, 0], torch.inf)
+        follow, w = classes[:, 0].clone(), torch.zeros_like(offset)
+        for j, (margin, grad, slope) in enumerate(boundaries(logits, leaf, y, classes, norm)):
+            at_x = margin + flatten(grad * offset).sum(1)
+            way = (-at_x).clamp(min=0) / (_TINY + slope)
+            nearer = (way < nearest) & slope.isfinite()
+            nearest = torch.where(nearer, way, nearest)
+            w = torch.where(per_row(nearer | (j == 0), w), grad, w)
+            follow = torch.where(nearer, classes[:, j], follow)
+        self.follow = kept(self.follow, follow)
+        return w.to(leaf.dtype), classes.shape[1]
+
+
+def class_choice(classes: str, targeted: bool) -> str:
+    """Return the setting `classes` of a `ClassRule`; a targeted attack has no choice."""
+    checks.choice("classes", classes, CLASSES)
+    return "runner-up" if targeted else classes
 
 
 class MinimumNorm(GradientAttack):

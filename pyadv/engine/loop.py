@@ -96,20 +96,21 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         settings=s,
         rule=rule,
         queries=torch.zeros_like(y),
+        gradients=torch.zeros_like(y),
         steps=torch.zeros_like(y),
     )
     state.rule = rule.begin(state)
     done = None
     broken = torch.zeros_like(y)  # groups
     remaining = Remaining(task.x) if compacts else None
-    iterates, passes = s.steps + (s.best != "last"), 0  # passes: backward, of one step
+    iterates = s.steps + (s.best != "last")
     for k in range(iterates):
         steps_on = k < s.steps
         differentiate = steps_on and rule.by_gradient
         kind: Hashable = rule.kind(k, s.steps) if steps_on else "last"
         if steps_on:
             state.rule.schedule(state, k)
-        loss, logits, state.still, gradient = _forward(model, state, differentiate)
+        loss, logits, state.still, gradient = _forward(model, state, kind, differentiate)
         if k == 0:
             check_first(logits, y, s.checks_values(task.x), differentiate)
         if s.releases:
@@ -136,21 +137,22 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         grad = None
         if differentiate:
             grad, passes = gradient()
+            state.gradients += passes * state.active if s.releases else passes
         if s.best != "last" and not nearest:
             _keep_best(state, loss, grad)
         grad = state.rule.observe(state, kind, loss, grad)
         state.rule.step(state, kind, grad, state.active if s.releases else None)
         if size is not None and worth_compacting(size, len(state.active), s.steps - k):
-            done = _written_back(done, state, passes)
+            done = _written_back(done, state)
             state = state.select(first_active(state.active, size))
     if not s.releases:
         state.queries += iterates
         state.steps += s.steps
-    return _written_back(done, state, passes)
+    return _written_back(done, state)
 
 
 def _forward(
-    model: Callable[..., Any], state: State, differentiate: bool
+    model: Callable[..., Any], state: State, kind: Hashable, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], tuple[Tensor, int]]]:
     """Pass the current iterates through the model.
 
@@ -175,10 +177,11 @@ def _forward(
             grads.append(input_gradient(logits, leaf, grad_logits))
 
     def gradient() -> tuple[Tensor, int]:
-        if state.rule.direction is not None:
-            return state.rule.direction(state, logits, leaf)
         return _mean([*grads, input_gradient(logits, leaf, grad_logits)]), s.eot
 
+    direction = state.rule.direction
+    if direction is not None:
+        return _mean(losses), logits, still, lambda: direction(state, kind, logits, leaf, gradient)
     return _mean(losses), logits, still, gradient
 
 
@@ -218,16 +221,16 @@ def _nearness(state: State) -> Tensor:
     return torch.where(state.active & ~state.still, -away, -torch.inf)
 
 
-def _written_back(done: Perturbed | None, state: State, passes: int) -> Perturbed:
+def _written_back(done: Perturbed | None, state: State) -> Perturbed:
     """Return the result of the whole batch so far: `done`, with the rows of the state written into
-    it. `passes` is the number of backward passes of one step."""
+    it."""
     best, x_adv = state.settings.best, state.x_adv
     if best in ("loss", "nearest"):
         x_adv = state.best.x_adv
     elif best == "fooled" and state.best is not None:
         x_adv = torch.where(per_row(state.active, x_adv), state.best.x_adv, x_adv)
-    queries, gradients = state.settings.eot * state.queries, passes * state.steps
-    found = Perturbed(x_adv, state.kappa, state.steps, queries, gradients)
+    queries = state.settings.eot * state.queries
+    found = Perturbed(x_adv, state.kappa, state.steps, queries, state.gradients)
     if done is None:
         return found
     for f in fields(Perturbed):

@@ -34,8 +34,9 @@ class StepRule(PerSample):
     """
 
     by_gradient: ClassVar[bool] = True  # False: the rule needs no backward pass
-    # A method (state, logits, leaf) -> (direction, its number of backward passes) that replaces the
-    # input gradient of the loss. `leaf` is the input that the logits belong to.
+    # A method (state, kind, logits, leaf, gradient) -> (direction, its number of backward passes)
+    # that replaces the input gradient of the loss, which `gradient()` gives in the same form.
+    # `leaf` is the input that the logits (B, C) belong to.
     direction: ClassVar[Callable[..., tuple[Tensor, int]] | None] = None
 
     @property

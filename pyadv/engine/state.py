@@ -67,7 +67,8 @@ class State(PerSample):
         noise: keyed noise, with the ids of these rows.
         settings: with per-sample values for these rows.
         rule: the step rule with its memory.
-        queries: (B,) int64, forward passes so far (of `eot`, one each).
+        queries: (B,) int64, forward passes so far; `eot` passes at one iterate count once.
+        gradients: (B,) int64, backward passes so far.
         steps: (B,) int64, steps so far.
         index: (B,) places of the rows in the batch; None while all of it is here.
         best: the best iterate so far, if the settings ask for one.
@@ -88,6 +89,7 @@ class State(PerSample):
     settings: LoopSettings
     rule: StepRule
     queries: Tensor
+    gradients: Tensor
     steps: Tensor
     index: Tensor | None = None
     best: Best | None = None

@@ -10,7 +10,19 @@ import torch
 from networks import ConvNet, Recorded, RowLinear
 from torch import nn
 
-from pyadv.attacks import CW, DDN, FMN, DeepFool, MinimumNormResult, cw, ddn, deepfool, fmn
+from pyadv.attacks import (
+    CW,
+    DDN,
+    FMN,
+    DeepFool,
+    MinimumNormResult,
+    SigmaZero,
+    cw,
+    ddn,
+    deepfool,
+    fmn,
+)
+from pyadv.attacks.minimum_norm import CLASSES
 
 P = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}
 FEW = partial(CW, steps=40, searches=3, lr=0.05, c=1.0)
@@ -19,6 +31,8 @@ ATTACKS = {
     "DDN": partial(DDN, steps=25),
     **{f"FMN-{norm}": partial(FMN, norm=norm, steps=25) for norm in P},
     **{f"DeepFool-{norm}": partial(DeepFool, norm=norm) for norm in ("L2", "Linf")},
+    "DeepFool-super": partial(DeepFool, variant="super"),
+    "SigmaZero": partial(SigmaZero, steps=60),
 }
 attacks = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 with_targets = pytest.mark.parametrize("attack", list(ATTACKS.values())[:6], ids=list(ATTACKS)[:6])
@@ -93,14 +107,16 @@ def test_cost(attack, problem):
     attack = attack(model, compact=False)
     result = attack.run(x, y)
     steps = attack.settings.steps
-    assert len(model.inputs) == steps + 2
+    bisections = 10 * (attack.settings.rule.__class__.__name__ == "NormalRule")
+    assert len(model.inputs) == steps + 2 + bisections
     name = type(attack)
-    if name in (DDN, FMN):
-        assert (result.queries == steps + 2).all() and (result.gradients == steps).all()
-    each = 4 if name is DeepFool else 1  # classes other than y
-    # DeepFool has a last look at the point that fools; a search of CW may end before its steps do.
-    assert torch.equal(result.gradients, each * result.steps)
-    assert (result.queries <= result.steps + 2 + (name is CW)).all()
+    more = 3 * (name in (DDN, FMN, CW))  # classes beside y and one, where the nearest is chosen
+    if name in (DDN, FMN, SigmaZero):
+        assert (result.queries == steps + 2).all() and (result.gradients == steps + more).all()
+    each = (4 + (bisections > 0)) if name is DeepFool else 1  # classes other than y
+    # DeepFool looks once more at the point that fools; a search of CW may end before its steps do.
+    assert torch.equal(result.gradients, each * result.steps + more)
+    assert (result.queries <= result.steps + 2 + (name is CW) + bisections).all()
 
 
 @attacks
@@ -280,3 +296,78 @@ def test_refuses_inputs(attack, problem):
         attack(net)(x, y + 5)
     with pytest.raises(ValueError, match="carry no gradient"):
         attack(lambda v: net(v.detach()).detach())(x, y)
+
+
+P_DUAL = {"L2": 2, "Linf": 1, "L1": math.inf}
+FOLLOWERS = {
+    "DDN": partial(DDN),
+    "CW": partial(CW, steps=200, searches=6),
+    **{f"FMN-{norm}": partial(FMN, norm=norm) for norm in P_DUAL},
+}
+
+
+def linear(classes=5):
+    """A linear model whose rows differ in length, so that the runner-up is often not the nearest
+    class, with inputs far from the box's walls; and the distances in closed form."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(40, classes)).double()
+    with torch.no_grad():
+        net[1].weight.mul_(torch.tensor([1.0, 0.2, 3.0, 0.5, 2.0])[:classes, None])
+    x = 0.35 + 0.3 * torch.rand(30, 1, 5, 8).double()
+    z, w = net(x).detach(), net[1].weight.detach()
+    y = z.argmax(1)
+    others = torch.ones_like(z, dtype=torch.bool).scatter_(1, y[:, None], False)
+
+    def best(norm):
+        slopes = torch.linalg.vector_norm(w - w[y][:, None], P_DUAL[norm], dim=2)
+        ways = (z.gather(1, y[:, None]) - z) / slopes
+        return ways.masked_fill(~others, math.inf)
+
+    return net, x, y, best
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_the_nearest_class_is_followed(name):
+    """The optimum of a linear model is found; by the runner-up it is missed."""
+    net, x, y, best = linear()
+    attack = FOLLOWERS[name]
+    ways = best(attack().settings.norm)
+    off = {c: attack(net, classes=c).run(x, y).distances / ways.amin(1) for c in CLASSES}
+    assert (ways.argsort(1)[:, 0] != net(x).argsort(1, descending=True)[:, 1]).any()
+    assert off["nearest"].max() < (1.2 if name == "CW" else 1.1) and off["nearest"].median() < 1.06
+    assert off["runner-up"].max() > 1.5
+
+
+def test_a_targeted_attack_follows_its_target():
+    net, x, y, _ = linear()
+    target = (y + 1) % 5
+    first, second = (DDN(net, targeted=True, classes=c).run(x, target) for c in CLASSES)
+    assert torch.equal(first.x_adv, second.x_adv) and (net(first.x_adv).argmax(1) == target).all()
+    with pytest.raises(ValueError, match="classes must be one of nearest, runner-up"):
+        FMN(classes="second")
+
+
+@pytest.mark.parametrize("steps", [20])
+def test_large_images_are_fooled_in_l0(steps):
+    """Thousands of 150,528 entries have to change, each by at most half the box: a ball that grows
+    by an entry a step would not get there."""
+    torch.manual_seed(0)
+    x = 0.5 + 0.01 * torch.randn(2, 3, 224, 224)
+    w = torch.sign(torch.randn(3 * 224 * 224))
+
+    def model(v):
+        way = 1e-3 * (v.flatten(1) - 0.5) @ w - 2.0  # 4,000 entries by a half each
+        return torch.stack([-way, way], 1)
+
+    y = torch.tensor([0, 0])
+    result = FMN(model, norm="L0", steps=steps).run(x, y)
+    assert not result.correct.any()
+    assert (result.distances < 8000).all()
+
+
+def test_super_deepfool_is_nearer(problem):
+    net, x, y = problem
+    plain, closer = (DeepFool(net, variant=v).run(x, y).distances for v in ("plain", "super"))
+    assert (closer <= plain + 1e-5).all() and closer.sum() < 0.995 * plain.sum()
+    with pytest.raises(ValueError, match="attack in L2"):
+        DeepFool(norm="Linf", variant="super")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import Recorded
 
-from pyadv.attacks import CW, DDN, DeepFool
+from pyadv.attacks import CW, DDN, DeepFool, SigmaZero
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 peer = pytest.importorskip(
@@ -23,7 +23,7 @@ def test_ddn(targeted, problem):
     theirs = Recorded(net)
     expected = peer.ddn(theirs, x, y, steps=40, levels=None, targeted=targeted)
     ours = Recorded(net)
-    result = DDN(ours, steps=40, targeted=targeted, compact=False).run(x, y)
+    result = DDN(ours, steps=40, targeted=targeted, classes="runner-up", compact=False).run(x, y)
     torch.testing.assert_close(
         torch.stack(ours.inputs[:40]), torch.stack(theirs.inputs), atol=1e-5, rtol=0
     )
@@ -47,7 +47,7 @@ def test_cw(problem, monkeypatch):
     )
     ours = Recorded(net)
     settings = dict(steps=steps, searches=searches, c=1.0, abort_early=False, confidence=0.5)
-    CW(ours, compact=False, **settings)(x, y)
+    CW(ours, compact=False, classes="runner-up", **settings)(x, y)
     for search in range(searches):
         part = slice(search * steps + 1, (search + 1) * steps)
         torch.testing.assert_close(
@@ -63,3 +63,28 @@ def test_deepfool(norm, problem):
     result = DeepFool(net, norm=norm).run(x, y)
     theirs = torch.linalg.vector_norm((expected - x).flatten(1), norm, dim=1)
     torch.testing.assert_close(result.distances, theirs, atol=0, rtol=1e-2)
+
+
+def test_sigma_zero(problem):
+    from adv_lib.attacks.sigma_zero import sigma_zero
+
+    net, x, y = problem
+    theirs, ours = Recorded(net), Recorded(net)
+    sigma_zero(theirs, x, y, num_steps=60)
+    SigmaZero(ours, steps=60, compact=False)(x, y)
+    torch.testing.assert_close(
+        torch.stack(ours.inputs[:60]), torch.stack(theirs.inputs), atol=1e-6, rtol=0
+    )
+
+
+def test_super_deepfool(problem):
+    """There DeepFool's least step is added, here it is the least length."""
+    from adv_lib.attacks.superdeepfool import sdf
+
+    net, x, y = problem
+    torch.set_default_dtype(torch.float32)  # their bisection is in the default dtype
+    net, x = net.to(torch.float32), x.to(torch.float32)
+    expected = sdf(net, x, y)
+    result = DeepFool(net, variant="super").run(x, y)
+    theirs = torch.linalg.vector_norm((expected - x).flatten(1), dim=1)
+    torch.testing.assert_close(result.distances.float(), theirs, atol=0, rtol=1e-2)
