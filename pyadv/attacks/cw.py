@@ -241,8 +241,8 @@ def _bounded(s: Settings) -> bool:
 
 
 def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
-    """tanh(w + step) from tanh(w), by the addition theorem and a Pade approximation for the step
-    (relative error step^6 / 1575). Unlike torch's tanh and atanh on a CPU it rounds every entry
+    """Return tanh(w + step) from tanh(w), by the addition theorem and a Pade approximation for the
+    step (relative error step^6 / 1575). Unlike torch's tanh and atanh on a CPU it rounds every entry
     alike, wherever in the tensor it lies, so that no sample depends on its batch."""
     step = step.clamp(-2, 2)
     square = step * step

@@ -1,6 +1,5 @@
 """The fast adaptive boundary attack (Croce and Hein, "Minimally distorted Adversarial Examples with
-a Fast Adaptive Boundary Attack", ICML 2020): not whether a point of the ball fools the model, but
-how near the nearest such point is."""
+a Fast Adaptive Boundary Attack", ICML 2020): a search for the nearest point that fools the model."""
 
 from __future__ import annotations
 
@@ -34,13 +33,15 @@ _BOUNDARY_STEP = {
     "L2": ops.l2_boundary_step,
     "L1": partial(boundary_step, "L1"),
 }
-_CPU_ROWS = 128  # as one batch, from which on more only leave the caches
+_CPU_ROWS = 128  # largest batch on the CPU: larger ones only leave the caches
 
 
 class FAB(MinimumNorm):
-    """The nearest point that fools the model.
+    """An attack that finds the nearest point that fools the model.
 
-    Each step takes the model as linear at the iterate, picks the nearest of its decision
+    It keeps a loop of its own, because a step differs from that of the engine's loop: it takes one
+    input gradient per class and a second forward pass at the new point, and several attempts at a
+    sample share its radius and its end. Each step takes the model as linear at the iterate, picks the nearest of its decision
     boundaries, and goes there: from the iterate and, with a share of at most `alpha_max`, from x,
     both by the shortest way inside the box. Points that fool the model are pulled back towards x.
 
@@ -126,7 +127,7 @@ class FAB(MinimumNorm):
         return Plan(task, 1)  # `_search` chooses among its attempts itself
 
     def _classes(self, logits: Tensor, y: Tensor) -> Tensor:
-        """(attempts, B, m): the classes whose boundaries each attempt looks at."""
+        """Return (attempts, B, m): the classes whose boundaries each attempt looks at."""
         others = other_classes(logits, y)
         return others.expand(self.restarts, *others.shape)
 
@@ -163,8 +164,8 @@ class FAB(MinimumNorm):
     def _attempts(
         self, x: Tensor, y: Tensor, right: Tensor, classes: Tensor, noise: Noise, s: Settings
     ) -> tuple[_Attempts, Settings]:
-        """All attempts at all samples before their first step, and the settings of their rows;
-        `right` (B,) says where there is something to look for."""
+        """Return all attempts at all samples before their first step, and the settings of their
+        rows. `right` (B,) is False for samples that need no search."""
         n, b = classes.shape[:2]
         place = torch.arange(n * b, device=x.device)
         sample = place % max(b, 1)
@@ -190,7 +191,7 @@ class FAB(MinimumNorm):
         return every, s
 
     def _approach(self, model: Model, every: _Attempts, kept: Tensor, s: Settings) -> None:
-        """All steps of the attempts `kept`, as one batch."""
+        """Make all steps of the attempts `kept`, as one batch."""
         remaining = Remaining(kept) if may_compact(model, every.x, s, graph=False) else None
         found = torch.zeros_like(every.sample)  # samples; there are not more than attempts
         r, s = every.select(kept), s.select(kept, every.x)
@@ -231,22 +232,22 @@ class FAB(MinimumNorm):
 
 @dataclass
 class _Attempts(PerSample):
-    """Attempts at samples, one row each."""
+    """Attempts at samples, one row per attempt."""
 
     x: Tensor
     y: Tensor
-    classes: Tensor  # (rows, m) to look at
-    sample: Tensor
-    place: Tensor  # among all attempts
+    classes: Tensor  # (attempts, m) whose boundaries the attempt looks at
+    sample: Tensor  # the sample that is attempted
+    place: Tensor  # index among all attempts
     active: Tensor
     x_adv: Tensor
     best: Tensor  # the nearest point found, x where there is none
-    length: Tensor  # from x to there; inf
+    length: Tensor  # distance from x to `best`, inf where there is none
     kappa: Tensor
     steps: Tensor
 
     def store(self, r: _Attempts) -> None:
-        """What the rows of `r` have found."""
+        """Write back what the attempts in `r` have found."""
         for name in ("best", "length", "kappa", "steps"):
             getattr(self, name)[r.place] = getattr(r, name)
 

@@ -28,9 +28,9 @@ _SLACK = 1e-6  # that the authors leave to the L1 ball
 
 
 class Square(GradientAttack):
-    """Random search, without gradients: at each query a square of the image changes, and stays
-    changed where that lowers the margin z_y - max_{j != y} z_j. It finds what misleading gradients
-    hide.
+    """A random search without gradients: each query changes a square of the image, and the change
+    stays where it lowers the margin z_y - max_{j != y} z_j. It finds points that misleading
+    gradients hide.
 
     In Linf a square moves to the border of the ball, with one sign per channel. In L2 and L1 the
     mass in two windows moves into one of them. A sample leaves at the first point that fools the
@@ -147,8 +147,8 @@ class SquareRule(StepRule):
 
     @staticmethod
     def _move_mass(state: State, draws: _Keyed | _Official, side: int) -> Tensor:
-        """Two windows are emptied, and the first gets a pattern of their mass, and of what the
-        whole sample is short of eps, on top of its old direction."""
+        """Empty two windows; add to the old direction of the first a pattern that has the mass of
+        both, and the mass that the whole sample is short of eps."""
         s, c, x = state.settings, state.x.shape[1], widen(state.x)
         order = 2 if s.norm == "L2" else 1
         delta = widen(state.best.x_adv) - x
@@ -175,7 +175,8 @@ def _start(
     hi: FloatOrTensor | None,
     noise: Noise,
 ) -> Tensor:
-    """Stripes of -eps and eps in Linf; in L2 and L1 five by five patterns of random sign."""
+    """Return the first iterate: stripes of -eps and eps in Linf; in L2 and L1 five by five patterns
+    of random sign."""
     b, c, h, w = x.shape
     side = max(h // 5, 1)
     first = max((h - side * 5) // 2, 0)
@@ -204,7 +205,7 @@ def _inside(
     lo: FloatOrTensor | None,
     hi: FloatOrTensor | None,
 ) -> Tensor:
-    """In L2 scaled to the sphere, then clipped to the box; in L1 projected."""
+    """Return x + delta scaled to the sphere and clipped to the box (L2), or projected (L1)."""
     wide = widen(x)
     if norm == "L1":
         eps = eps * (1 - _SLACK)
@@ -218,7 +219,7 @@ def _norm(t: Tensor, order: int, dims: tuple[int, ...]) -> Tensor:
 
 
 class _Window:
-    """One square per sample."""
+    """A square at one place per sample."""
 
     def __init__(self, draws: _Keyed | _Official, side: int, x: Tensor):
         self.x, self.side = x, side
@@ -228,7 +229,7 @@ class _Window:
         self.top, self.left = (draws.integer(n - side).view(-1, 1, 1, 1) for n in (h, w))
 
     def mask(self) -> Tensor:
-        """(B, 1, H, W): ones where it lies, and zeros."""
+        """Return (B, 1, H, W): 1 inside the square, 0 outside."""
         rows, columns = (
             ((n >= first) & (n < first + self.side)).to(self.x.dtype)
             for n, first in ((self.i, self.top), (self.j, self.left))
@@ -236,16 +237,16 @@ class _Window:
         return rows * columns
 
     def cut(self, image: Tensor) -> Tensor:
-        """(B, C, s, s)"""
+        """Return the part of the image inside, (B, C, s, s)."""
         return image.flatten(2).gather(2, self._index()).unflatten(2, (self.side, self.side))
 
     def paste(self, piece: Tensor, image: Tensor) -> Tensor:
-        """The image with the piece in it."""
+        """Return the image with the piece in place of the square."""
         flat = image.flatten(2).scatter(2, self._index(), piece.flatten(2))
         return flat.view(image.shape)
 
     def _index(self) -> Tensor:
-        """Of its elements in the rows of (B, C, H W)."""
+        """Return the places of its elements in (B, C, H W)."""
         i, j = self.i[:, :, : self.side], self.j[..., : self.side]
         index = (self.top + i) * self.x.shape[3] + self.left + j
         return index.flatten(2).expand(-1, self.x.shape[1], -1)
@@ -254,7 +255,7 @@ class _Window:
 def _pattern(
     draws: _Keyed | _Official, side: int, order: int, channels: int, like: Tensor
 ) -> Tensor:
-    """(B, C, s, s): two halves of opposite sign, side by side or one above the other."""
+    """Return (B, C, s, s): two halves of opposite sign, side by side or one above the other."""
     above = _halves(side, order).to(like)
     turned = draws.coin().view(-1, 1, 1, 1)
     return torch.where(turned, above.T, above) * draws.signs(channels, 1, 1)
@@ -268,7 +269,8 @@ def _halves(side: int, order: int) -> Tensor:
 
 
 def _pyramid(height: int, width: int, order: int) -> Tensor:
-    """Nested squares around the middle, weighing 1 / k^2 (L2) or 1 / k^4 (L1); of norm 1."""
+    """Return nested squares around the middle with weights 1 / k^2 (L2) or 1 / k^4 (L1), scaled to
+    norm 1."""
     values = torch.zeros(height, width, dtype=torch.float64)
     for k in range(max(height // 2, width // 2) + 1):
         top, left = height // 2 - k, width // 2 - k
@@ -284,25 +286,25 @@ def _draws(
 
 
 class _Keyed:
-    """Numbers for one proposal, each sample's own."""
+    """Keyed random numbers for one proposal, different for each sample."""
 
     def __init__(self, noise: Noise, x: Tensor, step: int | Tensor, words: int):
         like = x.new_empty((x.shape[0], words), dtype=torch.float32)
         self.words, self.used = noise.uniform(like, step), 0
 
     def square(self, rows: int, columns: int, channels: int) -> Tensor:
-        """What `square_step` takes: (B, 2 + channels) numbers in [0, 1)."""
+        """Return the argument u of `square_step`: (B, 2 + channels) numbers in [0, 1)."""
         return self._take(2 + channels)
 
     def integer(self, most: int) -> Tensor:
-        """(B,) in 0 .. most."""
+        """Return (B,) integers in 0 .. most."""
         return (self._take(1)[:, 0] * (most + 1)).long()
 
     def coin(self) -> Tensor:
         return self._take(1)[:, 0] >= 0.5
 
     def signs(self, *shape: int) -> Tensor:
-        """(B, *shape) of -1 and 1."""
+        """Return (B, *shape) of -1 and 1."""
         return (2.0 * (self._take(math.prod(shape)) >= 0.5) - 1).view(-1, *shape)
 
     def _take(self, n: int) -> Tensor:
@@ -311,7 +313,7 @@ class _Keyed:
 
 
 class _Official:
-    """The same from torch's generator, as the authors draw them."""
+    """Random numbers for one proposal from torch's generator, in the order of the authors' code."""
 
     def __init__(self, x: Tensor, active: Tensor):
         self.active, self.x = active, x

@@ -1,4 +1,4 @@
-"""How far a point is from another, in each norm."""
+"""Norms of rows and distances between points."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 
 
 def row_norm(t: Tensor, order: float) -> Tensor:
-    """(B,), also for rows without entries."""
+    """Return the norm of each row, (B,), also of rows without entries."""
     t = rows(t)
     if not t.shape[1]:
         return t.new_zeros(len(t))
@@ -24,5 +24,6 @@ def row_norm(t: Tensor, order: float) -> Tensor:
 
 
 def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
-    """(B,) in float32 or float64; in L0 the number of entries that differ."""
+    """Return the distance of each row, (B,) in float32 or float64; in L0 the number of entries that
+    differ."""
     return row_norm(widen(x_adv) - widen(x), ORDER[norm])

@@ -87,4 +87,4 @@ def test_super_deepfool(problem):
     expected = sdf(net, x, y)
     result = DeepFool(net, variant="super").run(x, y)
     theirs = torch.linalg.vector_norm((expected - x).flatten(1), dim=1)
-    torch.testing.assert_close(result.distances.float(), theirs, atol=0, rtol=1e-2)
+    torch.testing.assert_close(result.distances.to(theirs), theirs, atol=0, rtol=1e-2)
