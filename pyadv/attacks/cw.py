@@ -242,8 +242,8 @@ def _bounded(s: Settings) -> bool:
 
 def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
     """Return tanh(w + step) from tanh(w), by the addition theorem and a Pade approximation for the
-    step (relative error step^6 / 1575). Unlike torch's tanh and atanh on a CPU it rounds every entry
-    alike, wherever in the tensor it lies, so that no sample depends on its batch."""
+    step (relative error step^6 / 1575). Unlike torch's tanh and atanh on a CPU it rounds every
+    entry alike, wherever in the tensor it lies, so that no sample depends on its batch."""
     step = step.clamp(-2, 2)
     square = step * step
     part = step * (15 + square) / (15 + 6 * square)

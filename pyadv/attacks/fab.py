@@ -1,5 +1,5 @@
-"""The fast adaptive boundary attack (Croce and Hein, "Minimally distorted Adversarial Examples with
-a Fast Adaptive Boundary Attack", ICML 2020): a search for the nearest point that fools the model."""
+"""The fast adaptive boundary attack, a search for the nearest point that fools the model (Croce and
+Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML 2020)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ _CPU_ROWS = 128  # largest batch on the CPU: larger ones only leave the caches
 class FAB(MinimumNorm):
     """An attack that finds the nearest point that fools the model.
 
-    It keeps a loop of its own, because a step differs from that of the engine's loop: it takes one
-    input gradient per class and a second forward pass at the new point, and several attempts at a
-    sample share its radius and its end. Each step takes the model as linear at the iterate, picks the nearest of its decision
+    Each step takes the model as linear at the iterate, picks the nearest of its decision
     boundaries, and goes there: from the iterate and, with a share of at most `alpha_max`, from x,
     both by the shortest way inside the box. Points that fool the model are pulled back towards x.
+
+    FAB keeps a loop of its own, because its step differs from that of the engine's loop: it takes
+    one input gradient per class and a second forward pass at the new point, and several attempts
+    at a sample share its radius and its end.
 
     `attack(x, y)` returns the nearest point found, x itself where there is none or where x is not
     classified as y. `attack.run(x, y)` gives a `MinimumNormResult`. A step costs two forward
