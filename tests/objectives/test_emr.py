@@ -88,7 +88,7 @@ class TestClosedForms:
 
 def rows_and_gradients(emr, net, batch):
     x, y = batch
-    rows = emr.rows(Step(net, x, y, 1))
+    rows = emr.per_sample(Step(net, x, y, 1))
     (net.eval()(x).sum() * 0 + rows.mean()).backward()  # every parameter has a gradient
     grads = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -169,11 +169,11 @@ def test_variants_are_sums_over_the_jacobian(batch, device):
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).to(device).double()
     x, y = batch[0].double(), batch[1]
     w, z = net[1].weight.detach(), net(x).detach()
-    rows = EMR(1.0, of="jacobian").rows(Step(net, x, y, 1))
+    rows = EMR(1.0, of="jacobian").per_sample(Step(net, x, y, 1))
     torch.testing.assert_close(rows, w.square().sum().expand(24))
     q = z.scatter(1, y[:, None], -torch.inf).softmax(1)
     pairs = (w[y][:, None] - w).square().sum(2)
-    rows = EMR(1.0, of="pairwise").rows(Step(net, x, y, 1))
+    rows = EMR(1.0, of="pairwise").per_sample(Step(net, x, y, 1))
     torch.testing.assert_close(rows, (q * pairs).sum(1))
 
 
@@ -181,8 +181,8 @@ def test_variants_are_sums_over_the_jacobian(batch, device):
 def test_samples_estimate_the_sum(of, net, batch):
     net = net.double()
     step = Step(net, batch[0].double(), batch[1], 1)
-    exact = EMR(1.0, of=of).rows(step).mean()
-    drawn = EMR(1.0, of=of, samples=200).rows(step).mean()
+    exact = EMR(1.0, of=of).per_sample(step).mean()
+    drawn = EMR(1.0, of=of, samples=200).per_sample(step).mean()
     assert float(drawn) == pytest.approx(float(exact), rel=0.03)
 
 
@@ -213,6 +213,36 @@ def test_with_a_compiled_model(derivative, net, batch):
 def test_refuses_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["temperature", "radius"])
+@pytest.mark.parametrize(
+    "value, got",
+    [
+        (torch.ones(24), r"a tensor of shape \[24\]"),
+        ("40", "'40'"),
+        (None, "None"),
+        (True, "True"),
+    ],
+)
+def test_refuses_what_is_no_number(name, value, got):
+    if name == "radius" and value is None:
+        return  # the default
+    with pytest.raises(TypeError, match=f"{name} must be a number > 0, got {got}"):
+        EMR(1.0, **{name: value})
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), torch.tensor(0.0)])
+def test_refuses_a_temperature_that_is_not_positive(bad):
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        EMR(1.0, temperature=bad)
+
+
+def test_a_temperature_may_be_a_tensor_of_one_element(net, batch):
+    step = Step(net, *batch, 1)
+    expected = EMR(1.0, temperature=2.0).per_sample(step)
+    for t in (torch.tensor(2.0), torch.tensor([2.0])):
+        torch.testing.assert_close(EMR(1.0, temperature=t).per_sample(step), expected)
 
 
 def test_pairs_need_labels(net, batch):

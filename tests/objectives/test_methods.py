@@ -210,9 +210,9 @@ class TestGAIRRST:
         o = Outputs(net, x, objective.last["x_adv"], y)
         rest = loss - o.ce[:12].sum() / 24
         torch.testing.assert_close(
-            objective.last["rows"][12:], 6 * o.kl[12:].detach(), rtol=1e-6, atol=1e-9
+            objective.last["losses"][12:], 6 * o.kl[12:].detach(), rtol=1e-6, atol=1e-9
         )
-        torch.testing.assert_close(rest.detach(), objective.last["rows"].mean())
+        torch.testing.assert_close(rest.detach(), objective.last["losses"].mean())
 
     def test_large_lambda_is_trades(self, net, batch):
         x, y = batch

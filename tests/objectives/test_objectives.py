@@ -134,7 +134,7 @@ def test_gairat_weights_the_rows_by_kappa(net, batch):
     weights = ops.gairat_weights(objective.last["kappa"], 4, -1.0)
     assert torch.equal(objective.last["weights"], weights)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0, device=x.device))
-    torch.testing.assert_close(loss.detach(), (weights * objective.last["rows"]).mean())
+    torch.testing.assert_close(loss.detach(), (weights * objective.last["losses"]).mean())
 
 
 def test_gairat_with_infinite_lambda_is_at(net, batch):
@@ -207,7 +207,7 @@ def test_compiled_models(name, net, batch):
 
 
 def test_epochs_count_from_one(net, batch):
-    with pytest.raises(ValueError, match="epoch counts from 1, got 0"):
+    with pytest.raises(ValueError, match="epoch must be an integer >= 1, got 0"):
         Standard()(net, *batch, epoch=0)
 
 
