@@ -24,7 +24,7 @@ from pyadv.objectives.schedules import (
     fat_trades_tau,
     gair_fat_tau,
 )
-from pyadv.objectives.step import Step
+from pyadv.objectives.step import Step, at_epoch
 from pyadv.objectives.terms import (
     MARTBCE,
     MARTKL,
@@ -64,6 +64,7 @@ __all__ = [
     "Sum",
     "TRADES",
     "Weighting",
+    "at_epoch",
     "clean_cross_entropy",
     "cross_entropy",
     "fat_mart_tau",
