@@ -50,11 +50,11 @@ SOURCES = {  # folder/file: repository and commit
     "EMR/main-AT-EMR.py": "ziquanliu/Effective_Margin_Reg e4c91b426705d208ba1f286b6394c7fe7ce6490a",
 }
 ALPHA, EPS, STEPS = 0.005, 0.02, 5
-Case = Callable[[SimpleNamespace], dict[str, Any]]  # of the functions, the authors' or ours
+Case = Callable[[SimpleNamespace], dict[str, Any]]  # takes the authors' functions or ours
 
 
 def make_net(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """3x32x32 and ten classes, because the authors' code knows no others."""
+    """Return a network for 3x32x32 images and ten classes; the authors' code assumes both."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2, padding=1),
@@ -68,14 +68,14 @@ def make_net(dtype: torch.dtype = torch.float64) -> nn.Module:
         nn.Linear(32, 10),
     ).to(dtype)
     with torch.no_grad():
-        net[-1].weight *= 3  # of a network that is sure of something
+        net[-1].weight *= 3  # makes the predictions confident
         for _ in range(5):
-            net(make_batch(net)[0])  # statistics
+            net(make_batch(net)[0])  # moves the running statistics
     return net
 
 
 def make_batch(net: nn.Module) -> tuple[Tensor, Tensor]:
-    """Of 24 samples, every fourth with a label that is not the network's."""
+    """Return 24 samples; every fourth label differs from the network's prediction."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(24, 3, 4, 4, generator=generator)
     x = F.interpolate(coarse, scale_factor=8, mode="bilinear").to(next(net.parameters()).dtype)
@@ -88,8 +88,8 @@ def make_batch(net: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def print_of(t: Tensor) -> list[float]:
-    """Two numbers that two different tensors do not share: the length, and the dot product with a
-    vector without symmetries."""
+    """Return two numbers that identify a tensor: its norm, and its dot product with a vector that
+    has no symmetries."""
     t = t.detach().double().flatten()
     return [t.norm().item(), (t * torch.cos(torch.arange(len(t)).double() ** 1.5)).sum().item()]
 
@@ -99,7 +99,8 @@ def prints_of(rows: Tensor) -> list[list[float]]:
 
 
 def of_loss(call: Callable[..., Tensor], dtype: torch.dtype = torch.float64) -> Case:
-    """Value, gradients and running statistics of `call(functions, net, x, y, optimizer)`."""
+    """Return a case: value, gradients and running statistics of
+    `call(functions, net, x, y, optimizer)`."""
 
     def case(functions: SimpleNamespace) -> dict[str, Any]:
         net = make_net(dtype)
@@ -123,7 +124,7 @@ def of_loss(call: Callable[..., Tensor], dtype: torch.dtype = torch.float64) -> 
 
 
 def of_attack(call: Callable[..., tuple[Any, ...]], names: tuple[str, ...]) -> Case:
-    """What `call(functions, net, x, y)` returns, under these names."""
+    """Return a case: the results of `call(functions, net, x, y)`, under these names."""
 
     def case(functions: SimpleNamespace) -> dict[str, Any]:
         net = make_net()
@@ -139,7 +140,7 @@ def of_attack(call: Callable[..., tuple[Any, ...]], names: tuple[str, ...]) -> C
 
 
 class SelfModed(nn.Module):
-    """A network that sets its own mode, as those of EMR's code do."""
+    """A network that sets its own mode in `forward`, as the networks of EMR's code do."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -156,7 +157,7 @@ Script = Callable[[SimpleNamespace, nn.Module, DataLoader, torch.optim.Optimizer
 
 
 def of_script(script: Script, self_moded: bool = False) -> Case:
-    """What the optimiser steps of a script return, and the network that it ends with."""
+    """Return a case: the results of a script's optimiser steps, and the network at the end."""
 
     def case(functions: SimpleNamespace) -> dict[str, Any]:
         net = make_net()
@@ -177,7 +178,7 @@ def of_script(script: Script, self_moded: bool = False) -> Case:
 
 
 def _steps(loader: DataLoader, optimizer: torch.optim.Optimizer, loss_of: Callable) -> list[float]:
-    """Three epochs of optimiser steps on `loss_of(epoch, data, target)`, and their losses."""
+    """Make three epochs of optimiser steps on `loss_of(epoch, data, target)`; return the losses."""
     losses = []
     for epoch in (1, 2, 3):
         for data, target in loader:
@@ -190,6 +191,8 @@ def _steps(loader: DataLoader, optimizer: torch.optim.Optimizer, loss_of: Callab
 
 
 def train_trades_script(f, model, loader, optimizer):
+    """Follow TRADES' train_trades_cifar10.py."""
+
     def loss_of(epoch, data, target):
         return f.trades_loss(
             model=model, x_natural=data, y=target, optimizer=optimizer, step_size=ALPHA,
@@ -201,7 +204,7 @@ def train_trades_script(f, model, loader, optimizer):
 
 
 def train_resnet_script(f, model, loader, optimizer):
-    """Of MART."""
+    """Follow MART's train_resnet.py."""
 
     def loss_of(epoch, data, target):
         return f.mart_loss(
@@ -214,7 +217,7 @@ def train_resnet_script(f, model, loader, optimizer):
 
 
 def mail_train_script(method):
-    """Of MAIL, once its epochs without weights, which `at_loss.py` trains, are over."""
+    """Follow MAIL's train.py after its epochs without weights, which use `at_loss.py`."""
 
     def script(f, model, loader, optimizer):
         def loss_of(epoch, data, target):
@@ -230,7 +233,7 @@ def mail_train_script(method):
 
 
 def gairat_script(f, model, loader, optimizer):
-    """GAIRAT.py, with weights from epoch 2 on, and its evaluation at the end."""
+    """Follow GAIRAT.py with weights from epoch 2 on, and its evaluation at the end."""
 
     def loss_of(epoch, data, target):
         x_adv, kappa = f.GA_PGD(
@@ -243,8 +246,8 @@ def gairat_script(f, model, loader, optimizer):
 
 
 def gair_fat_script(f, model, loader, optimizer):
-    """GAIR_FAT.py with so large a tau that no sample is released: from the first release on the
-    authors' `GA_earlystop` compares samples with the labels of others."""
+    """Follow GAIR_FAT.py with a tau so large that no sample is released. After the first release
+    the authors' `GA_earlystop` compares samples with the labels of others."""
 
     def loss_of(epoch, data, target):
         x_adv, released, _, count, kappa = f.GA_earlystop(
@@ -279,7 +282,7 @@ def _gairat_evaluation(f, model, loader):
 
 
 def gair_rst_script(f, model, loader, optimizer):
-    """robust_self_training_GAIR.py, with its lambda of 100 before the second epoch."""
+    """Follow robust_self_training_GAIR.py; its lambda is 100 before the second epoch."""
 
     def loss_of(epoch, data, target):
         loss, *_ = f.GAIR_trades_loss(
@@ -294,7 +297,7 @@ def gair_rst_script(f, model, loader, optimizer):
 
 
 def fat_script(start, loss_fn, script_loss):
-    """FAT.py, FAT_for_TRADES.py or FAT_for_MART.py, tau growing by one with the epoch."""
+    """Follow FAT.py, FAT_for_TRADES.py or FAT_for_MART.py; tau grows by one each epoch."""
 
     def script(f, model, loader, optimizer):
         counts = []
@@ -334,7 +337,7 @@ def _mart_term(model, x_adv, natural, y):
 
 
 def emr_script(trades):
-    """main-AT-EMR.py or main-TRADES-EMR.py: their attack runs in train mode, by the default of
+    """Follow main-AT-EMR.py or main-TRADES-EMR.py. Their attack runs in train mode, the default of
     their networks, and moves the running statistics; the penalty runs in eval mode."""
 
     def script(f, model, loader, optimizer):
@@ -370,7 +373,7 @@ def _seed() -> None:
 
 
 def _generators() -> dict[str, float]:
-    """Where they are, by what they give next."""
+    """Return the next number of each generator, which identifies its state."""
     return {"torch": torch.rand(1).item(), "numpy": float(np.random.rand())}
 
 
@@ -389,7 +392,7 @@ def cases() -> dict[str, Case]:
                 n, x, y, o, -0.07, 5.0, ALPHA, EPS, STEPS, 5.0, method=m
             )
         )
-    # In float32, without steps: the loss of given examples.
+    # Float32 without attack steps: the loss of given examples.
     single = {
         "trades": lambda f, n, x, y, o: f.trades_loss(n, x, y, o, ALPHA, EPS, 0, 6.0),
         "mart": lambda f, n, x, y, o: f.mart_loss(n, x, y, o, ALPHA, EPS, 0, 5.0),
@@ -407,8 +410,8 @@ def cases() -> dict[str, Case]:
         )
     attacks = [("cent", "Madry"), ("cw", "Madry"), ("cent", "trades"), ("kl", "trades")]
     for loss, category in attacks:
-        # The authors' "kl" goes backward through the clean pass at every step: it needs parameters
-        # without gradient, or raises at the second.
+        # The authors' "kl" goes backward through the clean pass at every step, which raises at the
+        # second one unless the parameters need no gradient.
         found[f"GA_PGD {loss} {category}"] = of_attack(
             lambda f, n, x, y, a=loss, c=category: f.GA_PGD(
                 n.requires_grad_(a != "kl"), x, y, EPS, ALPHA, STEPS, a, c, True
@@ -427,7 +430,7 @@ def cases() -> dict[str, Case]:
             ),
             returned,
         )
-    # Up to the first release: from there on the authors' code judges by other samples' labels.
+    # Without a release: after one, the authors' code judges by other samples' labels.
     for kind in ("fat", "fat_for_trades"):
         found[f"GA_earlystop {kind}"] = of_attack(
             lambda f, n, x, y, k=kind: f.GA_earlystop(
@@ -467,7 +470,7 @@ def scripts() -> dict[str, Case]:
 
 def official(folder: Path) -> SimpleNamespace:
     """Return the authors' functions, from their files."""
-    models = types.ModuleType("models")  # from which they import torch under these names
+    models = types.ModuleType("models")  # the authors import torch from there, under these names
     models.torch, models.nn, models.F = torch, nn, F
     found: dict[str, Any] = {}
     with mock.patch.dict(sys.modules, {"models": models}):
@@ -481,14 +484,14 @@ def official(folder: Path) -> SimpleNamespace:
 
 
 def _official_emr(script: Path) -> Callable[[nn.Module, Tensor, float], Tensor]:
-    """The lines of its training loop that make the penalty."""
+    """Return the lines of its training loop that compute the penalty, as a function."""
     lines = script.read_text().splitlines()
     first = next(i for i, s in enumerate(lines) if "output_eval = model(" in s)
     last = next(i for i, s in enumerate(lines) if "logit_grad_l2_norm = " in s)
     code = textwrap.dedent("\n".join(s for s in lines[first : last + 1] if s.strip()))
 
     def emr_penalty(net: nn.Module, x_adv: Tensor, temperature: float) -> Tensor:
-        def model(x: Tensor, _eval: bool) -> Tensor:  # whose forward sets the mode
+        def model(x: Tensor, _eval: bool) -> Tensor:  # its forward sets the mode
             net.train(not _eval)
             logits = net(x)
             net.train()

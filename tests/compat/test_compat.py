@@ -26,7 +26,7 @@ ALPHA, EPS, STEPS = 0.02, 0.05, 5
 
 @pytest.fixture
 def net():
-    """With decisions that an attack can turn: a few steps of training."""
+    """A network trained for a few steps, so that an attack can change its decisions."""
     net = make_net().double()
     x, y = make_batch()
     optimizer = torch.optim.SGD(net.parameters(), 0.3)
@@ -45,7 +45,7 @@ def batch():
 
 
 def from_seed(function):
-    """Its result, and where it leaves the generators."""
+    """Return the result of a function from a fixed seed, and the generators' next numbers."""
     torch.manual_seed(3)
     np.random.seed(3)
     result = function()
@@ -60,7 +60,7 @@ def assert_same(ours, theirs):
 
 
 def assert_same_training(ours, theirs, net, statistics=True, steps=3):
-    """`steps` SGD steps by each loss give the same network."""
+    """Check that `steps` SGD steps on each loss lead to the same network."""
     optimizers = []
 
     def train(loss, model):
@@ -96,7 +96,7 @@ def test_trades(distance, net, batch):
 
 
 def test_trades_with_dropout(net, batch):
-    """The KL term has a clean pass of its own, with a mask of its own."""
+    """The KL term has its own clean pass, with its own dropout mask."""
     net = torch.nn.Sequential(*net[:-1], torch.nn.Dropout(0.3), net[-1])
     assert_same_training(
         lambda model, optimizer: trades.trades_loss(
@@ -108,7 +108,7 @@ def test_trades_with_dropout(net, batch):
 
 
 def test_trades_in_fewer_passes(net, batch):
-    """Value and gradient of a step stay; running statistics get one update less."""
+    """One step has the same value and gradient; running statistics get one update less."""
     x, y = batch
     trades_loss = partial(trades.trades_loss, official_passes=False)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -180,7 +180,7 @@ def test_mail_pieces(net, batch):
     torch.testing.assert_close(mail.PM(logits, y), official.pm(logits, y))
     expected = 3 * torch.sigmoid((official.pm(logits, y) - 0.5) * 10)
     torch.testing.assert_close(mail.weight_assign(logits, y, -0.5, 10.0), expected)
-    many = torch.randn(5, 100)  # the official code knows ten classes
+    many = torch.randn(5, 100)  # the official code assumes ten classes
     assert mail.PM(many, torch.arange(5)).shape == (5,)
     with pytest.raises(RuntimeError, match="invalid method name: 'sgd'"):
         mail.mail_loss(net, *batch, torch.optim.SGD(net.parameters(), 0.1), 0, 1, method="sgd")
@@ -264,7 +264,7 @@ def test_earlystop(kind, loss_fn, tau, omega, net, batch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert ours[3] == expected[3]
     if tau == 0:
-        assert not torch.equal(ours[2], x)  # some left early
+        assert not torch.equal(ours[2], x)  # some were released early
     (x_adv, target, data, _), _ = assert_same(
         lambda: fat.earlystop(*args, original_order=True), theirs
     )

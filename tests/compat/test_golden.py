@@ -1,4 +1,4 @@
-"""`pyadv.compat` against what the authors' own files computed, see make_golden.py."""
+"""`pyadv.compat` against the results of the authors' own files, see make_golden.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gair_trades_loss(
     model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta, adversarial, distance,
     entropy_weight, Lambda,
 ):  # fmt: skip
-    """The objective under the arguments of the official function, with the official attacks."""
+    """Call the objective with the official function's arguments and the official attacks."""
     assert adversarial and distance == "l_inf" and entropy_weight == 0
     losses = ("kl", gairat._cw_rows)
     attacks = [
