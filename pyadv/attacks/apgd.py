@@ -8,18 +8,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model, Plan, _show, functional
-from pyadv.engine.graphs import Graphs
-from pyadv.engine.loop import predict, search
+from pyadv.engine.attack import GradientAttack, Plan, functional, show
+from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.results import Perturbed
 from pyadv.engine.rules import HalvingRule, SparseRule
-from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Noise, Start, start_on_sphere
-from pyadv.engine.state import Parameter, Settings
+from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Start, start_on_sphere
+from pyadv.engine.task import FloatOrTensor, GradientSettings, Model, Task
 from pyadv.passes.borrow import Output
 
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
@@ -71,7 +68,7 @@ class APGD(GradientAttack):
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        eps: Parameter = 8 / 255,
+        eps: FloatOrTensor = 8 / 255,
         steps: int = 100,
         loss: str | LossFunction = "ce",
         start: Start = "keyed",
@@ -82,8 +79,8 @@ class APGD(GradientAttack):
         eot: int = 1,
         multi_eps: bool | None = None,
         zero_first_check: bool = False,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
         compact: bool | str = "auto",
         output: Output = None,
@@ -104,7 +101,7 @@ class APGD(GradientAttack):
             raise ValueError(f"multi_eps is a schedule of the L1 attack, got norm={norm}")
         self.multi_eps = norm == "L1" if multi_eps is None else multi_eps
         sparse = SparseRule(from_start=self.multi_eps or callable(start))
-        settings = Settings(
+        settings = GradientSettings(
             norm=norm,
             eps=eps,
             alpha=eps if norm == "L1" else 2 * eps,
@@ -117,43 +114,33 @@ class APGD(GradientAttack):
             output=output,
             validate=validate,
             speed=speed,
-            graphs=Graphs(graph),
             rule=sparse if norm == "L1" else HalvingRule(rho, zero_first_check),
             patience=0 if best == "fooled" else steps,
             start_from=start_on_sphere,
             best=best,
             eot=eot,
         )
-        super().__init__(model, settings, restarts, seed)
+        super().__init__(model, settings, restarts, seed, graph)
 
     def _search_words(self) -> list[str]:
-        return [f"{self.settings.steps} steps", f"loss {_show(self.settings.loss.loss)}"]
+        return [f"{self.settings.steps} steps", f"loss {show(self.settings.loss.loss)}"]
 
-    def _search(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        settings: Settings,
-        noise: Noise,
-        target: Tensor | None,
-        group: Tensor | None = None,
-    ) -> Perturbed:
+    def _search(self, task: Task) -> Perturbed:
         if not self.multi_eps:
-            return search(model, x, y, settings, noise, target, group)
-        s = settings
+            return super()._search(task)
+        s = task.settings
         early = min(math.ceil(0.3 * s.steps), s.steps // 2)
         found = None
         for factor, steps in ((3, early), (2, early), (1, s.steps - 2 * early)):
             radius = factor * s.eps
-            # A point of a larger ball is no result: all steps are made, for the highest loss.
             stage = replace(s, eps=radius, alpha=radius, steps=steps)
             if factor > 1:
+                # A point of a larger ball is no result: all steps are made, for the highest loss.
                 stage = replace(stage, best="loss", patience=steps)
             if found is not None:
-                begin = PROJECT["L1"](found.x_adv, x, radius, s.lo, s.hi)
+                begin = PROJECT["L1"](found.x_adv, task.x, radius, s.lo, s.hi)
                 stage = replace(stage, start=lambda _, begin=begin: begin)
-            before, found = found, search(model, x, y, stage, noise, target, group)
+            before, found = found, super()._search(replace(task, settings=stage))
             if before is not None:
                 found.kappa += before.kappa
                 found.steps += before.steps
@@ -194,16 +181,15 @@ class TargetedAPGD(APGD):
     def _search_words(self) -> list[str]:
         return [f"{self.settings.steps} steps", f"{self.targets} targets"]
 
-    def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
-        s = self.settings
-        logits = predict(model, x, s)
-        classes = logits.shape[1]
+    def _plan(self, task: Task) -> Plan:
+        s = task.settings
+        logits = predict(task.model, task.x, s)
         check_classes(logits)
-        if classes < _DLR_TARGETED_CLASSES:
-            s = replace(s, loss=replace(s.loss, loss="margin_targeted"))
-        targets = ranked_targets(logits, y, self.targets)
+        if logits.shape[1] < _DLR_TARGETED_CLASSES:
+            task = replace(task, settings=replace(s, loss=replace(s.loss, loss="margin_targeted")))
+        targets = ranked_targets(logits, task.y, self.targets)
         targets = targets.repeat_interleave(self.restarts, 0)
-        return Plan(s, targets.flatten(), attempts=targets.shape[0], queries=1)
+        return Plan(task, attempts=targets.shape[0], targets=targets.flatten(), queries=1)
 
 
 apgd = functional("apgd", APGD)

@@ -22,7 +22,7 @@ from pyadv.attacks.pgd import PGD
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, Model
-from pyadv.engine.state import Parameter
+from pyadv.engine.task import FloatOrTensor as Parameter
 from pyadv.passes.borrow import Output
 
 VERSIONS = {

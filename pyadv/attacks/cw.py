@@ -3,6 +3,7 @@ IEEE S&P 2017)."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from pyadv.attacks.minimum_norm import NearestIterate, rounded
 from pyadv.engine import checks
-from pyadv.engine.attack import Model, functional
+from pyadv.engine.attack import functional
 from pyadv.engine.norms import distance
-from pyadv.engine.state import PerRow, Rows, Settings
+from pyadv.engine.rules import StepRule, kept
+from pyadv.engine.state import State
+from pyadv.engine.task import Model, Settings
 from pyadv.tensors import clip_to_box, parameter, per_row, rows, widen
 
 _INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
@@ -92,8 +95,9 @@ class CW(NearestIterate):
 
 
 @dataclass
-class SearchRule(PerRow):
-    """Searches one after the other, each from x. The gradient at x is asked for once."""
+class SearchRule(StepRule):
+    """The rule of CW: searches one after the other, each from x by Adam. The gradient at x is taken
+    once."""
 
     searches: int
     steps: int
@@ -118,8 +122,8 @@ class SearchRule(PerRow):
     decay1: Tensor | None = None  # the powers of beta1 and beta2
     decay2: Tensor | None = None
 
-    def begin(self, r: Rows) -> SearchRule:
-        x, s = widen(r.x), r.settings
+    def begin(self, state: State) -> SearchRule:
+        x, s = widen(state.x), state.settings
         place, width = torch.zeros_like(x), torch.ones_like(x)
         if _bounded(s):
             half = _half_width(s, x).expand_as(x)
@@ -131,85 +135,100 @@ class SearchRule(PerRow):
             c=torch.full_like(width, self.first_c),
             lower=torch.zeros_like(width),
             upper=torch.full_like(width, torch.inf),
-            done=torch.zeros_like(r.y),
-            age=torch.zeros_like(r.y),
-            found=torch.zeros_like(r.active),
+            done=torch.zeros_like(state.y),
+            age=torch.zeros_like(state.y),
+            found=torch.zeros_like(state.active),
+            before=torch.zeros_like(width),
             width=torch.where(width > 0, width, 1.0),
+            loss=torch.zeros_like(width),
+            loss_at_x=torch.zeros_like(width),
             place=place,
-            place_of_x=place,
+            place_of_x=place.clone(),
             mean=torch.zeros_like(x),
             square=torch.zeros_like(x),
             decay1=torch.ones_like(width),
             decay2=torch.ones_like(width),
         )
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
-        self.loss = loss.to(self.c.dtype)
-        if k == 0:
-            self.loss_at_x, self.grad_at_x = self.loss, grad.clone()
-            self.before = self.c * self._hinge(r)
+    def kind(self, k: int, steps: int) -> str:
+        return "plain" if k else "first"
+
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
+        self.loss.copy_(loss)
+        if kind == "first":
+            self.loss_at_x.copy_(loss)
+            self.grad_at_x = kept(self.grad_at_x, grad)
+            self.before.copy_(self.c * self._hinge(state))
             return grad
-        self.found |= ~r.still
-        away = distance(r.x_adv, r.x, "L2") / self.width
-        objective = away.square() + self.c * self._hinge(r)
+        self.found |= ~state.still
+        away = distance(state.x_adv, state.x, "L2") / self.width
+        objective = away.square() + self.c * self._hinge(state)
         check = self.age % max(self.steps // 10, 1) == 0
         ended = self.age == self.steps
         if self.abort_early:
             ended |= check & (objective > _NO_PROGRESS * self.before)
-        self.before = torch.where(check, objective, self.before)
-        if ended.is_cpu and not ended.any():  # on a GPU that would have to be waited for
+        _replace(self.before, check, objective)
+        if ended.is_cpu and not ended.any():  # reading this on a GPU would wait for it
             return grad
-        return self._next_search(r, ended, grad)
+        return self._next_search(state, ended, grad)
 
-    def _next_search(self, r: Rows, ended: Tensor, grad: Tensor) -> Tensor:
-        """Rows whose search has ended go back to x, with another c; the gradients to step with."""
-        self.upper = torch.where(ended & self.found, self.c, self.upper)
-        self.lower = torch.where(ended & ~self.found, self.c, self.lower)
+    def _next_search(self, state: State, ended: Tensor, grad: Tensor) -> Tensor:
+        """Send the rows whose search has ended back to x with another c; return the gradients to
+        step with."""
+        _replace(self.upper, ended & self.found, self.c)
+        _replace(self.lower, ended & ~self.found, self.c)
         middle = torch.where(self.upper < torch.inf, (self.lower + self.upper) / 2, 10 * self.c)
-        self.c = torch.where(ended, middle, self.c)
+        _replace(self.c, ended, middle)
         self.done += ended
-        r.active &= self.done < self.searches
-        self.age = torch.where(ended, 0, self.age)
+        state.active &= self.done < self.searches
+        _replace(self.age, ended, 0)
         self.found &= ~ended
-        self.loss = torch.where(ended, self.loss_at_x, self.loss)
-        self.before = torch.where(ended, self.c * self._hinge(r), self.before)
+        _replace(self.loss, ended, self.loss_at_x)
+        _replace(self.before, ended, self.c * self._hinge(state))
         here = per_row(ended, grad)
-        self.place = torch.where(here, self.place_of_x, self.place)
-        self.mean = torch.where(here, 0.0, self.mean)
-        self.square = torch.where(here, 0.0, self.square)
-        self.decay1 = torch.where(ended, 1.0, self.decay1)
-        self.decay2 = torch.where(ended, 1.0, self.decay2)
+        _replace(self.place, here, self.place_of_x)
+        for moment in (self.mean, self.square):
+            _replace(moment, here, 0.0)
+        for power in (self.decay1, self.decay2):
+            _replace(power, ended, 1.0)
         return torch.where(here, self.grad_at_x, grad)
 
-    def _hinge(self, r: Rows) -> Tensor:
-        return (r.settings.loss.confidence - self.loss).clamp(min=0)
+    def _hinge(self, state: State) -> Tensor:
+        return (state.settings.loss.confidence - self.loss).clamp(min=0)
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s, x, grad = r.settings, widen(r.x), widen(grad)
-        usable = (self._hinge(r) > 0) & rows(grad).isfinite().all(1)
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s, x, grad = state.settings, widen(state.x), widen(grad)
+        usable = (self._hinge(state) > 0) & rows(grad).isfinite().all(1)
         grad = torch.where(per_row(usable, x), per_row(-self.c, x) * grad, 0.0)
         grad = grad + 2 * self._offset(s) / per_row(self.width.square(), x)
         if _bounded(s):
             grad = grad * _half_width(s, x) * (1 - self.place.square())
-            self.place = _tanh_of_sum(self.place, self._adam(grad))
+            self.place.copy_(_tanh_of_sum(self.place, self._adam(grad)))
         else:
-            self.place = clip_to_box(x + self.place + self._adam(grad), s.lo, s.hi) - x
-        r.x_adv = rounded(clip_to_box(x + self._offset(s), s.lo, s.hi), r.x, s.lo, s.hi)
+            self.place.copy_(clip_to_box(x + self.place + self._adam(grad), s.lo, s.hi) - x)
+        point = clip_to_box(x + self._offset(s), s.lo, s.hi)
+        state.x_adv.copy_(rounded(point, state.x, s.lo, s.hi))
 
     def _offset(self, s: Settings) -> Tensor:
-        """x_adv - x, exactly 0 where nothing has moved."""
+        """Return x_adv - x, exactly 0 where nothing has moved."""
         if _bounded(s):
             return _half_width(s, self.place) * (self.place - self.place_of_x)
         return self.place
 
     def _adam(self, grad: Tensor) -> Tensor:
-        """The step of w."""
-        self.age = self.age + 1
-        self.decay1, self.decay2 = _BETA1 * self.decay1, _BETA2 * self.decay2
+        """Return the step of w."""
+        self.age += 1
+        self.decay1 *= _BETA1
+        self.decay2 *= _BETA2
         seen1, seen2 = per_row(1 - self.decay1, grad), per_row(1 - self.decay2, grad)
-        self.mean = _BETA1 * self.mean + (1 - _BETA1) * grad
-        self.square = _BETA2 * self.square + (1 - _BETA2) * grad.square()
+        self.mean.mul_(_BETA1).add_((1 - _BETA1) * grad)
+        self.square.mul_(_BETA2).add_((1 - _BETA2) * grad.square())
         return -self.lr / seen1 * self.mean / ((self.square / seen2).sqrt() + _ADAM_TINY)
+
+
+def _replace(place: Tensor, mask: Tensor, value: Tensor | float) -> None:
+    """Write `value` into `place` where the mask is True."""
+    place.copy_(torch.where(mask, value, place))
 
 
 def _bounded(s: Settings) -> bool:

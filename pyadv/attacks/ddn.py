@@ -3,6 +3,7 @@ Gradient-Based L2 Adversarial Attacks and Defenses", CVPR 2019)."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
 from pyadv.engine import checks
-from pyadv.engine.attack import Model, functional
-from pyadv.engine.state import PerRow, Rows
+from pyadv.engine.attack import functional
+from pyadv.engine.rules import StepRule
+from pyadv.engine.state import State
+from pyadv.engine.task import Model
 from pyadv.tensors import widen
 
 _LAST_ALPHA = 0.01  # as a share of the first
@@ -59,43 +62,56 @@ class DDN(NearestIterate):
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         radius = width if start_radius is None else start_radius
         checks.size("start_radius", radius)
+        alpha = width if alpha is None else alpha
+        checks.size("alpha", alpha)
         super().__init__(
             model,
             norm="L2",
             steps=steps,
             loss="ce",
             scale="unit",
-            alpha=width if alpha is None else alpha,
-            rule=SphereRule(gamma, radius),
+            rule=SphereRule(gamma, radius, alpha),
             **settings,
         )
 
 
 @dataclass
-class SphereRule(PerRow):
+class SphereRule(StepRule):
+    """The rule of DDN: a step along the gradient, then back to a sphere whose radius adapts."""
+
     gamma: float
     start_radius: float
+    first_alpha: float
+    alpha: Tensor | None = None  # of this step
     radius: Tensor | None = None
     most: Tensor | None = None  # radius that reaches all of the box
     point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
 
-    def begin(self, r: Rows) -> SphereRule:
-        most = reach(r.x, "L2", r.settings.lo, r.settings.hi)
-        radius = torch.full_like(most, self.start_radius)
-        return replace(self, radius=radius, most=most, point=widen(r.x_adv))
+    def begin(self, state: State) -> SphereRule:
+        most = reach(state.x, "L2", state.settings.lo, state.settings.hi)
+        return replace(
+            self,
+            alpha=most.new_zeros(()),
+            radius=torch.full_like(most, self.start_radius),
+            most=most,
+            point=widen(state.x_adv).clone(),
+        )
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
-        change = torch.where(r.still, 1 + self.gamma, 1 - self.gamma)
-        self.radius = torch.minimum(self.radius * change, self.most)
+    def schedule(self, state: State, k: int) -> None:
+        last = _LAST_ALPHA * self.first_alpha
+        self.alpha.fill_(annealed(self.first_alpha, last, k, state.settings.steps))
+
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
+        change = torch.where(state.still, 1 + self.gamma, 1 - self.gamma)
+        torch.minimum(self.radius * change, self.most, out=self.radius)
         return grad
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s, x = r.settings, widen(r.x)
-        alpha = annealed(s.alpha, _LAST_ALPHA * s.alpha, k, s.steps)
-        ahead = ops.l2_step(self.point, widen(grad), x, alpha, torch.inf, None, None)
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s, x = state.settings, widen(state.x)
+        ahead = ops.l2_step(self.point, widen(grad), x, self.alpha, torch.inf, None, None)
         # From x along the offset, by the radius: the sphere's point in the new direction.
-        self.point = ops.l2_step(x, ahead - x, x, self.radius, torch.inf, s.lo, s.hi)
-        r.x_adv = rounded(self.point, r.x, s.lo, s.hi)
+        ops.l2_step(x, ahead - x, x, self.radius, torch.inf, s.lo, s.hi, out=self.point)
+        state.x_adv.copy_(rounded(self.point, state.x, s.lo, s.hi))
 
 
 ddn = functional("ddn", DDN)

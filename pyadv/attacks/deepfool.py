@@ -3,6 +3,7 @@ deep neural networks", CVPR 2016)."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from pyadv.attacks.minimum_norm import NearestIterate, box_width, nearest_boundary, rounded
 from pyadv.engine import checks
-from pyadv.engine.attack import Model, functional
+from pyadv.engine.attack import functional
 from pyadv.engine.losses import ranked_targets
 from pyadv.engine.norms import DUAL, row_norm
-from pyadv.engine.state import PerRow, Rows
+from pyadv.engine.rules import StepRule
+from pyadv.engine.state import State
+from pyadv.engine.task import Model
 from pyadv.tensors import clip_to_box, per_row, widen
 
 _LEAST = 1e-4
@@ -70,43 +73,44 @@ class DeepFool(NearestIterate):
             loss="margin",
             patience=0,
             rule=BoundaryRule(overshoot, _LEAST * width, classes - 1),
-            direction=_to_boundary,
             **settings,
         )
 
 
 @dataclass
-class BoundaryRule(PerRow):
+class BoundaryRule(StepRule):
+    """The rule of DeepFool: the sum of the shortest ways to the nearest boundary, lengthened."""
+
     overshoot: float
     least: float  # length of a step
     rivals: int
     classes: Tensor | None = None  # (B, rivals)
     total: Tensor | None = None  # of the steps
 
-    def begin(self, r: Rows) -> BoundaryRule:
-        return replace(self, total=torch.zeros_like(widen(r.x)))
+    def begin(self, state: State) -> BoundaryRule:
+        return replace(self, total=torch.zeros_like(widen(state.x)))
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
-        self.total = self.total + grad
-        return grad
+    def kind(self, k: int, steps: int) -> str:
+        return "plain" if k else "first"
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s = r.settings
-        point = widen(r.x) + (1 + self.overshoot) * self.total
-        r.x_adv = rounded(clip_to_box(point, s.lo, s.hi), r.x, s.lo, s.hi)
+    def direction(self, state: State, logits: Tensor, leaf: Tensor) -> tuple[Tensor, int]:
+        """Return the way to the nearest boundary; it takes one backward pass per rival."""
+        s = state.settings
+        if self.classes is None:
+            self.classes = ranked_targets(logits.detach(), state.y, self.rivals).T
+        y = state.y.clamp(0, logits.shape[1] - 1)  # where labels are not checked
+        value, w = nearest_boundary(logits, leaf, y, self.classes, s.norm)
+        slope = row_norm(w, DUAL[s.norm])
+        way = (value.abs() / slope).clamp(min=self.least)
+        unit = w / per_row(slope, w) if s.norm == "L2" else torch.sign(w)
+        offset = torch.where(per_row(slope > 0, w), per_row(way, w) * unit, 0.0)
+        return offset, self.classes.shape[1]
 
-
-def _to_boundary(r: Rows, logits: Tensor, leaf: Tensor) -> tuple[Tensor, int]:
-    rule, s = r.rule, r.settings
-    if rule.classes is None:
-        rule.classes = ranked_targets(logits.detach(), r.y, rule.rivals).T
-    y = r.y.clamp(0, logits.shape[1] - 1)  # where labels are not checked
-    value, w = nearest_boundary(logits, leaf, y, rule.classes, s.norm)
-    slope = row_norm(w, DUAL[s.norm])
-    way = (value.abs() / slope).clamp(min=rule.least)
-    unit = w / per_row(slope, w) if s.norm == "L2" else torch.sign(w)
-    offset = torch.where(per_row(slope > 0, w), per_row(way, w) * unit, 0.0)
-    return offset, rule.classes.shape[1]
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s = state.settings
+        self.total += grad
+        point = widen(state.x) + (1 + self.overshoot) * self.total
+        state.x_adv.copy_(rounded(clip_to_box(point, s.lo, s.hi), state.x, s.lo, s.hi))
 
 
 deepfool = functional("deepfool", DeepFool)

@@ -15,15 +15,15 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks.minimum_norm import MinimumNorm, box_width, nearest_boundary, other_classes
 from pyadv.engine import checks
-from pyadv.engine.attack import Model, Plan, functional
+from pyadv.engine.attack import Plan, functional
 from pyadv.engine.compact import Remaining, first_active, may_compact, worth_compacting
-from pyadv.engine.loop import check_first, predict
+from pyadv.engine.loop import check_first, check_values, predict
 from pyadv.engine.losses import Loss, check_classes, ranked_targets
 from pyadv.engine.norms import distance
 from pyadv.engine.results import Perturbed
-from pyadv.engine.rules import PlainRule
 from pyadv.engine.starts import Noise, start_on_sphere
-from pyadv.engine.state import Parameter, PerRow, Settings
+from pyadv.engine.state import PerSample
+from pyadv.engine.task import FloatOrTensor, Model, Settings, Task
 from pyadv.passes.borrow import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.tensors import parameter, per_row, widen
@@ -79,15 +79,15 @@ class FAB(MinimumNorm):
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        eps: Parameter | None = None,
+        eps: FloatOrTensor | None = None,
         steps: int = 100,
         restarts: int = 1,
         early_stop: bool = False,
         alpha_max: float = 0.1,
         eta: float = 1.05,
         beta: float = 0.9,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
         compact: bool | str = "auto",
         output: Output = None,
@@ -107,7 +107,6 @@ class FAB(MinimumNorm):
         settings = Settings(
             norm=norm,
             eps=start_eps if eps is None else eps,
-            alpha=0.0,
             steps=steps,
             loss=Loss("margin", False, "fused", "exact"),
             start="keyed" if restarts != 1 else "none",
@@ -117,45 +116,32 @@ class FAB(MinimumNorm):
             output=output,
             validate=validate,
             speed=speed,
-            rule=PlainRule(),
-            patience=steps,
             start_from=start_on_sphere,
         )
         super().__init__(model, settings, restarts, seed, eps)
 
     _by_verdict = True
 
-    def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
-        return Plan(self.settings, None, 1, 0)  # `_search` chooses among its attempts itself
+    def _plan(self, task: Task) -> Plan:
+        return Plan(task, 1)  # `_search` chooses among its attempts itself
 
     def _classes(self, logits: Tensor, y: Tensor) -> Tensor:
         """(attempts, B, m): the classes whose boundaries each attempt looks at."""
         others = other_classes(logits, y)
         return others.expand(self.restarts, *others.shape)
 
-    def _search(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        settings: Settings,
-        noise: Noise,
-        target: Tensor | None,
-        group: Tensor | None = None,
-    ) -> Perturbed:
-        s, model, x, y = settings, unwrap(model), owned(x), owned(y)
-        validate = s.checks_values(x)
-        if validate:
-            checks.values(x, {"eps": s.eps}, s.lo, s.hi)
+    def _search(self, task: Task) -> Perturbed:
+        s, model, x, y = task.settings, unwrap(task.model), owned(task.x), owned(task.y)
+        check_values(x, s)
         with gradients_on(), borrowed(model, s.bn, s.update_stats):
             logits = predict(model, x, s)
-            check_first(logits, y, validate, differentiate=False)
+            check_first(logits, y, s.checks_values(x), differentiate=False)
             check_classes(logits)
             right = s.loss.at(logits, y, None)[2]
             y = y.clamp(0, logits.shape[1] - 1)  # other labels are wrong at x, and refused above
             classes, b = self._classes(logits, y), len(x)
             n, m = classes.shape[0], classes.shape[2]
-            every, s = self._attempts(x, y, right, classes, noise, s)
+            every, s = self._attempts(x, y, right, classes, task.noise, s)
             places = every.place.unflatten(0, (n, b))
             first, at_once = 0, max(_CPU_ROWS // n, 1) if x.is_cpu else b
             while first < b:
@@ -205,7 +191,7 @@ class FAB(MinimumNorm):
 
     def _approach(self, model: Model, every: _Attempts, kept: Tensor, s: Settings) -> None:
         """All steps of the attempts `kept`, as one batch."""
-        remaining = Remaining(kept) if may_compact(model, every.x, s) else None
+        remaining = Remaining(kept) if may_compact(model, every.x, s, graph=False) else None
         found = torch.zeros_like(every.sample)  # samples; there are not more than attempts
         r, s = every.select(kept), s.select(kept, every.x)
         for k in range(s.steps):
@@ -244,7 +230,7 @@ class FAB(MinimumNorm):
 
 
 @dataclass
-class _Attempts(PerRow):
+class _Attempts(PerSample):
     """Attempts at samples, one row each."""
 
     x: Tensor

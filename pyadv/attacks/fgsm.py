@@ -11,7 +11,7 @@ from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.rules import MomentumRule
 from pyadv.engine.starts import Start
-from pyadv.engine.state import Parameter
+from pyadv.engine.task import FloatOrTensor
 
 
 class FGSM(PGD):
@@ -27,7 +27,7 @@ class FGSM(PGD):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        eps: Parameter = 8 / 255,
+        eps: FloatOrTensor = 8 / 255,
         start: Start = "none",
         **settings: Any,
     ):
@@ -52,8 +52,8 @@ class MIFGSM(PGD):
         model: Callable[..., Any] | None = None,
         *,
         decay: float = 1.0,
-        eps: Parameter = 8 / 255,
-        alpha: Parameter | None = None,
+        eps: FloatOrTensor = 8 / 255,
+        alpha: FloatOrTensor | None = None,
         steps: int = 10,
         start: Start = "none",
         **settings: Any,

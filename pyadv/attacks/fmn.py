@@ -3,6 +3,7 @@ Adaptive Norm Constraints", NeurIPS 2021)."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks.minimum_norm import NearestIterate, annealed, box_width, reach, rounded
 from pyadv.engine import checks
-from pyadv.engine.attack import Model, functional
+from pyadv.engine.attack import functional
 from pyadv.engine.norms import DUAL, distance, row_norm
+from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import PROJECT
-from pyadv.engine.state import PerRow, Rows
+from pyadv.engine.state import State
+from pyadv.engine.task import Model
 from pyadv.tensors import clip_to_box, per_row, rows, widen
 
 _LAST_ALPHA = 0.01  # as a share of the first
@@ -67,58 +70,74 @@ class FMN(NearestIterate):
         norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         usual = 10 * width if norm == "Linf" else width
+        alpha = usual if alpha is None else alpha
+        checks.size("alpha", alpha)
         super().__init__(
             model,
             norm=norm,
             steps=steps,
             loss="margin",
-            alpha=usual if alpha is None else alpha,
-            rule=BallRule(gamma, gamma_final),
+            rule=BallRule(gamma, gamma_final, alpha),
             **settings,
         )
 
 
 @dataclass
-class BallRule(PerRow):
-    gamma: float
-    gamma_final: float
+class BallRule(StepRule):
+    """The rule of FMN: a step along the gradient, then back into a ball whose radius adapts."""
+
+    first_gamma: float
+    last_gamma: float
+    first_alpha: float
+    alpha: Tensor | None = None  # of this step
+    gamma: Tensor | None = None
     radius: Tensor | None = None
     most: Tensor | None = None  # radius that reaches all of the box
     point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
 
-    def begin(self, r: Rows) -> BallRule:
-        s = r.settings
-        most = reach(r.x, s.norm, s.lo, s.hi)
-        first = torch.full_like(most, 1.0 if s.norm == "L0" else 0.0)
-        return replace(self, radius=first, most=most, point=widen(r.x_adv))
+    def begin(self, state: State) -> BallRule:
+        s = state.settings
+        most = reach(state.x, s.norm, s.lo, s.hi)
+        return replace(
+            self,
+            alpha=most.new_zeros(()),
+            gamma=most.new_zeros(()),
+            radius=torch.full_like(most, 1.0 if s.norm == "L0" else 0.0),
+            most=most,
+            point=widen(state.x_adv).clone(),
+        )
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
-        s, nearest = r.settings, -r.best.loss
-        gamma = annealed(self.gamma, self.gamma_final, k, s.steps)
-        smaller, larger = self.radius * (1 - gamma), self.radius * (1 + gamma)
+    def schedule(self, state: State, k: int) -> None:
+        steps = state.settings.steps
+        last = _LAST_ALPHA * self.first_alpha
+        self.alpha.fill_(annealed(self.first_alpha, last, k, steps))
+        self.gamma.fill_(annealed(self.first_gamma, self.last_gamma, k, steps))
+
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
+        s, nearest = state.settings, -state.best.loss
+        smaller, larger = self.radius * (1 - self.gamma), self.radius * (1 + self.gamma)
         if s.norm == "L0":
             smaller = torch.minimum(smaller.floor(), self.radius - 1).clamp(min=0)
             larger = torch.maximum(larger.floor(), self.radius + 1)
         else:
             slope = row_norm(widen(grad), DUAL[s.norm]).clamp(min=_TINY)
-            boundary = distance(r.x_adv, r.x, s.norm) + loss.abs().to(slope.dtype) / slope
-            boundary = torch.maximum(boundary, self.radius * (1 + gamma / 2))
+            boundary = distance(state.x_adv, state.x, s.norm) + loss.abs().to(slope.dtype) / slope
+            boundary = torch.maximum(boundary, self.radius * (1 + self.gamma / 2))
             larger = torch.where(nearest.isfinite(), larger, boundary)
-        radius = torch.where(r.still, larger, torch.minimum(smaller, nearest))
-        self.radius = torch.minimum(radius, self.most)
+        radius = torch.where(state.still, larger, torch.minimum(smaller, nearest))
+        torch.minimum(radius, self.most, out=self.radius)
         return grad
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s, x = r.settings, widen(r.x)
-        alpha = annealed(s.alpha, _LAST_ALPHA * s.alpha, k, s.steps)
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s, x = state.settings, widen(state.x)
         radius = self.radius if s.norm == "L2" else torch.inf
-        point = ops.l2_step(self.point, widen(grad), x, alpha, radius, None, None)
+        point = ops.l2_step(self.point, widen(grad), x, self.alpha, radius, None, None)
         if s.norm == "L0":
             point = x + _largest(point - x, self.radius)
         elif s.norm != "L2":
             point = PROJECT[s.norm](point, x, self.radius, None, None)
-        self.point = clip_to_box(point, s.lo, s.hi)
-        r.x_adv = rounded(self.point, r.x, s.lo, s.hi)
+        self.point.copy_(clip_to_box(point, s.lo, s.hi))
+        state.x_adv.copy_(rounded(self.point, state.x, s.lo, s.hi))
 
 
 def _largest(offset: Tensor, count: Tensor) -> Tensor:

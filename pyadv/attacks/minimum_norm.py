@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyadv.engine.attack import GradientAttack, Model, _show
+from pyadv.engine.attack import GradientAttack, show
 from pyadv.engine.loop import input_gradient
 from pyadv.engine.losses import Loss
 from pyadv.engine.norms import DUAL, ORDER, distance, row_norm
 from pyadv.engine.results import MinimumNormResult
-from pyadv.engine.state import Direction, Parameter, Settings, StepRule
+from pyadv.engine.rules import StepRule
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
 from pyadv.passes.borrow import Output
 from pyadv.tensors import clip_to_box, parameter, per_row, widen
 
@@ -59,13 +60,13 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
     return k + (k >= y[:, None])
 
 
-def box_width(lo: Parameter | None, hi: Parameter | None) -> float:
+def box_width(lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> float:
     """Settings published for the box [0, 1] are multiplied by it; 1 if a bound is no number."""
     bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
     return float(abs(hi - lo)) if bounded else 1.0
 
 
-def reach(x: Tensor, norm: str, lo: Parameter | None, hi: Parameter | None) -> Tensor:
+def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
     """(B,): how far from x the farthest point of the box is; inf without a box."""
     wide = widen(x)
     infinity = torch.full_like(wide, torch.inf)
@@ -79,7 +80,7 @@ def annealed(first: float, last: float, k: int, steps: int) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * k / steps)) / 2
 
 
-def rounded(point: Tensor, x: Tensor, lo: Parameter | None, hi: Parameter | None) -> Tensor:
+def rounded(point: Tensor, x: Tensor, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
     """A point of the box in the dtype of x, still in the box."""
     return point if point.dtype == x.dtype else clip_to_box(point.to(x.dtype), lo, hi)
 
@@ -101,7 +102,7 @@ class MinimumNorm(GradientAttack):
         settings: Settings,
         restarts: int,
         seed: int | None,
-        eps: Parameter | None,
+        eps: FloatOrTensor | None,
     ):
         if isinstance(eps, Tensor) and eps.dim() > 1:
             raise ValueError(
@@ -129,7 +130,7 @@ class MinimumNorm(GradientAttack):
         return MinimumNormResult(**vars(result), distances=distances)
 
     def _ball_words(self) -> str:
-        within = "" if self.eps is None else f" within {_show(self.eps)}"
+        within = "" if self.eps is None else f" within {show(self.eps)}"
         return f"{self.settings.norm}, the nearest point{within}"
 
     def _search_words(self) -> list[str]:
@@ -141,8 +142,7 @@ class NearestIterate(MinimumNorm):
     last included, the nearest to x is the result. A sample that is wrong at x leaves at once.
 
     Args:
-        norm, steps, loss, rule, direction, patience: as in `Settings`.
-        alpha: size of the first step.
+        norm, steps, loss, rule, patience: as in `LoopSettings`.
         eps, lo, hi, compact, output, validate, speed: as in `FAB`.
         targeted: y is the class to reach.
     """
@@ -157,22 +157,19 @@ class NearestIterate(MinimumNorm):
         rule: StepRule,
         scale: str = "exact",
         confidence: float = 0.0,
-        alpha: float = 0.0,
         patience: int | None = None,
-        direction: Direction | None = None,
         targeted: bool = False,
-        eps: Parameter | None = None,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        eps: FloatOrTensor | None = None,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         compact: bool | str = "auto",
         output: Output = None,
         validate: bool | str = "auto",
         speed: str = "exact",
     ):
-        settings = Settings(
+        settings = LoopSettings(
             norm=norm,
             eps=0.0 if eps is None else eps,
-            alpha=alpha,
             steps=steps,
             loss=Loss(loss, targeted, "fused", scale, confidence),
             start="none",
@@ -184,7 +181,6 @@ class NearestIterate(MinimumNorm):
             rule=rule,
             patience=steps if patience is None else patience,
             best="nearest",
-            direction=direction,
             speed=speed,
         )
         super().__init__(model, settings, restarts=1, seed=None, eps=eps)

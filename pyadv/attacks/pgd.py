@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, functional
-from pyadv.engine.graphs import Graphs
+from pyadv.engine.attack import GradientAttack, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import PlainRule
 from pyadv.engine.starts import STARTS, Start
-from pyadv.engine.state import BESTS, Parameter, Settings
+from pyadv.engine.task import BESTS, FloatOrTensor, GradientSettings
 from pyadv.passes.borrow import Output
 
 
@@ -83,8 +82,8 @@ class PGD(GradientAttack):
         model: Callable[..., Any] | None = None,
         *,
         norm: str | float = "Linf",
-        eps: Parameter = 8 / 255,
-        alpha: Parameter = 2 / 255,
+        eps: FloatOrTensor = 8 / 255,
+        alpha: FloatOrTensor = 2 / 255,
         steps: int = 10,
         loss: str | LossFunction = "ce",
         start: Start = "keyed",
@@ -92,9 +91,9 @@ class PGD(GradientAttack):
         best: str = "last",
         eot: int = 1,
         targeted: bool = False,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
-        keep: Parameter = 0.2,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
+        keep: FloatOrTensor = 0.2,
         bn: str = "eval",
         update_stats: bool = False,
         seed: int | None = None,
@@ -121,7 +120,7 @@ class PGD(GradientAttack):
         if eot != 1 and scale == "unit":
             raise ValueError('scale="unit" needs eot=1: a mean needs gradients of one scale')
         scale = scale or ("exact" if bn == "train" or eot != 1 else "unit")
-        settings = Settings(
+        settings = GradientSettings(
             norm=checks.canonical_norm(norm),
             eps=eps,
             alpha=alpha,
@@ -134,7 +133,6 @@ class PGD(GradientAttack):
             output=output,
             validate=validate,
             speed=speed,
-            graphs=Graphs(graph),
             rule=PlainRule(),
             patience=0 if best == "fooled" else steps,
             best=best,
@@ -143,7 +141,11 @@ class PGD(GradientAttack):
             update_stats=update_stats,
             keep=keep,
         )
-        super().__init__(model, settings, restarts, seed)
+        super().__init__(model, settings, restarts, seed, graph)
+
+    def _search_words(self) -> list[str]:
+        s = self.settings
+        return [f"{s.steps} steps of {show(s.alpha)}", f"loss {show(s.loss.loss)}"]
 
 
 class FriendlyPGD(PGD):
@@ -178,7 +180,7 @@ class FriendlyPGD(PGD):
                 f"{self.settings.best!r}"
             )
         checks.size("omega", omega)
-        self.settings = replace(self.settings, omega=omega)
+        self.settings = replace(self.settings, rule=PlainRule(omega))
         self.tau = tau
 
     @property
@@ -202,8 +204,8 @@ class PGDPlus(PGD):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        eps: Parameter = 0.031,
-        alpha: Parameter = 0.01,
+        eps: FloatOrTensor = 0.031,
+        alpha: FloatOrTensor = 0.01,
         steps: int = 40,
         restarts: int = 5,
         **settings: Any,

@@ -5,17 +5,19 @@ the Box", ICML 2021)."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model, Plan, functional
+from pyadv.engine.attack import GradientAttack, Plan, functional
 from pyadv.engine.losses import Loss
+from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import PROJECT, Noise
-from pyadv.engine.state import Parameter, PerRow, Rows, Settings
+from pyadv.engine.state import State
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task
 from pyadv.ops.steps import square_stepper
 from pyadv.passes.borrow import Output
 from pyadv.tensors import compute_dtype, parameter, widen
@@ -58,14 +60,14 @@ class Square(GradientAttack):
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        eps: Parameter = 8 / 255,
+        eps: FloatOrTensor = 8 / 255,
         queries: int = 5000,
         p: float = 0.8,
         restarts: int = 1,
         targeted: bool = False,
         draws: str = "keyed",
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
         compact: bool | str = "auto",
         output: Output = None,
@@ -77,10 +79,9 @@ class Square(GradientAttack):
         checks.choice("draws", draws, ("keyed", "official"))
         if not 0 < p <= 1:
             raise ValueError(f"p must be a share in (0, 1], got {p!r}")
-        settings = Settings(
+        settings = LoopSettings(
             norm=norm,
             eps=eps,
-            alpha=0.0,
             steps=queries,
             loss=Loss("margin", targeted, "fused", "exact"),
             start=draws,
@@ -94,55 +95,63 @@ class Square(GradientAttack):
             patience=0,
             start_from=_start,
             best="fooled",
-            by_gradient=False,
         )
         super().__init__(model, settings, restarts, seed)
 
     def _search_words(self) -> list[str]:
         return [f"{self.settings.steps} queries"]
 
-    def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
-        if x.dim() != 4:
-            raise ValueError(f"Square needs images (B, C, H, W), got x of shape {list(x.shape)}")
-        return super()._plan(model, x, y)
+    def _plan(self, task: Task) -> Plan:
+        if task.x.dim() != 4:
+            got = list(task.x.shape)
+            raise ValueError(f"Square needs images (B, C, H, W), got x of shape {got}")
+        return super()._plan(task)
 
 
 @dataclass
-class SquareRule(PerRow):
-    """The next proposal, from the best point so far."""
+class SquareRule(StepRule):
+    """The rule that makes the next proposal from the best point so far. The kind of a step is how
+    often the squares have shrunk."""
 
     p: float
+    number: Tensor | None = None  # of the proposal, which the draws depend on
 
-    def begin(self, r: Rows) -> SquareRule:
-        return self
+    by_gradient = False
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: None) -> None:
-        return None
+    def begin(self, state: State) -> SquareRule:
+        return replace(self, number=torch.zeros((), dtype=torch.int64, device=state.x.device))
 
-    def step(self, r: Rows, grad: None, k: int, active: Tensor | None) -> None:
-        b, c, h, w = r.x.shape
-        share = self.p / 2 ** sum(k > n for n in _SHRINK_AFTER)
-        side = round(math.sqrt(share * h * w))
-        linf = r.settings.norm == "Linf"
-        draws = _draws(r.settings.start, r.noise, r.x, k + 1, c + (2 if linf else 5), r.active)
+    def kind(self, k: int, steps: int) -> int:
+        return sum(k > n for n in _SHRINK_AFTER)
+
+    def schedule(self, state: State, k: int) -> None:
+        self.number.fill_(k + 1)
+
+    def step(self, state: State, kind: int, grad: None, active: Tensor | None) -> None:
+        b, c, h, w = state.x.shape
+        s = state.settings
+        side = round(math.sqrt(self.p / 2**kind * h * w))
+        linf = s.norm == "Linf"
+        words = c + (2 if linf else 5)
+        draws = _draws(s.start, state.noise, state.x, self.number, words, state.active)
         if linf:
-            s, side = r.settings, min(max(side, 1), h, w)
-            if r.stepper is None:
-                r.stepper = square_stepper(r.x, s.eps, s.lo, s.hi)
+            side = min(max(side, 1), h, w)
+            if state.stepper is None:
+                state.stepper = square_stepper(state.x, s.eps, s.lo, s.hi)
             u = draws.square(h - side, w - side, c)
-            r.stepper(r.x_adv, r.best.x_adv, u, side, active)
+            state.stepper(state.x_adv, state.best.x_adv, u, side, active)
         else:
             side = max(side, 3)
-            new = self._move_mass(r, draws, min(side + (side + 1) % 2, h, w))
-            r.x_adv = torch.where(active.view(b, 1, 1, 1), new, r.x_adv)
+            new = self._move_mass(state, draws, min(side + (side + 1) % 2, h, w))
+            state.x_adv.copy_(torch.where(active.view(b, 1, 1, 1), new, state.x_adv))
 
     @staticmethod
-    def _move_mass(r: Rows, draws: _Keyed | _Official, side: int) -> Tensor:
+    def _move_mass(state: State, draws: _Keyed | _Official, side: int) -> Tensor:
         """Two windows are emptied, and the first gets a pattern of their mass, and of what the
         whole sample is short of eps, on top of its old direction."""
-        s, c, x = r.settings, r.x.shape[1], widen(r.x)
+        s, c, x = state.settings, state.x.shape[1], widen(state.x)
         order = 2 if s.norm == "L2" else 1
-        delta = widen(r.best.x_adv) - x
+        delta = widen(state.best.x_adv) - x
         first, second = _Window(draws, side, x), _Window(draws, side, x)
         eps = parameter(s.eps, x)
         short = (eps**order - _norm(delta, order, (1, 2, 3)) ** order).clamp_min(0)
@@ -154,16 +163,16 @@ class SquareRule(PerRow):
         mass = (short / c + held**order) ** (1 / order) * (c if order == 1 else 1)
         new = new / (_TINY + _norm(new, order, (2, 3))) * mass
         delta = first.paste(new, delta * (1 - mask))
-        return _inside(r.x, delta, s.norm, eps, s.lo, s.hi)
+        return _inside(state.x, delta, s.norm, eps, s.lo, s.hi)
 
 
 def _start(
     kind: str,
     norm: str,
     x: Tensor,
-    eps: Parameter,
-    lo: Parameter | None,
-    hi: Parameter | None,
+    eps: FloatOrTensor,
+    lo: FloatOrTensor | None,
+    hi: FloatOrTensor | None,
     noise: Noise,
 ) -> Tensor:
     """Stripes of -eps and eps in Linf; in L2 and L1 five by five patterns of random sign."""
@@ -188,7 +197,12 @@ def _start(
 
 
 def _inside(
-    x: Tensor, delta: Tensor, norm: str, eps: Tensor, lo: Parameter | None, hi: Parameter | None
+    x: Tensor,
+    delta: Tensor,
+    norm: str,
+    eps: Tensor,
+    lo: FloatOrTensor | None,
+    hi: FloatOrTensor | None,
 ) -> Tensor:
     """In L2 scaled to the sphere, then clipped to the box; in L1 projected."""
     wide = widen(x)
@@ -264,7 +278,7 @@ def _pyramid(height: int, width: int, order: int) -> Tensor:
 
 
 def _draws(
-    kind: str, noise: Noise, x: Tensor, step: int, words: int, active: Tensor
+    kind: str, noise: Noise, x: Tensor, step: int | Tensor, words: int, active: Tensor
 ) -> _Keyed | _Official:
     return _Keyed(noise, x, step, words) if kind == "keyed" else _Official(x, active)
 
@@ -272,7 +286,7 @@ def _draws(
 class _Keyed:
     """Numbers for one proposal, each sample's own."""
 
-    def __init__(self, noise: Noise, x: Tensor, step: int, words: int):
+    def __init__(self, noise: Noise, x: Tensor, step: int | Tensor, words: int):
         like = x.new_empty((x.shape[0], words), dtype=torch.float32)
         self.words, self.used = noise.uniform(like, step), 0
 

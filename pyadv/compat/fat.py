@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from pyadv import ops
 from pyadv.attacks import FriendlyPGD
 from pyadv.compat._official import choose, clipped_normal_start, uniform_start
-from pyadv.engine.rules import PlainRule
+from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import Start
-from pyadv.engine.state import Rows
+from pyadv.engine.state import State
 
 LOSSES = {"cent": "ce", "kl": "kl"}
 
@@ -76,19 +77,19 @@ class Released:
 
 
 @dataclass
-class _NoisyStep(PlainRule):
+class _NoisyStep(StepRule):
     """The step of the official code: noise from torch's CPU generator for the samples still
     attacked is added before the projection."""
 
-    omega: float = 0.0
+    omega: float
 
-    def step(self, rows: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s = rows.settings
-        noisy = rows.x_adv.clone()
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s = state.settings
+        noisy = state.x_adv.clone()
         kept = slice(None) if active is None else active
         noise = torch.randn(noisy[kept].shape)
         noisy[kept] += (self.omega * noise).to(noisy)
-        ops.linf_step(noisy, grad, rows.x, s.alpha, s.eps, s.lo, s.hi, active, out=rows.x_adv)
+        ops.linf_step(noisy, grad, state.x, s.alpha, s.eps, s.lo, s.hi, active, out=state.x_adv)
 
 
 def early_stopped(

@@ -1,10 +1,10 @@
-"""What all attacks have in common for their callers: calling, restarts, noise, state."""
+"""The base of all attacks: what their callers see, restarts, keyed noise, state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,51 +15,92 @@ from pyadv.engine.graphs import GRAPHS, Graphs
 from pyadv.engine.loop import judge, search
 from pyadv.engine.results import AttackResult, Perturbed
 from pyadv.engine.starts import Noise
-from pyadv.engine.state import Settings
+from pyadv.engine.task import LoopSettings, Model, Settings, Task
 from pyadv.passes.view import SPEEDS, FastView, attacked
 
-Model = Callable[..., Any]
 
+@dataclass(frozen=True)
+class Plan:
+    """How one batch is attacked.
 
-class Plan(NamedTuple):
-    """How one batch is attacked."""
+    Attributes:
+        task: the batch, as the first attempt attacks it.
+        attempts: how often each sample is attacked.
+        targets: (attempts B,) classes, attempt by attempt, for a loss that leads to one.
+        queries: forward passes that the plan has cost.
+    """
 
-    settings: Settings
-    targets: Tensor | None  # of each attempt, (attempts B,), if the loss leads to a class
-    attempts: int  # at each sample
-    queries: int  # forward passes that the plan has cost
+    task: Task
+    attempts: int
+    targets: Tensor | None = None
+    queries: int = 0
+
+    def part(self, first: int, last: int) -> Task:
+        """Return attempts first .. last - 1 at all samples as one batch."""
+        task, b = self.task, len(self.task.x)
+        rows = torch.arange(first * b, last * b, device=task.x.device)
+        sample = rows % max(b, 1)
+        noise = task.noise.restarted(self.attempts)
+        return replace(
+            task.select(sample),
+            noise=replace(noise, ids=noise.ids[rows]),
+            target=None if self.targets is None else self.targets[rows],
+            group=sample,
+        )
 
 
 class GradientAttack:
-    """The base of the attacks that the engine runs; each says what it searches for by its
-    `Settings`.
+    """The base of attacks; each says by its `Settings` what it searches for.
 
     `attack(x, y)` returns x_adv; `attack.run(x, y)` also says how it ended, for one forward pass
     more. The model's modes, BatchNorm statistics, `.grad` and `requires_grad` are afterwards as
     they were, also when the model raises; with keyed starts so is torch's generator. The model and
     the data are never moved.
+
+    A subclass with a loop of its own overrides `_search`; one that chooses targets or attempts
+    overrides `_plan` and `attempts`.
+
+    Args:
+        model: anything that maps x to logits (B, C); may be None when every call names a model.
+        settings: of the search; `LoopSettings` for the loop of the engine.
+        restarts: attempts at each sample, from different starts.
+        seed: of the keyed noise; torch.initial_seed() by default.
+        graph: whether to record the steps as CUDA graphs: "auto", True or False.
+
+    Attributes:
+        graphs: the recordings: how many there were, and why the last call was not a replay.
+        draw: the number of the next draw of keyed noise.
     """
 
-    def __init__(self, model: Model | None, settings: Settings, restarts: int, seed: int | None):
+    def __init__(
+        self,
+        model: Model | None,
+        settings: Settings,
+        restarts: int = 1,
+        seed: int | None = None,
+        graph: bool | str = False,
+    ):
         s = settings
-        checks.size("eps", s.eps)
-        checks.size("alpha", s.alpha)
+        for name in s.sizes:
+            checks.size(name, getattr(s, name))
         checks.box(s.norm, s.eps, s.lo, s.hi)
         checks.count("steps", s.steps, 0)
-        checks.count("eot", s.eot, 1)
+        if isinstance(s, LoopSettings):
+            checks.count("eot", s.eot, 1)
         checks.choice("bn", s.bn, ("eval", "train", "as_is"))
         checks.choice("compact", s.compact, ("auto", True, False))
         checks.choice("validate", s.validate, ("auto", True, False))
         checks.choice("speed", s.speed, tuple(SPEEDS))
-        checks.choice("graph", s.graphs.mode, GRAPHS)
+        checks.choice("graph", graph, GRAPHS)
         self.model = model
         self.settings = settings
         self.restarts = checks.count("restarts", restarts, 1)
         self.seed = seed
+        self.graphs = Graphs(graph)
         self.draw = 0
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Adversarial examples for x (B, ...) with labels y (B,)."""
+        """Return adversarial examples for x (B, ...) with labels y (B,)."""
         return self.perturb(x, y, ids).x_adv
 
     def perturb(
@@ -70,13 +111,12 @@ class GradientAttack:
         draw: int | None = None,
         model: Model | None = None,
     ) -> Perturbed:
-        """x_adv and what was learned on the way (kappa). Arguments as in `run`."""
-        model, noise = self._begin(x, y, ids, draw, model)
-        plan = self._plan(model, x, y)
+        """Return x_adv and what was learned on the way (kappa). Arguments as in `run`."""
+        plan = self._plan(self._task(x, y, ids, draw, model))
         if plan.attempts == 1:
-            found = self._find(model, x, y, plan.settings, noise, plan.targets)
+            found = self._find(replace(plan.task, target=plan.targets))
         else:
-            best = self._best_of(model, x, y, plan, noise)
+            best = self._best_of(plan)
             found = Perturbed(*(getattr(best, f.name) for f in fields(Perturbed)))
         found.queries += plan.queries
         return found
@@ -89,7 +129,7 @@ class GradientAttack:
         draw: int | None = None,
         model: Model | None = None,
     ) -> AttackResult:
-        """The attack and how it ended.
+        """Attack, and ask the model how it ended.
 
         Args:
             x: (B, ...) inputs in the box.
@@ -99,155 +139,128 @@ class GradientAttack:
                 call advances.
             model: attack this model instead of the one given at construction.
         """
-        model, noise = self._begin(x, y, ids, draw, model)
-        plan = self._plan(model, x, y)
-        s, targets = plan.settings, plan.targets
+        plan = self._plan(self._task(x, y, ids, draw, model))
         if plan.attempts == 1:
-            found = self._find(model, x, y, s, noise, targets)
-            result = judge(model, x, y, found, s, targets)
+            task = replace(plan.task, target=plan.targets)
+            result = judge(task, self._find(task))
         else:
-            result = self._best_of(model, x, y, plan, noise)
+            result = self._best_of(plan)
         result.queries += plan.queries
         return result
 
     def attempts(self, classes: int) -> int:
-        """At each sample of a model with so many classes, run as one batch."""
+        """Return how many attempts at each sample run as one batch, for a model with so many
+        classes."""
         return self.restarts
 
     def describe(self) -> str:
-        """One line that lets a reader repeat the attack."""
+        """Return one line that lets a reader repeat the attack."""
         s = self.settings
+        eot = s.eot if isinstance(s, LoopSettings) else 1
         return ", ".join(
             [
                 self._ball_words(),
                 *self._search_words(),
                 *(["targeted"] if s.loss.targeted else []),
-                *([f"{_show(s.start)} start"] if s.start != "none" else []),
+                *([f"{show(s.start)} start"] if s.start != "none" else []),
                 *([f"{self.restarts} restarts"] if self.restarts > 1 else []),
-                *([f"{s.eot} gradients a step"] if s.eot > 1 else []),
+                *([f"{eot} gradients a step"] if eot > 1 else []),
                 *([f"speed {s.speed}"] if s.speed != "exact" else []),
             ]
         )
 
     def _ball_words(self) -> str:
-        """What `describe` says of where the attack looks."""
-        return f"{self.settings.norm} {_show(self.settings.eps)}"
+        """Return what `describe` says of where the attack looks."""
+        return f"{self.settings.norm} {show(self.settings.eps)}"
 
     def _search_words(self) -> list[str]:
-        """What `describe` says of steps and loss."""
-        s = self.settings
-        return [f"{s.steps} steps of {_show(s.alpha)}", f"loss {_show(s.loss.loss)}"]
-
-    @property
-    def graphs(self) -> Graphs:
-        """The steps recorded as CUDA graphs: how many recordings and replays there were, and why
-        the last call was not a replay."""
-        return self.settings.graphs
+        """Return what `describe` says of steps and loss."""
+        return [f"{self.settings.steps} steps"]
 
     def state_dict(self) -> dict[str, int]:
-        """What the keyed noise of later calls depends on."""
+        """Return what the keyed noise of later calls depends on."""
         return {"draw": self.draw}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.draw = int(state["draw"])
 
-    def _plan(self, model: Model, x: Tensor, y: Tensor) -> Plan:
-        return Plan(self.settings, None, self.restarts, 0)
+    def _plan(self, task: Task) -> Plan:
+        return Plan(task, self.restarts)
 
     @property
     def _by_verdict(self) -> bool:
         """Whether the search stops, or picks its result, by what the model answers."""
         return self.settings.best in ("fooled", "nearest")
 
-    def _find(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        settings: Settings,
-        noise: Noise,
-        target: Tensor | None,
-        group: Tensor | None = None,
-    ) -> Perturbed:
-        """`_search`, on what stands for the model. Samples that have fooled that alone, and not the
-        model, are searched again on the model."""
-        s = settings
-        with attacked(model, x, s.speed, s.bn, s.output) as view:
-            found = self._search(view, x, y, s, noise, target, group)
+    def _find(self, task: Task) -> Perturbed:
+        """Search on the network that `speed` chooses. Samples that have fooled the view and not the
+        model are searched again on the model."""
+        s = task.settings
+        with attacked(task.model, task.x, s.speed, s.bn, s.output) as view:
+            on_view = replace(task, model=view)
+            found = self._search(on_view)
             if not (isinstance(view, FastView) and self._by_verdict):
                 return found
-            fooled = ~judge(view, x, y, found, s, target).correct
-        again = (fooled & judge(model, x, y, found, s, target).correct).nonzero()[:, 0]
+            fooled = ~judge(on_view, found).correct
+        again = (fooled & judge(task, found).correct).nonzero()[:, 0]
         found.queries += 2
         if len(again):
-            noise = replace(noise, ids=noise.ids[again])
-            part = (x[again], y[again], s.select(again, x), noise)
-            more = self._search(model, *part, None if target is None else target[again])
+            more = self._search(task.select(again))
             for f in fields(Perturbed):
                 total, value = getattr(found, f.name), getattr(more, f.name)
                 total[again] = value if f.name in ("x_adv", "kappa") else total[again] + value
         return found
 
-    def _search(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        settings: Settings,
-        noise: Noise,
-        target: Tensor | None,
-        group: Tensor | None = None,
-    ) -> Perturbed:
-        return search(model, x, y, settings, noise, target, group)
+    def _search(self, task: Task) -> Perturbed:
+        return search(task, self.graphs)
 
-    def _best_of(
-        self, model: Model, x: Tensor, y: Tensor, plan: Plan, noise: Noise
-    ) -> AttackResult:
-        """All attempts at each sample, as one batch where memory and BatchNorm allow."""
-        settings, targets, n, _ = plan
-        b, noise = len(x), noise.restarted(n)
+    def _best_of(self, plan: Plan) -> AttackResult:
+        """Make all attempts, as one batch where memory and BatchNorm allow; return the best."""
+        n = plan.attempts
 
         def attempts(first: int, last: int) -> AttackResult:
-            rows = torch.arange(first * b, last * b, device=x.device)
-            sample = rows % max(b, 1)
-            part = (x[sample], y[sample], settings.select(sample, x))
-            t = None if targets is None else targets[rows]
-            keyed = replace(noise, ids=noise.ids[rows])
-            found = self._find(model, *part, keyed, t, sample)
-            return judge(model, *part[:2], found, part[2], t)
+            task = plan.part(first, last)
+            return judge(task, self._find(task))
 
         try:
-            if settings.bn == "eval":  # batch statistics belong to the batch as it is
+            if plan.task.settings.bn == "eval":  # batch statistics belong to the batch as it is
                 return _best(attempts(0, n), n)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         return _best(_concatenate([attempts(r, r + 1) for r in range(n)]), n)
 
-    def _begin(
+    def _task(
         self,
         x: Tensor,
         y: Tensor,
         ids: Tensor | None,
         draw: int | None,
         model: Model | None,
-    ) -> tuple[Model, Noise]:
+    ) -> Task:
+        """Check the arguments of a call; return its task, and advance the counter of draws."""
+        s = self.settings
         model = self.model if model is None else model
         if model is None:
             raise ValueError("attack: no model; give one at construction or as model=")
         checks.batch(x, y, ids)
-        checks.parameters(x, self.settings.parameters)
+        checks.parameters(x, s.parameters)
         if draw is None:
             draw = self.draw
             self.draw += 1
-        keyed = self.settings.start == "keyed" or self.settings.omega > 0
         if ids is None:
-            ids = ops.row_hash(x) if keyed else torch.zeros_like(y)
+            ids = ops.row_hash(x) if self._draws_noise else torch.zeros_like(y)
         seed = torch.initial_seed() if self.seed is None else self.seed
-        return model, Noise.of(ids, seed, draw)
+        return Task(model, x, y, s, Noise.of(ids, seed, draw))
+
+    @property
+    def _draws_noise(self) -> bool:
+        """Whether the search draws keyed noise."""
+        s = self.settings
+        return s.start == "keyed" or (isinstance(s, LoopSettings) and s.rule.draws_noise)
 
 
 def functional(name: str, attack: type[GradientAttack]) -> Callable[..., Tensor]:
-    """The attack as a function of (model, x, y), with the settings as keywords."""
+    """Return the attack as a function of (model, x, y), with the settings as keywords."""
 
     def function(
         model: Model,
@@ -262,14 +275,14 @@ def functional(name: str, attack: type[GradientAttack]) -> Callable[..., Tensor]
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
-        f"Adversarial examples by `{attack.__name__}(model, **settings)`, as a function. Without "
-        "state of its own it starts from the same keyed noise at every call; pass `draw` for "
-        "another."
+        f"Return adversarial examples by `{attack.__name__}(model, **settings)`. Every call starts "
+        "from the same keyed noise; pass `draw` for another."
     )
     return function
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """Return a setting as `describe` writes it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Tensor):
@@ -285,7 +298,8 @@ def _concatenate(parts: list[AttackResult]) -> AttackResult:
 
 
 def _best(result: AttackResult, n: int) -> AttackResult:
-    """Of n attempts, for each sample: one that fooled the model, and of those the highest loss."""
+    """Return the best of n attempts at each sample: one that fooled the model if there is one, and
+    among those the one of highest loss."""
     loss = result.loss.nan_to_num(nan=torch.finfo(result.loss.dtype).min).view(n, -1)
     fooled = ~result.correct.view(n, -1)
     candidates = torch.where(fooled | ~fooled.any(0), loss, -torch.inf)

@@ -1,16 +1,17 @@
-"""The one loop behind every gradient attack:
+"""The loop of the attacks that step along gradients, and of Square:
 
     start -> repeat (forward, loss and its logit gradient, track, input gradient, rule, step)
 
-Variants are data: the loss, the start, the step rule (`_rules`), which iterate is the result, and
+Variants are data: the loss, the start, the step rule (`rules`), which iterate is the result, and
 the patience after which a fooled sample is released (all the steps for PGD, fewer for friendly
-PGD).
+PGD). FAB keeps a loop of its own, see there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Hashable
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,183 +19,164 @@ from torch import Tensor
 
 from pyadv.engine import checks
 from pyadv.engine.compact import Remaining, first_active, may_compact, worth_compacting
-from pyadv.engine.graphs import Call
+from pyadv.engine.graphs import Graphs
 from pyadv.engine.norms import distance
 from pyadv.engine.results import AttackResult, Perturbed
-from pyadv.engine.starts import Noise
-from pyadv.engine.state import Best, Parameter, Rows, Settings
+from pyadv.engine.state import Best, State
+from pyadv.engine.task import Settings, Task
 from pyadv.ops.geometry import unchecked_track
 from pyadv.passes.borrow import borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.tensors import per_row
 
-__all__ = [
-    "Parameter",
-    "Settings",
-    "check_first",
-    "input_gradient",
-    "judge",
-    "predict",
-    "search",
-]
 
-
-def search(
-    model: Callable[..., Any],
-    x: Tensor,
-    y: Tensor,
-    settings: Settings,
-    noise: Noise,
-    target: Tensor | None = None,
-    group: Tensor | None = None,
-) -> Perturbed:
-    """The steps of the attack, `settings.steps` forward passes and input gradients, and a last
-    forward pass where the result is not simply the last iterate.
-
-    Args:
-        target: (B,) classes, for a loss that leads to one.
-        group: (B,) numbers in 0 .. B - 1. Rows with the same number are attempts at one sample:
-            with best="fooled" all of them are released when one has fooled the model.
-    """
-    model = unwrap(model)
-    x, y = owned(x), owned(y)
-    s = settings
+def search(task: Task, graphs: Graphs) -> Perturbed:
+    """Run the steps of an attack: `settings.steps` forward passes and input gradients, and one more
+    forward pass where the result is not simply the last iterate. `graphs` holds the recordings."""
+    model, s = unwrap(task.model), task.settings
+    x, y = owned(task.x), owned(task.y)
     with gradients_on(), borrowed(model, s.bn, s.update_stats):
-        if s.checks_values(x):
-            checks.values(x, {"eps": s.eps, "alpha": s.alpha}, s.lo, s.hi)
-        first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, noise)
-        call = Call(x, first, y, s, noise, target, group)
-        return s.graphs.run(_loop, model, call, _releases(s) and may_compact(model, x, s))
+        check_values(x, s)
+        first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, task.noise)
+        task = replace(task, model=model, x=x, y=y, first=first)
+        compacts = s.releases and may_compact(model, x, s, graphs.mode)
+        return graphs.run(partial(_loop, compacts=compacts), task, compacts)
 
 
 def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
-    """The model's logits, by one forward pass under the rules of the attack."""
+    """Return the model's logits, by one forward pass under the rules of the attack."""
     s, model = settings, unwrap(model)
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, s.bn, s.update_stats):
-        return pick_logits(model(x.clone()), s.output)  # its own: it may write into its input
+        return pick_logits(model(x.clone()), s.output)  # a copy: the model may write into it
 
 
-def judge(
-    model: Callable[..., Any],
-    x: Tensor,
-    y: Tensor,
-    found: Perturbed,
-    settings: Settings,
-    target: Tensor | None = None,
-) -> AttackResult:
-    """The network's word on `found.x_adv`: one forward pass."""
-    s = settings
+def judge(task: Task, found: Perturbed) -> AttackResult:
+    """Ask task.model for its verdict on `found.x_adv`: one forward pass."""
+    s, model = task.settings, task.model
     logits = predict(model, found.x_adv, s)
-    reference = predict(model, x, s) if s.loss.needs_reference_logits else None
+    reference = predict(model, task.x, s) if s.loss.needs_reference_logits else None
     with torch.inference_mode(False), torch.no_grad():
-        loss, _, correct = s.loss.at(logits, owned(y), reference, target)
+        loss, _, correct = s.loss.at(logits, owned(task.y), reference, task.target)
     taken = {f.name: getattr(found, f.name) for f in fields(Perturbed)}
     taken["queries"] = found.queries + 1
     return AttackResult(logits=logits, correct=correct, loss=loss, **taken)
 
 
-def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
-    """The steps, from `call.first`, which they move. Without compaction they ask nothing of a GPU,
-    and can be recorded."""
-    s, x, y = call.settings, call.x, call.y
-    grouped = call.group is not None and s.best == "fooled"
-    rows = Rows(
-        x=x,
-        x_adv=call.first,
+def check_values(x: Tensor, s: Settings) -> None:
+    """Check the values of x and of the sizes in the settings, where the settings ask for it."""
+    if s.checks_values(x):
+        checks.values(x, {name: getattr(s, name) for name in s.sizes}, s.lo, s.hi)
+
+
+def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) -> None:
+    """Check the first logits of a search: that they have a gradient, and with `validate` their
+    values."""
+    if differentiate and not logits.requires_grad:
+        raise ValueError(_NO_GRADIENT)
+    if validate:
+        checks.logits(logits, y)
+
+
+def _loop(task: Task, compacts: bool) -> Perturbed:
+    """Run the steps, from task.first. Without compaction they wait for nothing on a GPU, and can be
+    recorded."""
+    s, model, y, rule = task.settings, task.model, task.y, task.settings.rule
+    grouped = task.group is not None and s.best == "fooled"
+    nearest = s.best == "nearest"
+    state = State(
+        x=task.x,
+        x_adv=task.first,
         y=y,
         kappa=torch.zeros_like(y),
         active=torch.ones_like(y, dtype=torch.bool),
         patience=torch.full_like(y, s.patience),
-        reference_logits=_reference_logits(model, x, s),
-        target=call.target,
-        group=call.group if grouped else None,
-        noise=call.noise,
+        reference_logits=_reference_logits(task),
+        target=task.target,
+        group=task.group if grouped else None,
+        noise=task.noise,
         settings=s,
-        rule=s.rule,
-        looks=torch.zeros_like(y),
+        rule=rule,
+        queries=torch.zeros_like(y),
         steps=torch.zeros_like(y),
     )
-    rows.rule = s.rule.begin(rows)
+    state.rule = rule.begin(state)
     done = None
     broken = torch.zeros_like(y)  # groups
-    nearest = s.best == "nearest"
-    releases = _releases(s)
-    remaining = Remaining(x) if releases and may_compact(model, x, s) else None
-    looks, passes = s.steps + (s.best != "last"), 0  # of all; backward passes of a step
-    for k in range(looks):
+    remaining = Remaining(task.x) if compacts else None
+    iterates, passes = s.steps + (s.best != "last"), 0  # passes: backward, of one step
+    for k in range(iterates):
         steps_on = k < s.steps
-        differentiate = steps_on and s.by_gradient
-        loss, logits, still, gradient = _look(model, rows, differentiate)
+        differentiate = steps_on and rule.by_gradient
+        kind: Hashable = rule.kind(k, s.steps) if steps_on else "last"
+        if steps_on:
+            state.rule.schedule(state, k)
+        loss, logits, state.still, gradient = _forward(model, state, differentiate)
         if k == 0:
-            check_first(logits, y, s.checks_values(x), differentiate)
-        rows.still = still
-        if releases:
-            rows.looks += rows.active
+            check_first(logits, y, s.checks_values(task.x), differentiate)
+        if s.releases:
+            state.queries += state.active
         if nearest:
-            _remember(rows, _nearness(rows), None)
-            rows.active &= rows.best.loss < 0  # nothing is nearer than x itself
+            _keep_best(state, _nearness(state), None)
+            state.active &= state.best.loss < 0  # nothing is nearer than x itself
         if not steps_on:
             if not nearest:
-                _remember(rows, loss, None)
-            rows.active &= still  # the others have fooled the model just now
+                _keep_best(state, loss, None)
+            state.active &= state.still  # the others have fooled the model just now
             break
-        if releases:
-            unchecked_track(still, rows.kappa, rows.active, rows.patience)
+        if s.releases:
+            unchecked_track(state.still, state.kappa, state.active, state.patience)
             if grouped:
-                broken.scatter_reduce_(0, rows.group, (~rows.active).long(), "amax")
-                rows.active &= broken[rows.group] == 0
-            rows.steps += rows.active
+                broken.scatter_reduce_(0, state.group, (~state.active).long(), "amax")
+                state.active &= broken[state.group] == 0
+            state.steps += state.active
         else:
-            rows.kappa += still
-        size = None if remaining is None else remaining(rows.active)
+            state.kappa += state.still
+        size = None if remaining is None else remaining(state.active)
         if size == 0:
             break
         grad = None
         if differentiate:
             grad, passes = gradient()
         if s.best != "last" and not nearest:
-            _remember(rows, loss, grad)
-        grad = rows.rule.observe(rows, k, loss, grad)
-        rows.rule.step(rows, grad, k, rows.active if releases else None)
-        if size is not None and worth_compacting(size, len(rows.active), s.steps - k):
-            done = _written_back(done, rows, passes)
-            rows = rows.select(first_active(rows.active, size))
-    if not releases:
-        rows.looks += looks
-        rows.steps += s.steps
-    return _written_back(done, rows, passes)
+            _keep_best(state, loss, grad)
+        grad = state.rule.observe(state, kind, loss, grad)
+        state.rule.step(state, kind, grad, state.active if s.releases else None)
+        if size is not None and worth_compacting(size, len(state.active), s.steps - k):
+            done = _written_back(done, state, passes)
+            state = state.select(first_active(state.active, size))
+    if not s.releases:
+        state.queries += iterates
+        state.steps += s.steps
+    return _written_back(done, state, passes)
 
 
-def _releases(s: Settings) -> bool:
-    """Whether samples can leave the attack before its end."""
-    return s.patience < s.steps or s.best == "nearest"
-
-
-def _look(
-    model: Callable[..., Any], rows: Rows, differentiate: bool
+def _forward(
+    model: Callable[..., Any], state: State, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], tuple[Tensor, int]]]:
-    """The loss of the current iterates, the logits, which rows are still classified as y, and, when
-    asked for, the input gradient (or the direction of the settings) with the number of backward
-    passes it cost. The loss and the gradient are means over `eot` looks; the rest is of the last.
+    """Pass the current iterates through the model.
+
+    Returns the loss (B,), the logits (B, C), which rows are still classified as y (B,), and a
+    function that gives the gradient to step along with the number of backward passes it took. Loss
+    and gradient are means over `eot` passes; logits and rows are those of the last.
     """
-    s = rows.settings
+    s = state.settings
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
         # A model that writes into its input raises when that is a leaf, but not without gradients.
         if differentiate:
-            leaf = rows.x_adv.detach().requires_grad_()
+            leaf = state.x_adv.detach().requires_grad_()
             logits = pick_logits(model(leaf), s.output)
         else:
-            leaf = rows.x_adv.clone()
+            leaf = state.x_adv.clone()
             with torch.no_grad():
                 logits = pick_logits(model(leaf), s.output)
-        loss, grad_logits, still = s.loss.at(logits, rows.y, rows.reference_logits, rows.target)
+        loss, grad_logits, still = s.loss.at(logits, state.y, state.reference_logits, state.target)
         losses.append(loss)
         if remaining and differentiate:
             grads.append(input_gradient(logits, leaf, grad_logits))
 
     def gradient() -> tuple[Tensor, int]:
-        if s.direction is not None:
-            return s.direction(rows, logits, leaf)
+        if state.rule.direction is not None:
+            return state.rule.direction(state, logits, leaf)
         return _mean([*grads, input_gradient(logits, leaf, grad_logits)]), s.eot
 
     return _mean(losses), logits, still, gradient
@@ -209,6 +191,8 @@ _NO_GRADIENT = (
 def input_gradient(
     logits: Tensor, leaf: Tensor, grad_logits: Tensor, retain_graph: bool = False
 ) -> Tensor:
+    """Return the gradient at `leaf`, the input that the logits belong to, for the logit gradient
+    `grad_logits`."""
     (grad,) = torch.autograd.grad(
         logits, leaf, grad_logits, allow_unused=True, retain_graph=retain_graph
     )
@@ -221,45 +205,40 @@ def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
-def _remember(rows: Rows, loss: Tensor, grad: Tensor | None) -> None:
-    if rows.best is None:
-        rows.best = Best.first(rows.x_adv, loss, grad)
+def _keep_best(state: State, loss: Tensor, grad: Tensor | None) -> None:
+    if state.best is None:
+        state.best = Best.first(state.x_adv, loss, grad)
     else:
-        rows.best.update(rows.x_adv, loss, grad)
+        state.best.update(state.x_adv, loss, grad)
 
 
-def _nearness(rows: Rows) -> Tensor:
-    """Minus the distance from x, of the iterates that fool the model now."""
-    away = distance(rows.x_adv, rows.x, rows.settings.norm)
-    return torch.where(rows.active & ~rows.still, -away, -torch.inf)
+def _nearness(state: State) -> Tensor:
+    """Return minus the distance from x, for the iterates that fool the model now."""
+    away = distance(state.x_adv, state.x, state.settings.norm)
+    return torch.where(state.active & ~state.still, -away, -torch.inf)
 
 
-def _written_back(done: Perturbed | None, rows: Rows, passes: int) -> Perturbed:
-    """The result so far, with that of the rows; `passes` is of one gradient."""
-    x_adv = rows.x_adv
-    if rows.settings.best in ("loss", "nearest"):
-        x_adv = rows.best.x_adv
-    elif rows.settings.best == "fooled" and rows.best is not None:
-        x_adv = torch.where(per_row(rows.active, x_adv), rows.best.x_adv, x_adv)
-    queries, gradients = rows.settings.eot * rows.looks, passes * rows.steps
-    found = Perturbed(x_adv, rows.kappa, rows.steps, queries, gradients)
+def _written_back(done: Perturbed | None, state: State, passes: int) -> Perturbed:
+    """Return the result of the whole batch so far: `done`, with the rows of the state written into
+    it. `passes` is the number of backward passes of one step."""
+    best, x_adv = state.settings.best, state.x_adv
+    if best in ("loss", "nearest"):
+        x_adv = state.best.x_adv
+    elif best == "fooled" and state.best is not None:
+        x_adv = torch.where(per_row(state.active, x_adv), state.best.x_adv, x_adv)
+    queries, gradients = state.settings.eot * state.queries, passes * state.steps
+    found = Perturbed(x_adv, state.kappa, state.steps, queries, gradients)
     if done is None:
         return found
     for f in fields(Perturbed):
-        getattr(done, f.name)[rows.index] = getattr(found, f.name)
+        getattr(done, f.name)[state.index] = getattr(found, f.name)
     return done
 
 
-def _reference_logits(model: Callable[..., Any], x: Tensor, s: Settings) -> Tensor | None:
-    """The natural logits of a KL attack: constant during the attack, so computed once."""
+def _reference_logits(task: Task) -> Tensor | None:
+    """Return the natural logits of a KL attack, which are constant during the attack."""
+    s = task.settings
     if not s.loss.needs_reference_logits:
         return None
     with torch.no_grad():
-        return pick_logits(model(x.clone()), s.output)
-
-
-def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) -> None:
-    if differentiate and not logits.requires_grad:
-        raise ValueError(_NO_GRADIENT)
-    if validate:
-        checks.logits(logits, y)
+        return pick_logits(task.model(task.x.clone()), s.output)

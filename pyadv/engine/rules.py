@@ -2,71 +2,137 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine.starts import PROJECT
-from pyadv.engine.state import Parameter, PerRow, Rows
+from pyadv.engine.state import PerSample, State
+from pyadv.engine.task import FloatOrTensor
 from pyadv.ops.steps import stepper
 from pyadv.tensors import compute_dtype, keep_inactive, per_row, rows, widen
 
 MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
 
 
-def _step_in_place(r: Rows, grad: Tensor, active: Tensor | None) -> None:
-    """One step of size alpha. The graph that saved x_adv is gone by now."""
-    s = r.settings
-    if r.stepper is None:
-        r.stepper = stepper(s.norm, r.x, s.alpha, s.eps, s.lo, s.hi, s.keep)
-    r.stepper(r.x_adv, grad, active)
-
-
 @dataclass
-class PlainRule(PerRow):
-    """PGD: the step of the norm, and the noise `omega` of friendly PGD after it."""
+class StepRule(PerSample):
+    """The base of step rules. An instance holds settings, and after `begin` a memory with one row
+    per sample.
 
-    def begin(self, r: Rows) -> PlainRule:
+    At step k the loop calls `schedule`, which may wait for nothing and decides nothing by values
+    on the device; then come a forward pass, the loss and its input gradient, `observe` and `step`.
+    These two see k only through its `kind`: two steps of one kind do the same work on the same
+    tensors, so that a recording of one can be replayed for the other. Whatever else varies with k
+    is a number that `schedule` writes into a tensor. The memory is written in place.
+    """
+
+    by_gradient: ClassVar[bool] = True  # False: the rule needs no backward pass
+    # A method (state, logits, leaf) -> (direction, its number of backward passes) that replaces the
+    # input gradient of the loss. `leaf` is the input that the logits belong to.
+    direction: ClassVar[Callable[..., tuple[Tensor, int]] | None] = None
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether steps draw keyed noise."""
+        return False
+
+    def begin(self, state: State) -> StepRule:
+        """Return the rule with its memory for these samples."""
         return self
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+    def kind(self, k: int, steps: int) -> Hashable:
+        """Return what step k of `steps` does; see above."""
+        return "plain"
+
+    def schedule(self, state: State, k: int) -> None:
+        """Write the numbers that vary with k into tensors of the rule."""
+
+    def observe(
+        self, state: State, kind: Hashable, loss: Tensor, grad: Tensor | None
+    ) -> Tensor | None:
+        """Take note of the iterate, its loss (B,) and input gradient; return the gradient to step
+        with. The rule may move rows of state.x_adv elsewhere."""
         return grad
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        _step_in_place(r, grad, active)
-        s = r.settings
-        if s.omega:
-            noisy = r.x_adv + s.omega * r.noise.normal(r.x, step=k + 1)
-            noisy = PROJECT[s.norm](noisy, r.x, s.eps, s.lo, s.hi)
-            r.x_adv.copy_(keep_inactive(noisy, r.x_adv, active))
+    def step(
+        self, state: State, kind: Hashable, grad: Tensor | None, active: Tensor | None
+    ) -> None:
+        """Write the next iterate into state.x_adv, except for rows that are not active."""
+        raise NotImplementedError
+
+
+def kept(place: Tensor | None, value: Tensor) -> Tensor:
+    """Copy `value` into `place`; the first call, with None, makes the place."""
+    return value.clone() if place is None else place.copy_(value)
+
+
+def step_in_place(state: State, grad: Tensor, active: Tensor | None) -> None:
+    """Take one step of the settings' norm and size. The graph that saved x_adv is gone by then."""
+    s = state.settings
+    if state.stepper is None:
+        state.stepper = stepper(s.norm, state.x, s.alpha, s.eps, s.lo, s.hi, s.keep)
+    state.stepper(state.x_adv, grad, active)
 
 
 @dataclass
-class MomentumRule(PerRow):
+class PlainRule(StepRule):
+    """PGD: the step of the norm; with `omega`, normal noise of that standard deviation after it, as
+    in friendly PGD."""
+
+    omega: float = 0.0
+    number: Tensor | None = None  # of the step, which the noise depends on
+
+    @property
+    def draws_noise(self) -> bool:
+        return self.omega > 0
+
+    def begin(self, state: State) -> PlainRule:
+        return replace(self, number=_scalar(state, torch.int64)) if self.omega else self
+
+    def schedule(self, state: State, k: int) -> None:
+        if self.omega:
+            self.number.fill_(k + 1)
+
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        step_in_place(state, grad, active)
+        if self.omega:
+            s, x = state.settings, state.x
+            noisy = state.x_adv + self.omega * state.noise.normal(x, step=self.number)
+            noisy = PROJECT[s.norm](noisy, x, s.eps, s.lo, s.hi)
+            state.x_adv.copy_(keep_inactive(noisy, state.x_adv, active))
+
+
+@dataclass
+class MomentumRule(StepRule):
     """MI-FGSM: the step of the norm along the decaying sum of the gradients, each divided by its
     mean magnitude. A gradient that is zero or not finite adds nothing."""
 
     decay: float
     total: Tensor | None = None
 
-    def begin(self, r: Rows) -> MomentumRule:
-        return replace(self, total=torch.zeros_like(widen(r.x)))
+    def begin(self, state: State) -> MomentumRule:
+        return replace(self, total=torch.zeros_like(widen(state.x)))
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
         g = widen(grad)
         size = per_row(rows(g).abs().mean(1), g)
         usable = (size > 0) & size.isfinite()
-        self.total = self.decay * self.total + torch.where(usable, g / size, 0.0)
+        self.total.mul_(self.decay).add_(torch.where(usable, g / size, 0.0))
         return self.total.to(grad.dtype)
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        _step_in_place(r, grad, active)
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        step_in_place(state, grad, active)
 
 
 @dataclass
-class HalvingRule(PerRow):
+class HalvingRule(StepRule):
     """APGD in Linf and L2: steps with momentum, whose size is halved for the samples that make no
     progress between two checkpoints; those go back to their best iterate.
 
@@ -80,57 +146,61 @@ class HalvingRule(PerRow):
     factor: Tensor | None = None  # of alpha
     x_prev: Tensor | None = None
     loss_before: Tensor | None = None
-    rises: Tensor | None = None  # since the last checkpoint, at which there was
-    loss_at_check: Tensor | None = None
-    halved: Tensor | None = None
-    gap: int = 0
-    left: int = 0
+    rises: Tensor | None = None  # since the last checkpoint
+    loss_at_check: Tensor | None = None  # best loss at the last checkpoint
+    halved: Tensor | None = None  # at the last checkpoint
+    few: Tensor | None = None  # rises up to which a sample makes no progress
 
-    def begin(self, r: Rows) -> HalvingRule:
-        gap = max(int(0.22 * r.settings.steps), 1)
+    def begin(self, state: State) -> HalvingRule:
         return replace(
             self,
-            factor=_ones(r),
-            x_prev=r.x_adv.clone(),
-            rises=torch.zeros_like(r.y),
-            halved=torch.ones_like(r.active),  # so that no progress is no reason at the first one
-            gap=gap,
-            left=gap,
+            factor=_ones(state),
+            x_prev=state.x_adv.clone(),
+            rises=torch.zeros_like(state.y),
+            halved=torch.ones_like(state.active),  # no check has failed before the first
+            few=_scalar(state, torch.int64),
         )
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
+    def kind(self, k: int, steps: int) -> str:
         if k == 0:
-            self.loss_before = torch.zeros_like(loss) if self.zero_first_check else loss
-            self.loss_at_check = r.best.loss.clone()
+            return "first"
+        return "checkpoint" if k in _checkpoints(steps) else "plain"
+
+    def schedule(self, state: State, k: int) -> None:
+        gap = _checkpoints(state.settings.steps).get(k)
+        if gap is not None:
+            self.few.fill_(math.floor(self.rho * gap))
+
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
+        if kind == "first":
+            before = torch.zeros_like(loss) if self.zero_first_check else loss
+            self.loss_before = kept(self.loss_before, before)
+            self.loss_at_check = kept(self.loss_at_check, state.best.loss)
             return grad
         self.rises += loss > self.loss_before
-        self.loss_before = loss
-        self.left -= 1
-        return grad if self.left else self._check(r, grad)
+        self.loss_before.copy_(loss)
+        return self._check(state, grad) if kind == "checkpoint" else grad
 
-    def _check(self, r: Rows, grad: Tensor) -> Tensor:
-        stuck = ~self.halved & (self.loss_at_check >= r.best.loss)
-        self.halved = (self.rises <= self.rho * self.gap) | stuck
-        self.loss_at_check = r.best.loss.clone()
-        self.rises = torch.zeros_like(self.rises)
-        self.factor = torch.where(self.halved, self.factor / 2, self.factor)
-        steps = r.settings.steps
-        self.gap = max(self.gap - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
-        self.left = self.gap
-        return _back_to_best(r, self.halved, grad)
+    def _check(self, state: State, grad: Tensor) -> Tensor:
+        stuck = ~self.halved & (self.loss_at_check >= state.best.loss)
+        torch.logical_or(self.rises <= self.few, stuck, out=self.halved)
+        self.loss_at_check.copy_(state.best.loss)
+        self.rises.zero_()
+        self.factor.copy_(torch.where(self.halved, self.factor / 2, self.factor))
+        return back_to_best(state, self.halved, grad)
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s = r.settings
-        MOMENTUM_STEP[s.norm](
-            *(r.x_adv, self.x_prev, grad, r.x, _scaled(s.alpha, self.factor, r.x), s.eps),
-            *(0.75 if k else 1.0, s.lo, s.hi, active),
-            out=self.x_prev,
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s = state.settings
+        after = MOMENTUM_STEP[s.norm](
+            *(state.x_adv, self.x_prev, grad, state.x, _scaled(s.alpha, self.factor, state.x)),
+            *(s.eps, 1.0 if kind == "first" else 0.75, s.lo, s.hi, active),
         )
-        r.x_adv, self.x_prev = self.x_prev, r.x_adv
+        self.x_prev.copy_(state.x_adv)
+        state.x_adv.copy_(after)
 
 
 @dataclass
-class SparseRule(PerRow):
+class SparseRule(StepRule):
     """APGD in L1: steps on few coordinates, without momentum.
 
     Every 4 % of the steps, the share of coordinates becomes the share that the best iterate has
@@ -143,57 +213,71 @@ class SparseRule(PerRow):
     factor: Tensor | None = None
     keep: Tensor | None = None
     changed: Tensor | None = None
-    gap: int = 0
 
-    def begin(self, r: Rows) -> SparseRule:
-        n = r.x[:1].numel()
+    def begin(self, state: State) -> SparseRule:
+        n = state.x[:1].numel()
         if self.from_start:
-            changed = _changed(r.x_adv, r.x)
+            changed = _changed(state.x_adv, state.x)
             keep = changed / n / 1.5
         else:
-            changed = torch.full_like(r.y, n)
-            keep = torch.full_like(r.y, r.settings.keep, dtype=torch.float32)
-        return replace(
-            self,
-            factor=_ones(r),
-            keep=keep,
-            changed=changed,
-            gap=max(int(0.04 * r.settings.steps), 1),
-        )
+            changed = torch.full_like(state.y, n)
+            keep = torch.full_like(state.y, state.settings.keep, dtype=torch.float32)
+        return replace(self, factor=_ones(state), keep=keep, changed=changed)
 
-    def observe(self, r: Rows, k: int, loss: Tensor, grad: Tensor) -> Tensor:
-        if k == 0 or k % self.gap:
+    def kind(self, k: int, steps: int) -> str:
+        gap = max(int(0.04 * steps), 1)
+        return "plain" if k == 0 or k % gap else "checkpoint"
+
+    def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
+        if kind == "plain":
             return grad
-        before, self.changed = self.changed, _changed(r.best.x_adv, r.x)
-        sparser = self.changed / before < 0.95
-        self.keep = self.changed / r.x[:1].numel() / 1.5
-        self.factor = torch.where(sparser, 1.0, (self.factor / 1.5).clamp_min(0.1))
-        return _back_to_best(r, sparser, grad)
+        now = _changed(state.best.x_adv, state.x)
+        sparser = now / self.changed < 0.95
+        self.changed.copy_(now)
+        self.keep.copy_(now / state.x[:1].numel() / 1.5)
+        self.factor.copy_(torch.where(sparser, 1.0, (self.factor / 1.5).clamp_min(0.1)))
+        return back_to_best(state, sparser, grad)
 
-    def step(self, r: Rows, grad: Tensor, k: int, active: Tensor | None) -> None:
-        s = r.settings
-        alpha = _scaled(s.alpha, self.factor, r.x)
-        ops.l1_step(
-            r.x_adv, grad, r.x, alpha, s.eps, s.lo, s.hi, active, keep=self.keep, out=r.x_adv
-        )
+    def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
+        s, x_adv = state.settings, state.x_adv
+        alpha = _scaled(s.alpha, self.factor, state.x)
+        ball = s.eps, s.lo, s.hi
+        ops.l1_step(x_adv, grad, state.x, alpha, *ball, active, keep=self.keep, out=x_adv)
 
 
-def _back_to_best(r: Rows, mask: Tensor, grad: Tensor) -> Tensor:
-    """Among the active rows; the new gradients. Out of place: `grad` may be the network's."""
-    here = per_row(mask & r.active, grad)
-    r.x_adv = torch.where(here, r.best.x_adv, r.x_adv)
-    return torch.where(here, r.best.grad, grad)
+def back_to_best(state: State, mask: Tensor, grad: Tensor) -> Tensor:
+    """Move the active rows in `mask` to their best iterates, and return the gradients there. The
+    result is a new tensor, because `grad` may be the network's."""
+    here = per_row(mask & state.active, grad)
+    state.x_adv.copy_(torch.where(here, state.best.x_adv, state.x_adv))
+    return torch.where(here, state.best.grad, grad)
+
+
+@lru_cache
+def _checkpoints(steps: int) -> dict[int, int]:
+    """Return the checkpoints of APGD: for each, the number of steps since the one before."""
+    found, gap, k = {}, max(int(0.22 * steps), 1), 0
+    while (k := k + gap) <= steps:
+        found[k] = gap
+        gap = max(gap - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return found
 
 
 def _changed(x_adv: Tensor, x: Tensor) -> Tensor:
+    """Count the entries that differ, (B,)."""
     return rows(x_adv != x).sum(1)
 
 
-def _ones(r: Rows) -> Tensor:
-    return torch.ones_like(r.y, dtype=compute_dtype(r.x.dtype))
+def _ones(state: State) -> Tensor:
+    return torch.ones_like(state.y, dtype=compute_dtype(state.x.dtype))
 
 
-def _scaled(alpha: Parameter, factor: Tensor, x: Tensor) -> Tensor:
-    """alpha times one factor per sample."""
+def _scalar(state: State, dtype: torch.dtype) -> Tensor:
+    """Return a place for one number, on the device of the samples."""
+    return torch.zeros((), dtype=dtype, device=state.x.device)
+
+
+def _scaled(alpha: FloatOrTensor, factor: Tensor, x: Tensor) -> Tensor:
+    """Return alpha times one factor per sample."""
     per_element = isinstance(alpha, Tensor) and alpha.dim() > 1
     return alpha * (per_row(factor, x) if per_element else factor)

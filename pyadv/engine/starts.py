@@ -50,21 +50,21 @@ class Noise:
         shifts = torch.arange(n, device=self.ids.device) * _signed(_GOLDEN)  # wraps, as ids may
         return replace(self, ids=(self.ids + shifts[:, None]).flatten())
 
-    def uniform(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+    def uniform(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
         """In [0, 1)."""
         return ops.keyed_uniform(like, self.ids, self.key, step * _KINDS + kind)
 
-    def normal(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+    def normal(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
         return ops.keyed_normal(like, self.ids, self.key, step * _KINDS + kind)
 
 
 class GeneratorNoise:
     """The same draws from torch's own generator."""
 
-    def uniform(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+    def uniform(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
         return torch.rand_like(like)
 
-    def normal(self, like: Tensor, step: int = 0, kind: int = 0) -> Tensor:
+    def normal(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
         return torch.randn_like(like)
 
 

@@ -12,7 +12,7 @@ from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, Model
 from pyadv.engine.norms import ORDER, distance, row_norm
-from pyadv.engine.state import Parameter
+from pyadv.engine.task import FloatOrTensor as Parameter
 from pyadv.evaluation.normalized_margins import effective_margin
 from pyadv.passes.borrow import Output, owned
 from pyadv.tensors import parameter, widen

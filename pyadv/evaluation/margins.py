@@ -18,7 +18,7 @@ from pyadv.attacks.autoattack import Lines
 from pyadv.attacks.ensemble import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Model
-from pyadv.engine.state import Parameter
+from pyadv.engine.task import FloatOrTensor as Parameter
 from pyadv.evaluation.bisection import Bisection
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.normalized_margins import logits_and_margin

@@ -205,8 +205,9 @@ def _follows_labels(attack: GradientAttack) -> bool:
     """Return whether the attack's examples depend on y: through its loss, by releasing samples that
     are misclassified, or by choosing among iterates or restarts by the verdict."""
     s = attack.settings
-    by_verdict = s.best in ("fooled", "nearest") or s.patience < s.steps or attack.restarts > 1
-    return by_verdict or not s.loss.needs_reference_logits
+    if not s.loss.needs_reference_logits:
+        return True
+    return s.releases or s.best == "fooled" or attack.restarts > 1
 
 
 @contextlib.contextmanager

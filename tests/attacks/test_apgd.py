@@ -192,9 +192,9 @@ class TestHalvingRule:
         factors = []
 
         class Spy(HalvingRule):
-            def step(self, r, grad, k, active):
+            def step(self, state, kind, grad, active):
                 factors.append(float(self.factor[0]))
-                super().step(r, grad, k, active)
+                super().step(state, kind, grad, active)
 
         attack = APGD(Said(), eps=0.1, steps=steps, loss="margin", best="loss", rho=rho)
         object.__setattr__(attack.settings, "rule", Spy(rho, zero_first_check))
@@ -242,7 +242,8 @@ class TestTargets:
         x, y = batch
         model = RowLinear(75, classes=6).to(x.device)
         y = model(x).argmax(1)
-        plan = TargetedAPGD(model, targets=3, restarts=2)._plan(model, x, y)
+        attack = TargetedAPGD(model, targets=3, restarts=2)
+        plan = attack._plan(attack._task(x, y, None, None, None))
         order = model(x).argsort(1, descending=True)
         expected = order[:, 1:4].T.repeat_interleave(2, 0).flatten()
         assert torch.equal(plan.targets, expected) and plan.attempts == 6
@@ -251,7 +252,8 @@ class TestTargets:
         x, _ = batch
         model = RowLinear(75, classes=4).to(x.device)
         y = model(x).argsort(1)[:, 1]  # misclassified
-        plan = TargetedAPGD(model)._plan(model, x, y)
+        attack = TargetedAPGD(model)
+        plan = attack._plan(attack._task(x, y, None, None, None))
         targets = plan.targets.view(3, 6)
         assert (targets != y).all()
         assert torch.equal(targets.sort(0).values.sum(0) + y, torch.full_like(y, 6))

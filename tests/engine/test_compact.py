@@ -77,7 +77,8 @@ def test_remaining(monkeypatch):
 def test_when_a_gpu_compacts():
     def asks(**settings):
         attack = FriendlyPGD(**settings)
-        return may_compact(RowLinear(4), torch.empty(2, 4, device="meta"), attack.settings)
+        x = torch.empty(2, 4, device="meta")
+        return may_compact(RowLinear(4), x, attack.settings, attack.graphs.mode)
 
     assert not asks(steps=10) and asks(steps=100)  # the short one is recorded
     assert asks(steps=10, graph=False) and asks(steps=10, compact=True)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyadv.attacks import APGD, MIFGSM, PGD, FriendlyPGD, TargetedAPGD
-from pyadv.engine import graphs
+from pyadv.engine.graphs import Graphs
+from pyadv.passes import record
 from tests.networks import ConvNet
 
 
@@ -57,8 +58,8 @@ class Replayer:
 def replayer(monkeypatch):
     """The stand-in, which serves the CPU for the time of a test."""
     found = Replayer("cpu")
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: found)
-    monkeypatch.setattr(graphs, "_recorders", {})
+    monkeypatch.setitem(record.RECORDERS, "cpu", lambda device: found)
+    monkeypatch.setattr(record, "_recorders", {})
     return found
 
 
@@ -149,7 +150,7 @@ def calls(attack, model, *seeds, n=4):
 
 def plain(attack, model, x, y):
     other = copy.copy(attack)
-    other.settings = replace(attack.settings, graphs=graphs.Graphs(False))
+    other.settings, other.graphs = attack.settings, Graphs(False)
     return other.perturb(x, y, model=model, draw=0)
 
 
@@ -408,7 +409,7 @@ def test_what_is_asked_of_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch, "Generator", lambda device: Mock())
-    recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+    recorder = record.CudaRecorder(torch.device("cuda", 0))
     replay, result = recorder.record(lambda: log.append("work") or 5)
     replay()
     recorder.record(lambda: None)  # while the first one lives, in its pool
@@ -417,8 +418,8 @@ def test_what_is_asked_of_cuda(monkeypatch):
     Graph.refused = True
     with pytest.raises(RuntimeError, match="refused"):
         recorder.record(lambda: None)
-    assert generator.graphsafe_set_state.call_count == 1 and len(graphs._failed) == 1
-    graphs._failed.clear()
+    assert generator.graphsafe_set_state.call_count == 1 and len(record._failed) == 1
+    record._failed.clear()
 
 
 # On a card.
