@@ -228,7 +228,7 @@ def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float | None]:
     from pyadv.objectives import EMR
     from pyadv.objectives.step import Step
 
-    rows = EMR(1.0, of="jacobian", center=True).rows(Step(model, x, y, epoch=1))
+    rows = EMR(1.0, of="jacobian", center=True).per_sample(Step(model, x, y, epoch=1))
     with torch.no_grad():
         logit = ops.row_stats(model(x), y).margin
         product = ops.NormProduct(model, x.shape[1:])().item()

@@ -70,7 +70,7 @@ def train(
         int | None, _option("GAIRAT, MAIL: first weighted epoch.", _METHOD)
     ] = None,
     gairat_lam: Annotated[
-        float | None, _option("GAIRAT: lambda \\[-1; gair-fat: 0].", _METHOD)
+        float | None, _option("GAIRAT: lambda \\[-1; gair-fat: 0, gair-rst: 3].", _METHOD)
     ] = None,
     mail_margin: Annotated[
         str | None, _option("MAIL: nat, adv, dif or dif_conf \\[adv].", _METHOD, metavar="NAME")

@@ -139,7 +139,7 @@ def test_the_page_has_every_method_and_claim(compare, report, made_up, tmp_path)
             assert f"| {claim.text} | " in text
     assert "nan" not in text and "{" not in text
     assert "| - | 2.00 ± 0.00 |" in text and "MAIL with seed 1." in text
-    assert "on the first 30 of them" in " ".join(text.split())
+    assert "uses the first 30 of them" in " ".join(text.split())
     pytest.importorskip("matplotlib")
     report.draw(made_up, tmp_path / "images" / report.PICTURE)
     assert (tmp_path / "images" / report.PICTURE).stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""What the official codes share: their starts, drawn as they draw them, and their attack."""
+"""What the official codes share: their random starts and their attack."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ T = TypeVar("T")
 
 
 def choose(name: str, key: str, choices: Mapping[str, T]) -> T:
-    """What an official code spells as an argument; it crashes later on other spellings."""
+    """Return the entry of `choices` for an argument `name` of an official code.
+
+    Raises:
+        ValueError: `key` is none of the choices; the official codes crash later, or not at all.
+    """
     checks.choice(name, key, tuple(choices))
     return choices[key]
 
 
 def normal_start(x: Tensor) -> Tensor:
-    """x + 0.001 N(0, 1), from torch's CPU generator on every device, not clipped to the box."""
+    """Return x + 0.001 N(0, 1), not clipped to the box. Draws from torch's CPU generator, whatever
+    the device of x."""
     return x + (SMALL * torch.randn(x.shape)).to(x)
 
 
 def clipped_normal_start(x: Tensor) -> Tensor:
+    """Return `normal_start(x)` clipped to the box."""
     return normal_start(x).clamp(0, 1)
 
 
 def uniform_start(epsilon: float) -> Start:
-    """Uniform in the ball, from NumPy's generator, clipped to the box."""
+    """Return a start uniform in the ball, from NumPy's generator, clipped to the box."""
 
     def start(x: Tensor) -> Tensor:
         noise = np.random.uniform(-epsilon, epsilon, x.shape)
@@ -45,7 +51,7 @@ def uniform_start(epsilon: float) -> Start:
 def linf_attack(
     loss: str | LossFunction, start: Start, epsilon: float, step_size: float, steps: int
 ) -> PGD:
-    """Differentiates the plain expressions: what rounds to zero there does so here."""
+    """Return a PGD attack that differentiates the official expressions, rounding included."""
     return PGD(
         eps=epsilon,
         alpha=step_size,
@@ -60,7 +66,8 @@ def linf_attack(
 def training_attack(
     loss: str, epsilon: float, step_size: float, perturb_steps: int, distance: str
 ) -> PGD:
-    """Of TRADES, MART and MAIL. For any `distance` but "l_inf" it is the noise alone."""
+    """Return the attack of TRADES, MART and MAIL. With any `distance` but "l_inf" it makes no step,
+    and its result is the start."""
     if distance != "l_inf" or perturb_steps == 0:
         return linf_attack("ce", clipped_normal_start, epsilon, step_size, 0)
     return linf_attack(loss, normal_start, epsilon, step_size, perturb_steps)

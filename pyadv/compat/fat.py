@@ -33,17 +33,17 @@ def earlystop(
     *,
     original_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(x_adv, targets, x, count) of the early-stopped attack. Leaves the model in eval mode.
+    """Return (x_adv, targets, x, count) of an early-stopped attack. Leaves the model in eval mode.
 
-    Samples come in the order of their release, as in the official code, and so do the targets;
-    `original_order=True` leaves all as it came. `count` is the number of steps taken, of all
-    samples together.
+    Samples and targets come in the order of their release, as in the official code, or, with
+    `original_order=True`, in the order of `data`. `count` is the number of steps of all samples
+    together.
 
     Args:
         randominit_type: "uniform_randominit" (NumPy's generator) or
             "normal_distribution_randominit" (torch's).
         loss_fn: "cent" or "kl".
-        omega: standard deviation of the noise of each step. It is drawn for 0, too.
+        omega: standard deviation of the noise of each step. Noise is drawn for omega = 0 too.
     """
     model.eval()
     starts = {
@@ -61,11 +61,11 @@ def earlystop(
 
 @dataclass
 class Released:
-    """Where the samples ended, in their original order."""
+    """The end of an early-stopped attack, in the original order of the samples."""
 
     x_adv: Tensor
     kappa: Tensor
-    steps: Tensor  # before the release
+    steps: Tensor  # number of steps before the release
 
     @property
     def count(self) -> int:
@@ -78,8 +78,8 @@ class Released:
 
 @dataclass
 class _NoisyStep(StepRule):
-    """The official step: noise from torch's CPU generator for the samples still attacked, added
-    before the one projection."""
+    """The step of the official code: noise from torch's CPU generator for the samples still
+    attacked is added before the projection."""
 
     omega: float
 
@@ -104,7 +104,7 @@ def early_stopped(
     start: Start,
     omega: float,
 ) -> Released:
-    """What FAT and GAIR-FAT do alike."""
+    """Run the attack that FAT and GAIR-FAT share."""
     attack = FriendlyPGD(
         eps=epsilon,
         alpha=step_size,

@@ -1,18 +1,23 @@
-"""GAIRAT (Zhang et al., ICLR 2021): `GAIR.py`, and of `attack_generator.py` and `earlystop.py` what
-training uses."""
+"""GAIRAT (Zhang et al., ICLR 2021): the functions of `GAIR.py`, `attack_generator.py` and
+`earlystop.py` that its training scripts use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyadv import ops
 from pyadv.compat._official import choose, linf_attack, normal_start, uniform_start
 from pyadv.compat.fat import LOSSES, early_stopped
+from pyadv.passes.borrow import device_of
 
 
 def GAIR(num_steps: int, Kappa: Tensor, Lambda: float, func: str) -> Tensor:
-    """Weights of mean 1, (B,) float32.
+    """Return weights of mean 1, (B,) float32.
 
     Args:
         func: "Tanh", "Sigmoid" or "Discrete".
@@ -21,7 +26,7 @@ def GAIR(num_steps: int, Kappa: Tensor, Lambda: float, func: str) -> Tensor:
 
 
 def cwloss(output: Tensor, target: Tensor, confidence: float = 50) -> Tensor:
-    """-sum_b max(z_y - max_{j != y} z_j + confidence, 0), for any number of classes."""
+    """Return -sum_b max(z_y - max_{j != y} z_j + confidence, 0), for any number of classes."""
     return _cw_rows(output, target, confidence).sum()
 
 
@@ -42,8 +47,9 @@ def GA_PGD(
     category: str,
     rand_init: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(x_adv, Kappa): PGD that counts correct iterates; Kappa is (B,) float32 on the data's device.
-    Leaves the model in eval mode.
+    """Return (x_adv, Kappa) of a PGD attack that counts correct iterates.
+
+    Kappa is (B,) float32 on the data's device. Leaves the model in eval mode.
 
     Args:
         loss_fn: "cent", "cw" or "kl".
@@ -60,6 +66,58 @@ def GA_PGD(
     return found.x_adv, found.kappa.float()
 
 
+def eval_clean(model: nn.Module, test_loader: DataLoader) -> tuple[float, float]:
+    """Return (mean cross-entropy, accuracy) over the data set of a loader, in eval mode.
+
+    Batches are moved to the model's device. Leaves the model in eval mode.
+    """
+    model.eval()
+    return _evaluate(model, test_loader, lambda data, target: data)
+
+
+def eval_robust(
+    model: nn.Module,
+    test_loader: DataLoader,
+    perturb_steps: int,
+    epsilon: float,
+    step_size: float,
+    loss_fn: str,
+    category: str,
+    random: bool,
+) -> tuple[float, float]:
+    """Return (mean cross-entropy, accuracy) at the examples of `GA_PGD`, over the data set of a
+    loader.
+
+    Batches are moved to the model's device. Leaves the model in eval mode.
+
+    Args:
+        loss_fn, category: see `GA_PGD`.
+        random: `GA_PGD`'s `rand_init`.
+    """
+
+    def attack(data: Tensor, target: Tensor) -> Tensor:
+        args = (epsilon, step_size, perturb_steps, loss_fn, category, random)
+        return GA_PGD(model, data, target, *args)[0]
+
+    model.eval()
+    return _evaluate(model, test_loader, attack)
+
+
+def _evaluate(
+    model: nn.Module, loader: DataLoader, attack: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, float]:
+    loss, correct, size = 0.0, 0, len(loader.dataset)
+    for data, target in loader:
+        device = device_of(model, data)
+        data, target = data.to(device), target.to(device)
+        x = attack(data, target)
+        with torch.no_grad():
+            logits = model(x)
+            loss += F.cross_entropy(logits, target, reduction="sum").item()
+            correct += int((logits.argmax(1) == target).sum())
+    return loss / size, correct / size
+
+
 def GA_earlystop(
     model: nn.Module,
     data: Tensor,
@@ -74,16 +132,17 @@ def GA_earlystop(
     *,
     original_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """(x_adv, targets, x, count, Kappa) of the early-stopped attack that counts correct iterates,
-    each sample judged by its own label. Leaves the model in eval mode.
+    """Return (x_adv, targets, x, count, Kappa) of an early-stopped attack that counts correct
+    iterates, and judges each sample by its own label. Leaves the model in eval mode.
 
-    Samples come in the order of their release, as in the official code, and so do the targets;
-    `original_order=True` leaves all as it came. `count` is the number of steps taken, of all
-    samples together. Kappa is float32.
+    Samples and targets come in the order of their release, as in the official code, or, with
+    `original_order=True`, in the order of `data`. `count` is the number of steps of all samples
+    together. Kappa is float32.
 
     Args:
         type: "fat" or "fat_for_mart" (cross-entropy), or "fat_for_trades" (KL).
-        random: the start of every type is uniform, as it is in the official code.
+        random: start uniformly in the ball, whatever the type, as the official code does; False
+            starts at the data.
     """
     model.eval()
     losses = {"fat": "ce", "fat_for_mart": "ce", "fat_for_trades": "kl"}

@@ -11,16 +11,16 @@ from pyadv.objectives import MAIL
 
 __all__ = ["PM", "mail_loss", "weight_assign"]
 
-NORMALIZE = "x3"  # of the official code; "mean" is the paper's
+NORMALIZE = "x3"  # as in the official code; the paper has "mean"
 
 
 def PM(logit: Tensor, target: Tensor) -> Tensor:
-    """The largest other probability less that of the target, (B,): minus the margin."""
+    """Return the largest other probability minus that of the target, (B,)."""
     return -ops.probabilistic_margin(logit, target)
 
 
 def weight_assign(logit: Tensor, target: Tensor, bias: float, slope: float) -> Tensor:
-    """3 sigma((PM + bias) slope), (B,), without gradient."""
+    """Return 3 sigma((PM + bias) slope), (B,), without gradient."""
     return ops.mail_weights(ops.probabilistic_margin(logit, target), slope, bias, NORMALIZE)
 
 
@@ -40,16 +40,18 @@ def mail_loss(
     *,
     normalize: str = NORMALIZE,
 ) -> Tensor:
-    """The loss to call `.backward()` on. Leaves the model in train mode and the optimiser's
-    gradients at zero.
+    """Return the loss to call `.backward()` on.
+
+    Leaves the model in train mode and the optimiser's gradients at zero.
 
     Args:
-        distance: "l_inf"; anything else trains on the noise of the start.
+        distance: "l_inf"; with anything else the loss is at the noise of the start.
         method: a name that contains "mart", "trades" or "at", looked for in this order.
-        normalize: of the weights: "x3" (the official code), "mean" (the paper) or "none".
+        normalize: the weights are 3 times a sigmoid ("x3", the official code), have mean 1
+            ("mean", the paper), or are the sigmoid itself ("none").
 
     Raises:
-        RuntimeError: another method.
+        RuntimeError: `method` contains none of the three names.
     """
     base = next((name for name in ("mart", "trades", "at") if name in method), None)
     if base is None:

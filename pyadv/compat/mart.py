@@ -20,8 +20,11 @@ def mart_loss(
     beta: float = 6.0,
     distance: str = "l_inf",
 ) -> Tensor:
-    """The loss to call `.backward()` on. Leaves the model in train mode and the optimiser's
-    gradients at zero. Any `distance` but "l_inf" trains on the noise of the start."""
+    """Return the loss to call `.backward()` on.
+
+    Leaves the model in train mode and the optimiser's gradients at zero. With any `distance` but
+    "l_inf" the loss is at the noise of the start.
+    """
     attack = training_attack("ce", epsilon, step_size, perturb_steps, distance)
     model.train()
     optimizer.zero_grad()

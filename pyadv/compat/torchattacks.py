@@ -1,7 +1,7 @@
 """Attacks in the shape of torchattacks: `atk = PGD(model, eps=8/255); x_adv = atk(images, labels)`.
 
-PGD, PGDL2 and FGSM give its numbers: starts from torch's generator, gradients of the plain
-cross-entropy. APGD has its arguments.
+PGD, PGDL2 and FGSM return its numbers: they draw starts from torch's generator and differentiate
+the plain cross-entropy. APGD and AutoAttack have its arguments.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class _Attack:
         self.targeted = False
 
     def set_mode_targeted_by_label(self, quiet: bool = True) -> None:
-        """From now on labels are the classes to reach."""
+        """Treat labels as the classes to reach, from now on."""
         self.targeted = True
 
     def set_mode_default(self) -> None:
+        """Treat labels as the classes to leave, from now on."""
         self.targeted = False
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial examples for inputs in [0, 1]."""
+        """Return adversarial examples for inputs in [0, 1]."""
         attack = self.attack(
             self.model, targeted=self.targeted, grad_mode="autograd", **self._settings
         )
@@ -41,7 +42,7 @@ class _Attack:
 
 
 class PGD(_Attack):
-    """Linf, from a uniform start."""
+    """PGD in Linf, from a uniform start."""
 
     def __init__(
         self,
@@ -56,14 +57,14 @@ class PGD(_Attack):
 
 
 class FGSM(_Attack):
-    """One step of size eps from the inputs."""
+    """FGSM: one step of size eps from the inputs."""
 
     def __init__(self, model: Callable[..., Any], eps: float = 8 / 255):
         super().__init__(model, eps=eps, alpha=eps, steps=1, start="none", scale="exact")
 
 
 class PGDL2(_Attack):
-    """L2. The start has a normal direction and a length uniform in [0, eps]."""
+    """PGD in L2. The start has a normal direction and a length uniform in [0, eps]."""
 
     def __init__(
         self,
@@ -87,8 +88,8 @@ class PGDL2(_Attack):
 
 
 class APGD(_Attack):
-    """Auto-PGD, started from noise of this seed alone: each call gives the same examples, and
-    torch's generator, which torchattacks seeds anew at each call, stays as it is.
+    """Auto-PGD with noise that depends on `seed` alone: each call returns the same examples.
+    Torch's generator is left alone; torchattacks seeds it at each call.
 
     Args:
         loss: "ce" or "dlr".
@@ -122,12 +123,12 @@ class APGD(_Attack):
 
 
 class AutoAttack:
-    """AutoAttack in its full strength: 100 steps where torchattacks makes 10.
+    """AutoAttack with 100 steps; torchattacks makes 10.
 
     Args:
         version: "standard", "plus" or "rand".
-        n_classes: not read, the model's logits say it.
-        seed: 0 if None, so that each call gives the same examples.
+        n_classes: ignored; the logits have the number of classes.
+        seed: None means 0, so that each call returns the same examples.
     """
 
     def __init__(
@@ -151,5 +152,5 @@ class AutoAttack:
         )
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial examples for inputs in [0, 1]; the input where none was found."""
+        """Return adversarial examples for inputs in [0, 1]; the input itself if none was found."""
         return self._attack(inputs, labels)

@@ -16,7 +16,16 @@ from pyadv.objectives.methods import (
 )
 from pyadv.objectives.norm_penalty import NormPenalty
 from pyadv.objectives.objective import MicroBatches, Objective
-from pyadv.objectives.rows import (
+from pyadv.objectives.schedules import (
+    Linear,
+    Piecewise,
+    fat_mart_tau,
+    fat_tau,
+    fat_trades_tau,
+    gair_fat_tau,
+)
+from pyadv.objectives.step import Step, at_epoch
+from pyadv.objectives.terms import (
     MARTBCE,
     MARTKL,
     Mean,
@@ -25,14 +34,6 @@ from pyadv.objectives.rows import (
     clean_cross_entropy,
     cross_entropy,
     trades_kl,
-)
-from pyadv.objectives.schedules import (
-    Linear,
-    Piecewise,
-    fat_mart_tau,
-    fat_tau,
-    fat_trades_tau,
-    gair_fat_tau,
 )
 from pyadv.objectives.weighting import GAIRATWeights, MAILWeights, Weighting
 
@@ -59,9 +60,11 @@ __all__ = [
     "Piecewise",
     "Scaled",
     "Standard",
+    "Step",
     "Sum",
     "TRADES",
     "Weighting",
+    "at_epoch",
     "clean_cross_entropy",
     "cross_entropy",
     "fat_mart_tau",

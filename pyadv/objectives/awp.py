@@ -15,27 +15,27 @@ from pyadv.objectives.objective import Objective
 from pyadv.objectives.step import Step, kept_buffers
 from pyadv.passes.borrow import uncompiled, unwrap
 
-_TINY = 1e-20  # of the official code: a zero gradient moves nothing
+_TINY = 1e-20  # as in the official code; a zero gradient then moves no weight
 
 
 class AWP(Objective):
-    """Any objective at weights that were moved to where its loss is higher.
+    """An objective evaluated at adversarially perturbed weights.
 
-    Each matrix or kernel w moves by gamma ||w|| along the gradient of the loss on the adversarial
-    examples, which are found at w. The loss returned is that at the moved weights. They are
-    moved for the forward pass alone: `.backward()` puts the gradient taken there on the
-    parameters, which keep their values, so that nothing has to be undone after the optimiser's
-    step. One forward and backward pass more than without. Of micro-batches, each moves the weights
-    along its own gradient.
+    Each matrix or kernel w moves by gamma ||w|| along the gradient of the loss. All attacks run
+    before, at the unmoved weights. The returned loss is that at the moved weights, which are in
+    place during the forward pass only: `.backward()` puts the gradient taken there on the
+    parameters, whose values never change, so nothing has to be undone after the optimiser's step.
+    AWP costs one more forward and backward pass. Each micro-batch moves the weights along its own
+    gradient.
+
+    Gradient checkpointing inside the model does not work with AWP, because it would recompute at
+    the unmoved weights.
 
     Args:
-        objective: what is minimised; this takes over its parts.
+        objective: the objective to minimise; AWP takes over its parts.
         gamma: size of the move relative to ||w||; 0.01 for AT, 0.005 for TRADES in the official
-            code. 0 is the objective itself.
+            code. With 0 the result is the objective itself.
         begin_epoch: first epoch (from 1) with moved weights.
-
-    Not with gradient checkpointing inside the model, which would recompute at the weights that did
-    not move.
 
     Differences to the official code: its optimiser applies weight decay to the moved weights (a
     share of gamma, at most), and its proxy's step size cancels in the normalisation.
@@ -57,6 +57,7 @@ class AWP(Objective):
         module = uncompiled(step.model)
         if not isinstance(module, nn.Module):
             raise TypeError(f"AWP needs a torch.nn.Module, got {type(module).__name__}")
+        self.run_attacks(step)
         with kept_buffers(module):
             loss = super().evaluate(step.again(unwrap(step.model)))
             weights = _weights(module)
@@ -71,7 +72,7 @@ class AWP(Objective):
 
     @staticmethod
     def _averaged(grads: tuple[Tensor | None, ...], step: Step) -> tuple[Tensor | None, ...]:
-        """Over processes: all of them move the weights alike."""
+        """Add up gradients over the processes, so that all of them move the weights alike."""
         for g in grads:
             if step.group is not None and g is not None:
                 dist.all_reduce(g, group=step.group)
@@ -79,7 +80,7 @@ class AWP(Objective):
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """Matrices and kernels, by the rule of the official code."""
+    """Return the matrices and kernels, by the rule of the official code."""
     return [
         p
         for name, p in module.named_parameters()
@@ -89,8 +90,10 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _moved(module: nn.Module, moves: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Within, the module computes with w + move in place of w, of which w's gradient is that of the
-    sum; its parameters are back afterwards, also after an exception."""
+    """Replace each weight w of the module by w + move inside the context.
+
+    Gradients reach w unchanged. The parameters are put back at the end, also after an exception.
+    """
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     sums = {w: w + move for w, move in moves.items()}
     try:

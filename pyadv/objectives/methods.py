@@ -1,4 +1,5 @@
-"""The training methods of the papers: which attack, base loss, weighting and added terms."""
+"""The training methods of the papers, as combinations of attack, base loss, weighting and added
+terms."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from pyadv.attacks import FriendlyPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack
 from pyadv.objectives.objective import Objective, ascends_kl
-from pyadv.objectives.rows import (
+from pyadv.objectives.step import Schedule, Step, at_epoch
+from pyadv.objectives.terms import (
     MARTBCE,
     MARTKL,
     Mean,
@@ -22,7 +24,6 @@ from pyadv.objectives.rows import (
     cross_entropy,
     trades_kl,
 )
-from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.objectives.weighting import GAIRATWeights, MAILWeights, Weighting
 
 
@@ -45,10 +46,9 @@ class AT(Objective):
 
 
 class FAT(Objective):
-    """Friendly adversarial training: cross-entropy on examples whose attack stopped tau fooled
-    iterates after the first.
+    """Friendly adversarial training: cross-entropy on the examples of an early-stopped attack.
 
-    FAT for TRADES and for MART are those objectives with a `FriendlyPGD` and their own tau.
+    FAT for TRADES and FAT for MART are those objectives with a `FriendlyPGD` and their own tau.
 
     Args:
         attack: a `FriendlyPGD`; its `tau` is set at each step.
@@ -69,13 +69,15 @@ class TRADES(Objective):
     """mean CE(f(x), y) + beta mean KL(f(x) || f(x_adv)), gradients through both.
 
     Args:
-        attack: with loss="kl", from a random start; its natural logits are computed once. With a
-            `FriendlyPGD` it is FAT for TRADES.
+        attack: an attack with loss="kl" and a random start; it computes the natural logits once.
+            With a `FriendlyPGD` the objective is FAT for TRADES.
         beta: a number, or a function of the epoch (from 1).
         tau: of a `FriendlyPGD`; the official schedule is `fat_trades_tau`.
         any_attack: allow an attack on another loss, such as the cross-entropy of EMR's code.
-        ignore_index: label of samples without one: they count in the KL term alone (robust
-            self-training), and as 0 in the mean of the other.
+        ignore_index: label of samples that have none (robust self-training). They count in the KL
+            term; in the mean of the cross-entropy they count as 0. An attack whose result depends
+            on labels (a `FriendlyPGD`, best="fooled") judges them by the model's natural
+            prediction.
 
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML
     2019.
@@ -103,11 +105,11 @@ class MART(Objective):
     """mean BCE(f(x_adv), y) + beta mean (1 - q_y) KL(f(x) || f(x_adv)), q = softmax f(x).
 
     Args:
-        attack: on the cross-entropy. With a `FriendlyPGD` it is FAT for MART.
+        attack: an attack on the cross-entropy. With a `FriendlyPGD` the objective is FAT for MART.
         beta: a number, or a function of the epoch (from 1); the paper's lambda.
         tau: of a `FriendlyPGD`; the official schedule is `fat_mart_tau`.
         exact: the paper's formulas, without the small constants of the official code.
-        detach_weight: no gradient through 1 - q_y; it does flow in the official code.
+        detach_weight: let no gradient through 1 - q_y. In the official code it does flow.
 
     Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified
     Examples", ICLR 2020.
@@ -127,24 +129,24 @@ class MART(Objective):
 
 
 class MAIL(Objective):
-    """Weights that fall with the probabilistic margin, on AT, TRADES or MART:
+    """AT, TRADES or MART with weights that fall with the probabilistic margin:
 
     - "at": mean w CE(f(x_adv), y);
     - "trades": mean CE(f(x), y) + beta mean w KL;
     - "mart": mean w BCE + beta mean (1 - q_y) KL.
 
     Args:
-        attack: on the cross-entropy; with loss="kl" for "trades".
+        attack: an attack on the cross-entropy; for "trades" one with loss="kl".
         base: "at", "trades" or "mart".
-        margin: "adv" (the official code), "nat", "dif" or "dif_conf", two readings of the paper's
-            third margin. The last grows with vulnerability: give it a negative slope. See
-            `ops.probabilistic_margin`.
+        margin: "adv" (the official code), "nat", "dif" or "dif_conf"; the last two are readings of
+            the paper's third margin. "dif_conf" grows with vulnerability and needs a negative
+            slope. See `ops.probabilistic_margin`.
         slope, bias: of w = sigma(-slope (margin - bias)). The official runs have 10 and -0.5 for
             "at", 2 and 0 for "trades".
         beta: of "trades" and "mart".
         normalize: "mean" (weights of mean 1, the paper), "x3" (the official code) or "none".
         begin_epoch: first epoch (from 1) with weights; equal weights before. The official code
-            begins after 75 of 120 epochs.
+            begins at epoch 77 of 120: it counts from 0 and its first 76 epochs have no weights.
         tau, any_attack: see `TRADES`.
 
     Source: Liu et al., "Probabilistic Margins for Instance Reweighting in Adversarial Training",
@@ -166,24 +168,24 @@ class MAIL(Objective):
     ):
         checks.choice("base", base, ("at", "trades", "mart"))
         attack = _kl_attack(attack, any_attack) if base == "trades" else _needed(attack)
-        rows, added = {
+        base_term, added = {
             "at": (cross_entropy, ()),
             "trades": (Scaled(trades_kl, beta), (Mean(clean_cross_entropy),)),
             "mart": (MARTBCE(), (Mean(MARTKL(), beta),)),
         }[base]
         clean_first = base != "at" or margin != "adv"
         weighting = MAILWeights(margin, slope, bias, normalize, begin_epoch)
-        super().__init__(attack, rows, weighting, tau=tau, clean_first=clean_first)
+        super().__init__(attack, base_term, weighting, tau=tau, clean_first=clean_first)
         self.regularisers = added
 
 
 class GAIRAT(Objective):
-    """Geometry-aware instance-reweighted adversarial training: samples that few PGD steps fool
-    count more.
+    """Geometry-aware instance-reweighted adversarial training: AT in which samples that few PGD
+    steps fool count more.
 
     Args:
-        attack: a `PGD` whose kappa is the geometry value; a `FriendlyPGD` makes it GAIR-FAT (the
-            official code's lambda is then 0).
+        attack: a `PGD`, whose kappa is the geometry value. With a `FriendlyPGD` the objective is
+            GAIR-FAT (the official code's lambda is then 0).
         lam: the paper's lambda, a number or a function of the epoch; +inf gives every sample the
             same weight (AT).
         kind: "tanh" (the paper), "sigmoid" or "discrete".
@@ -192,7 +194,7 @@ class GAIRAT(Objective):
         int_half: the official code's integer K/2, which moves the centre for odd K.
         tau: of a `FriendlyPGD`; the official schedule is `gair_fat_tau`.
 
-    Robustness to PGD alone is no evidence for a reweighted model: evaluate it with the margin loss
+    Robustness to PGD alone is no evidence for a reweighted model. Evaluate it with the margin loss
     and AutoAttack too.
 
     Source: Zhang et al., "Geometry-aware Instance-reweighted Adversarial Training", ICLR 2021,
@@ -214,10 +216,10 @@ class GAIRAT(Objective):
 
 class GAIRTRADES(Objective):
     """TRADES with GAIRAT's weights on the KL term, the cross-entropy or both. Our definition: the
-    paper weighs TRADES in a way of its own, and its authors name these three as possible.
+    paper weighs TRADES in another way, and its authors name these three as possible.
 
     Args:
-        attack: with loss="kl"; kappa counts its iterates that are classified as y.
+        attack: an attack with loss="kl"; kappa counts its iterates that are classified as y.
         weight_on: "kl", "ce" or "both".
         beta, tau: see `TRADES`.
         lam, kind, begin_epoch: see `GAIRAT`.
@@ -235,13 +237,13 @@ class GAIRTRADES(Objective):
     ):
         checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
         kl = Scaled(trades_kl, beta)
-        rows, added = {
+        base, added = {
             "kl": (kl, (Mean(clean_cross_entropy),)),
             "ce": (clean_cross_entropy, (Mean(kl),)),
             "both": (Sum(clean_cross_entropy, kl), ()),
         }[weight_on]
         weighting = GAIRATWeights(lam, kind, begin_epoch)
-        super().__init__(_kl_attack(attack), rows, weighting, tau=tau, clean_first=True)
+        super().__init__(_kl_attack(attack), base, weighting, tau=tau, clean_first=True)
         self.regularisers = added
 
 
@@ -267,20 +269,23 @@ class GAIRMART(MART):
 
 
 class GAIRRST(Objective):
-    """Robust self-training with geometry: samples far from the boundary meet a margin attack.
+    """Robust self-training with geometry: a margin attack for samples far from the boundary.
 
     mean CE(f(x), y) + beta mean [w KL(f(x) || f(x_kl)) + (1 - w) KL(f(x) || f(x_margin))], with
-    w = (1 + tanh(lam + K/2 - kappa)) / 2, not normalised, and kappa counted on the way to x_kl. A
-    batch is half labelled, half pseudo-labelled; samples of label -1 have 0 in the first term and
-    w = 1.
+    w = (1 + tanh(lam + K/2 - kappa)) / 2, not normalised, where kappa is counted by the attack that
+    finds x_kl. Both attacks run before the first forward pass in train mode. The passes come in the
+    order of the official code: x_kl, x_margin, x.
+
+    Half of a batch is labelled, half pseudo-labelled. Samples of label -1 count as 0 in the first
+    term and have w = 1.
 
     Args:
-        attack: with loss="kl".
-        margin_attack: with loss="margin".
+        attack: an attack with loss="kl".
+        margin_attack: an attack with loss="margin".
         beta: a number, or a function of the epoch (from 1).
-        lam: a number, or a function of the epoch. Above 10 it is plain TRADES, without the second
-            attack, as in the official code, which has 100 in the first half of the training and 3
-            in the second.
+        lam: a number, or a function of the epoch. Above 10 the objective is TRADES and the margin
+            attack does not run, as in the official code, whose lambda is 100 in the first half of
+            the training and 3 in the second.
 
     Source: Zhang et al., ICLR 2021, the official code for 500K unlabelled images.
     """
@@ -293,7 +298,7 @@ class GAIRRST(Objective):
         lam: Schedule = 3.0,
     ):
         base = _MixedKL(_kl_attack(attack), _needed(margin_attack), beta, lam)
-        super().__init__(attack, base, clean_first=True, ignore_index=-1)
+        super().__init__(attack, base, ignore_index=-1)
         self.regularisers = (Mean(clean_cross_entropy),)
 
 
@@ -308,19 +313,20 @@ class _MixedKL:
         self.attack, self.margin_attack = attack, margin_attack
         self.beta, self.lam = beta, lam
 
+    def attacks(self, epoch: int) -> tuple[GradientAttack, ...]:
+        return () if at_epoch(self.lam, epoch) > self.PLAIN else (self.margin_attack,)
+
     def __call__(self, step: Step) -> Tensor:
         lam, beta = at_epoch(self.lam, step.epoch), at_epoch(self.beta, step.epoch)
-        rows = trades_kl(step)
+        step.need("logits_adv")
         if lam > self.PLAIN:
-            return beta * rows
+            return beta * trades_kl(step)
+        logits_margin = step.forward(step.perturb(self.margin_attack).x_adv)
         steps = self.attack.settings.steps
         w = ops.gairat_weights(step.kappa, steps, lam, normalize="none", slope=steps / 2)
-        labelled = step.y != step.ignore_index
-        w = torch.where(labelled, w, 1.0)
-        y = step.y.where(labelled, 0)
-        x_margin = step.perturb(self.margin_attack, y).x_adv
-        margin_rows = ops.trades_kl(step.forward(x_margin), step.logits)
-        return beta * (w * rows + (1 - w) * margin_rows)
+        w = torch.where(step.labelled, w, 1.0)
+        margin_kl = ops.trades_kl(logits_margin, step.logits)
+        return beta * (w * trades_kl(step) + (1 - w) * margin_kl)
 
     def state_dict(self) -> dict[str, int]:
         return self.margin_attack.state_dict()

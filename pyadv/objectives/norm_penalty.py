@@ -1,4 +1,4 @@
-"""The product of the layers' weight norms as a penalty."""
+"""A penalty on the product of the layers' weight norms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pyadv.ops import NormProduct
 
 
 class NormPenalty:
-    """lam * sum_l log ||W_l||, the logarithm of the product of a model's layer norms, to add to an
-    objective.
+    """A regulariser: lam * sum_l log ||W_l||, the logarithm of the product of the layers' norms.
 
-    The product bounds the effective weight norm that `EMR` measures at the data, needs no second
-    derivative, and, unlike weight decay, does not change when a factor moves from one layer of a
-    ReLU network to the next. Alone it has no minimum: the loss on the data holds against it. Under
-    BatchNorm a layer's scale is free and this only changes the effective learning rate.
+    The product bounds the effective weight norm that `EMR` measures at the data. It needs no second
+    derivative and, unlike weight decay, does not change when a factor moves from one layer of a
+    ReLU network to the next. It has no minimum of its own, only together with a loss on the data.
+    Under BatchNorm a layer's scale is free, and the penalty only changes the effective learning
+    rate.
 
     Args:
         lam: strength, a number or a function of the epoch (from 1).
-        product: of the model that is trained; its kind ("frobenius", "spectral") and its view of
-            convolutions are chosen there.
+        product: the `NormProduct` of the model that is trained; it determines the kind of norm
+            ("frobenius", "spectral") and the treatment of convolutions.
 
     Source: WEISSI (Liu, Cui and Chan, "Improve Generalization and Robustness of Neural Networks via
     Weight Scale Shifting Invariant Regularizations", 2020).

@@ -1,11 +1,11 @@
-"""What one training step minimises, put together from parts:
+"""The loss of one training step, composed of parts:
 
     objective = Objective(attack, base, weighting) + regulariser + ...
     loss = objective(model, x, y, epoch=e)
 
-`base(step)` gives one loss per sample (B,), `weighting` one weight per sample with mean 1 (see
-`weighting.py`), a regulariser one number that is added. The methods of the papers are such
-combinations, see `methods.py`.
+`base(step)` returns one loss per sample (B,), `weighting` one weight per sample with mean 1 (see
+`weighting.py`), a regulariser one number that is added. The methods of the papers in `methods.py`
+are such combinations.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pyadv.attacks import FriendlyPGD
 from pyadv.engine.attack import GradientAttack
-from pyadv.objectives.rows import Rows, cross_entropy
 from pyadv.objectives.step import Schedule, Step, at_epoch, kept_buffers, process_group
+from pyadv.objectives.terms import Term, cross_entropy
 from pyadv.objectives.weighting import Weighting, batch_weights
 
 
@@ -28,33 +28,37 @@ class Objective:
     """mean_b(weight_b * base_b) + the regularisers.
 
     `objective(model, x, y, epoch=e, ids=None)` returns the scalar to call `.backward()` on. The
-    model is in train mode, as for any training step; the attack sets and restores the modes it
-    needs. `ids` (B,) int64 are the samples' indices in the training set: with them, keyed noise
-    follows the sample. `objective + regulariser` is a new objective.
+    model is in train mode, as in any training step; attacks set and restore the modes they need.
+    `ids` (B,) int64 are the samples' indices in the training set: with them, keyed noise follows
+    the sample. `objective + regulariser` is a new objective.
 
-    Weights have mean 1 over the whole batch: over the batches of all processes where the model is
-    a DistributedDataParallel one, and over micro-batches by `prepare`. Terms without weights are
-    means over a process's batch, which DDP averages: they want batches of one size.
+    Each attack runs once per step, before the first forward pass in train mode. A part that needs
+    an attack besides the objective's own has a method `attacks(epoch)`, which returns a tuple of
+    the attacks it needs in that epoch, and reads the result from `step.perturb(attack)`.
+
+    Weights have mean 1 over the whole batch: over the batches of all processes if the model is a
+    DistributedDataParallel one, and over micro-batches in `prepare`. Unweighted terms are means
+    over a process's batch, which DDP averages, so processes should have batches of equal size.
 
     Args:
-        attack: what makes the adversarial examples; None trains on x.
+        attack: the attack that makes the adversarial examples; None trains on x.
         base: one loss per sample.
-        weighting: one weight per sample; None weighs all the same.
+        weighting: one weight per sample; None weighs all samples equally.
         tau: of a `FriendlyPGD`, a number or a function of the epoch; None keeps the attack's own.
-        clean_first: the clean forward pass comes first and always, as in the official codes: the
-            order shows in the running statistics of BatchNorm.
-        ignore_index: label of samples that have none. They need an attack with loss="kl", which
-            does not look at labels.
+        clean_first: always make the clean forward pass, and make it first, as most official codes
+            do. The order of passes shows in BatchNorm's running statistics.
+        ignore_index: label of samples that have none. They need an attack with loss="kl", whose
+            loss does not read labels.
 
     Attributes:
         last: detached parts of the last step: x_adv, kappa (B,), logits, logits_adv, weights (B,),
-            rows (B,), loss; None for what the objective did not need.
+            losses (B,) of the base, and loss; None for a part that the objective did not compute.
     """
 
     def __init__(
         self,
         attack: GradientAttack | None,
-        base: Rows = cross_entropy,
+        base: Term = cross_entropy,
         weighting: Weighting | None = None,
         *,
         tau: Schedule | None = None,
@@ -101,32 +105,44 @@ class Objective:
     ) -> Tensor:
         return self.evaluate(self._step(model, x, y, epoch, ids))
 
+    def attacks(self, epoch: int) -> tuple[GradientAttack, ...]:
+        """Return the attacks of a step in `epoch`, in the order in which they run: the objective's
+        own, then those that its parts declare."""
+        found = [] if self.attack is None else [self.attack]
+        for part in self._parts().values():
+            if part is not self.attack and hasattr(part, "attacks"):
+                found += part.attacks(epoch)
+        return tuple(dict.fromkeys(found))
+
     def prepare(
         self, model: Callable[..., Any], batches: Iterable[Sequence[Tensor]], epoch: int = 1
     ) -> MicroBatches:
-        """A batch in parts, for gradient accumulation:
+        """Return a batch in parts, for gradient accumulation:
 
             parts = objective.prepare(model, [(x0, y0), (x1, y1), ...], epoch=e)
             for i in range(len(parts)):
                 parts.loss(i).backward()
 
-        The losses and gradients add up to those of the whole batch, instance weights included
-        (BatchNorm layers in train mode and AWP still see the micro-batches). The attacks run here.
-        Weights that depend on the network's output of the step (MAIL's) cost one forward pass more.
+        The losses and gradients add up to those of the whole batch, instance weights included. Two
+        things still see single micro-batches: BatchNorm layers in train mode, and AWP. The attacks
+        run here. Weights that depend on the logits of the step (MAIL's) cost one more forward pass.
 
         Args:
-            batches: (x, y) or (x, y, ids), not empty.
+            batches: (x, y) or (x, y, ids), at least one.
         """
         batches = list(batches)
         total = sum(len(batch[0]) for batch in batches)
         steps = [self._step(model, *batch[:2], epoch, *batch[2:], total=total) for batch in batches]
         if not steps:
             raise ValueError("prepare: batches must not be empty")
-        if self.attack is not None:  # one draw of the noise, as for one batch
+        for attack in self.attacks(epoch):  # one draw of the noise, as for one batch
+            draw = attack.draw
             for step in steps:
-                step.draw = self.attack.draw
-                step.need("perturbed")
-            self.attack.draw += 1
+                step.perturb(attack, draw)
+            attack.draw += 1
+        everywhere = steps[0].samples_everywhere  # now: processes may have unequal numbers of parts
+        for step in steps:
+            step.samples_everywhere = everywhere
         if self.weighting is not None:
             with torch.no_grad(), kept_buffers(model):
                 values = [self.weighting.values(step.again()) for step in steps]
@@ -137,13 +153,13 @@ class Objective:
         return MicroBatches(self, steps)
 
     def evaluate(self, step: Step) -> Tensor:
-        """The loss of a step; of a part of a batch, its part of the whole batch's loss."""
-        step.need("perturbed")  # before a pass in train mode moves the running statistics
+        """Return the loss of a step; for a micro-batch, its part of the whole batch's loss."""
+        self.run_attacks(step)
         if self.clean_first:
             step.need("logits")
-        rows = self.base(step)
+        losses = self.base(step)
         weights = self._weights(step)
-        loss = rows.mean() if weights is None else (weights * rows).mean()
+        loss = losses.mean() if weights is None else (weights * losses).mean()
         for regulariser in self.regularisers:
             loss = loss + regulariser(step)
         loss = loss * (len(step.x) / step.samples)
@@ -153,23 +169,32 @@ class Objective:
             "logits": _detached(step.made("logits")),
             "logits_adv": _detached(step.made("logits_adv")),
             "weights": weights,
-            "rows": rows.detach(),
+            "losses": losses.detach(),
             "loss": loss.detach(),
         }
         return loss
 
+    def run_attacks(self, step: Step) -> None:
+        """Run the attacks that the objective and its parts declare, unless they ran already."""
+        for attack in self.attacks(step.epoch):
+            step.perturb(attack)
+
     def state_dict(self) -> dict[str, Any]:
-        """Of the parts that have one: attacks' draw counters, vectors of power iteration."""
+        """Return the states of the parts that have one: the attacks' draw counters, the vectors of
+        power iterations."""
         return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
 
-    def _stateful(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Any]:
         parts = {"attack": self.attack, "base": self.base, "weighting": self.weighting}
-        parts |= {f"regulariser{i}": r for i, r in enumerate(self.regularisers)}
-        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        return parts | {f"regulariser{i}": r for i, r in enumerate(self.regularisers)}
+
+    def _stateful(self) -> dict[str, Any]:
+        return {name: part for name, part in self._parts().items() if hasattr(part, "state_dict")}
 
     def _step(
         self,
@@ -181,22 +206,24 @@ class Objective:
         total: int | None = None,
     ) -> Step:
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
-            raise ValueError(f"epoch counts from 1, got {epoch!r}")
+            raise ValueError(f"epoch must be an integer >= 1, got {epoch!r}")
+        _check_labels_fit(x, y)
         if self.tau is not None:
             self.attack.tau = at_epoch(self.tau, epoch)
-        output = None if self.attack is None else self.attack.settings.output
-        return Step(
+        step = Step(
             model,
             x,
             y,
             epoch,
             ids,
             self.attack,
-            output,
+            None if self.attack is None else self.attack.settings.output,
             self.ignore_index,
             total,
             group=process_group(model),
         )
+        step.check_labels()
+        return step
 
     def _weights(self, step: Step) -> Tensor | None:
         if self.weighting is None or step.weights is not None:
@@ -206,7 +233,7 @@ class Objective:
 
 
 class MicroBatches:
-    """What `Objective.prepare` returns: `loss(i)` of each part, once each."""
+    """A batch in parts, as `Objective.prepare` returns it. Call `loss(i)` once for each part."""
 
     def __init__(self, objective: Objective, steps: list[Step]):
         self.objective, self.steps = objective, steps
@@ -215,13 +242,28 @@ class MicroBatches:
         return len(self.steps)
 
     def loss(self, i: int) -> Tensor:
-        """Part i of the whole batch's loss, to call `.backward()` on."""
+        """Return part i of the whole batch's loss, to call `.backward()` on."""
         return self.objective.evaluate(self.steps[i].again())  # forward passes are not kept
 
 
 def ascends_kl(attack: GradientAttack | None) -> bool:
-    """Whether the attack leads away from the natural prediction, as TRADES' does."""
+    """Return whether the attack maximises the divergence from the natural prediction, as TRADES'
+    does."""
     return attack is not None and attack.settings.loss.needs_reference_logits
+
+
+def _check_labels_fit(x: Tensor, y: Tensor) -> None:
+    """Raise an error unless y has one int64 label or one row of probabilities per sample."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"objective: y must be a tensor, got {type(y).__name__}")
+    soft = y.is_floating_point() and y.dim() == 2
+    if not soft and y.dtype != torch.int64:
+        raise TypeError(f"objective: y must be an int64 tensor, got {y.dtype}")
+    if len(y.shape) != 1 + soft or len(y) != len(x):
+        raise ValueError(
+            f"objective: y must have shape [{len(x)}], one label per sample of x, "
+            f"got {list(y.shape)}"
+        )
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: functions of the epoch, counted from 1."""
+"""Schedules: functions of the epoch, counted from 1."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 
 class Piecewise:
-    """`before`, and from each epoch of `steps` on its value.
+    """A schedule that is `before` at first and takes a new value at each epoch in `steps`.
 
-    GAIRAT's lambda after a burn-in: `Piecewise(math.inf, {60: -1.0, 90: -2.0, 110: -2.5})`. The
-    official schedule of this name means these values and never reaches the second (its first
-    branch catches every later epoch).
+    GAIRAT's lambda after a burn-in is `Piecewise(math.inf, {60: -1.0, 90: -2.0, 110: -2.5})`. The
+    official schedule of this name lists these values but never reaches the second, because its
+    first branch also matches all later epochs.
     """
 
     def __init__(self, before: float, steps: Mapping[int, float]):
@@ -24,10 +24,10 @@ class Piecewise:
 
 
 class Linear:
-    """`start` up to epoch `first`, `end` from epoch `last` on, a straight line between.
+    """A schedule: `start` until epoch `first`, `end` from epoch `last` on, linear between.
 
-    Both values must be finite: the official code's line starts at its default lambda of infinity
-    and stays there or is NaN.
+    Both values must be finite. The official schedule starts at its default lambda, infinity, and
+    is infinite or NaN at every epoch.
     """
 
     def __init__(self, start: float, end: float, first: int, last: int):
@@ -42,7 +42,7 @@ class Linear:
         return self.start + share * (self.end - self.start)
 
 
-# The tau of the official codes.
+# Schedules of tau in the official codes, with the number of epochs they are written for.
 fat_tau = Piecewise(0, {51: 1, 91: 2})  # FAT, 120 epochs
 fat_trades_tau = Piecewise(0, {31: 1, 51: 2, 71: 3})  # FAT for TRADES, 85 epochs
 fat_mart_tau = Piecewise(0, {21: 1, 41: 2, 61: 3, 81: 4})  # FAT for MART, 90 epochs

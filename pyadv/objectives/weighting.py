@@ -1,9 +1,9 @@
-"""How much each sample counts: weights of mean 1 over the whole batch, also where the batch is
-spread over processes or cut into micro-batches.
+"""Instance weights, with mean 1 over the whole batch.
 
-A weighting has two methods, so that what is normalised need not be what one forward pass saw:
-`values(step)` is what a sample's weight depends on, (B,), or None for equal weights in this step;
-`weights(values, step)` are the weights of all samples of the batch, (N,).
+The whole batch may be spread over processes or cut into micro-batches, so a weighting has two
+methods: `values(step)` returns one value per sample of a forward pass (B,), or None for equal
+weights in this step; `weights(values, step)` turns the values of all N samples of the batch into
+their weights (N,).
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from pyadv.objectives.step import Schedule, Step, at_epoch
 
 
 class Weighting(Protocol):
-    def values(self, step: Step) -> Tensor | None: ...
+    """Anything with these two methods weighs the samples of an `Objective`."""
 
-    def weights(self, values: Tensor, step: Step) -> Tensor: ...
+    def values(self, step: Step) -> Tensor | None:
+        """Return the values (B,) that the weights depend on, or None for equal weights."""
+
+    def weights(self, values: Tensor, step: Step) -> Tensor:
+        """Return the weights (N,) of the samples of the whole batch, from their values (N,)."""
 
 
 class GAIRATWeights:
-    """w(kappa) with mean 1 over the batch from `begin_epoch` on, no weights before (the burn-in).
-    See `ops.gairat_weights`."""
+    """GAIRAT's weights w(kappa), with mean 1 over the batch. Before `begin_epoch` (the burn-in) all
+    samples weigh the same. See `ops.gairat_weights`."""
 
     def __init__(
         self, lam: Schedule = -1.0, kind: str = "tanh", begin_epoch: int = 1, int_half: bool = False
@@ -39,7 +43,7 @@ class GAIRATWeights:
 
     def values(self, step: Step) -> Tensor | None:
         if step.attack is None:
-            raise TypeError("GAIRATWeights needs an attack, whose kappa it weighs by")
+            raise TypeError("GAIRATWeights needs an attack: weights depend on its kappa")
         return None if step.epoch < self.begin_epoch else step.kappa
 
     def weights(self, values: Tensor, step: Step) -> Tensor:
@@ -49,8 +53,8 @@ class GAIRATWeights:
 
 
 class MAILWeights:
-    """sigma(-slope (margin - bias)) of a probabilistic margin, from `begin_epoch` on. See
-    `ops.probabilistic_margin` for the margins and `ops.mail_weights` for the rest."""
+    """MAIL's weights sigma(-slope (margin - bias)) of a probabilistic margin. Before `begin_epoch`
+    all samples weigh the same. See `ops.probabilistic_margin` and `ops.mail_weights`."""
 
     def __init__(
         self,
@@ -81,11 +85,11 @@ class MAILWeights:
 
 
 def batch_weights(weighting: Weighting, values: Tensor, step: Step) -> Tensor:
-    """The weights of this process's samples, normalised over those of all processes that train
-    the same DistributedDataParallel model.
+    """Return the weights of this process's samples, normalised over all processes that train the
+    same DistributedDataParallel model.
 
-    DDP averages the gradients of W processes; so that a process with more samples than others
-    counts for more, its weights are multiplied by its share of the samples times W.
+    DDP averages the gradients of W processes. The weights of a process are multiplied by W times
+    its share of the samples, so that a process with more samples counts for more.
     """
     if step.group is None:
         return weighting.weights(values, step)
@@ -95,13 +99,13 @@ def batch_weights(weighting: Weighting, values: Tensor, step: Step) -> Tensor:
 
 
 def _gathered(values: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The values of all processes in order of rank, and where this one's begin."""
+    """Return the values of all processes in order of rank, and the index of the first of ours."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     size = torch.tensor([len(values)], device=values.device)
     sizes = [torch.empty_like(size) for _ in range(world)]
     dist.all_gather(sizes, size, group=group)
     sizes = [int(s) for s in sizes]
-    padded = values.new_zeros(max(sizes))  # all_gather wants equal shapes
+    padded = values.new_zeros(max(sizes))  # all_gather needs equal shapes
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded, group=group)

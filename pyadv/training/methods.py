@@ -12,6 +12,7 @@ from pyadv.objectives import (
     FAT,
     GAIRAT,
     GAIRMART,
+    GAIRRST,
     GAIRTRADES,
     MAIL,
     MART,
@@ -66,20 +67,25 @@ class Method:
         """The objective of a resolved `config`, without what is added to any method."""
         if "attack_loss" not in self.defaults:
             return self.objective(None, config, None)
-        attack = {
-            "norm": config.norm,
-            "eps": config.eps,
-            "alpha": config.alpha,
-            "steps": config.steps,
-            "loss": config.attack_loss,
-            "start": config.start,
-            "speed": _speed(config),
-            "seed": config.seed,
-        }
+        attack = _attack_settings(config)
         if self.tau is None:
             return self.objective(PGD(**attack), config, None)
         tau = config.tau if config.tau is not None else _stretched(*self.tau, config.epochs)
         return self.objective(FriendlyPGD(omega=self.omega, **attack), config, tau)
+
+
+def _attack_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of the attack of a resolved `config`, as arguments of `PGD`."""
+    return {
+        "norm": config.norm,
+        "eps": config.eps,
+        "alpha": config.alpha,
+        "steps": config.steps,
+        "loss": config.attack_loss,
+        "start": config.start,
+        "speed": _speed(config),
+        "seed": config.seed,
+    }
 
 
 def _speed(config: Config) -> str:
@@ -104,6 +110,12 @@ def _gairat(attack: PGD, c: Config, tau: Tau) -> Objective:
     return GAIRAT(attack, c.gairat_lam, begin_epoch=c.begin_epoch, tau=tau)
 
 
+def _gair_rst(attack: PGD, c: Config, tau: Tau) -> Objective:
+    """Return GAIR-RST; its lambda is 100 before `begin_epoch`, which makes it TRADES."""
+    margin_attack = PGD(**{**_attack_settings(c), "loss": "margin"})
+    return GAIRRST(attack, margin_attack, c.beta, Piecewise(100.0, {c.begin_epoch: c.gairat_lam}))
+
+
 def _mail(base: str) -> Callable[[PGD, Config, Tau], Objective]:
     return lambda attack, c, tau: MAIL(
         attack,
@@ -121,7 +133,7 @@ def _mail(base: str) -> Callable[[PGD, Config, Tau], Objective]:
 _CE, _KL = {"attack_loss": "ce"}, {"attack_loss": "kl"}
 _GAIRAT = {"gairat_lam": -1.0}
 _MAIL = {"mail_margin": "adv", "mail_slope": 10.0, "mail_bias": -0.5, "mail_normalize": "mean"}
-_MAIL_BURN_IN = 75 / 120
+_MAIL_BURN_IN = 76 / 120  # the official script counts epochs from 0 and weighs after number 75
 
 METHODS = {
     "standard": Method(lambda attack, c, tau: Standard()),
@@ -156,6 +168,7 @@ METHODS = {
         {**_CE, **_GAIRAT, "beta": 5.0},
         0.3,
     ),
+    "gair-rst": Method(_gair_rst, {**_KL, "gairat_lam": 3.0, "beta": 6.0}, 99 / 200),
 }
 
 METHOD_SETTINGS = sorted(set().union(*(method.settings for method in METHODS.values())))

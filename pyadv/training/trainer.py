@@ -207,8 +207,8 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Grow eps and alpha over the first epochs: at once, a large radius stops all learning."""
-        attack, epochs = self.objective.attack, self.config.eps_warmup
-        if attack is not None and epochs:
+        epochs = self.config.eps_warmup
+        for attack in self.objective.attacks(self.epoch) if epochs else ():
             share = min(1.0, self.epoch / epochs)
             eps, alpha = share * self.config.eps, share * self.config.alpha
             attack.settings = replace(attack.settings, eps=eps, alpha=alpha)

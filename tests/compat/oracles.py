@@ -1,5 +1,5 @@
-"""What the official codes compute, written down again: plain, one sample at a time where that is
-clearer, on the CPU. The tests hold `pyadv.compat` against these."""
+"""The official codes written again, plainly and for the CPU, one sample at a time where that is
+clearer. The tests compare `pyadv.compat` with these functions."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def ga_pgd(model, x, y, eps, alpha, steps, loss_fn, category, rand_init):
 
 
 def earlystop(model, x, y, alpha, eps, steps, tau, start, loss_fn, omega):
-    """FAT's loop; also what GAIR-FAT's copy does with each sample's own label, kappa included."""
+    """Run FAT's loop, which is also GAIR-FAT's if each sample is judged by its own label."""
     model.eval()
     z_nat = model(x).detach()
     alive, left, kappa = list(range(len(x))), [tau] * len(x), [0] * len(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from objective_parts import gradients, make_batch, make_net
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyadv.compat import emr, fat, gairat, mail, mart, trades
 
@@ -24,7 +26,7 @@ ALPHA, EPS, STEPS = 0.02, 0.05, 5
 
 @pytest.fixture
 def net():
-    """With decisions that an attack can turn: a few steps of training."""
+    """A network trained for a few steps, so that an attack can change its decisions."""
     net = make_net().double()
     x, y = make_batch()
     optimizer = torch.optim.SGD(net.parameters(), 0.3)
@@ -43,7 +45,7 @@ def batch():
 
 
 def from_seed(function):
-    """Its result, and where it leaves the generators."""
+    """Return the result of a function from a fixed seed, and the generators' next numbers."""
     torch.manual_seed(3)
     np.random.seed(3)
     result = function()
@@ -58,7 +60,7 @@ def assert_same(ours, theirs):
 
 
 def assert_same_training(ours, theirs, net, statistics=True, steps=3):
-    """`steps` SGD steps by each loss give the same network."""
+    """Check that `steps` SGD steps on each loss lead to the same network."""
     optimizers = []
 
     def train(loss, model):
@@ -86,20 +88,33 @@ def assert_same_training(ours, theirs, net, statistics=True, steps=3):
 def test_trades(distance, net, batch):
     assert_same_training(
         lambda model, optimizer: trades.trades_loss(
-            model, *batch, optimizer, ALPHA, EPS, STEPS, 6.0, distance, official_passes=True
+            model, *batch, optimizer, ALPHA, EPS, STEPS, 6.0, distance
         ),
         lambda model, _: official.trades(model, *batch, ALPHA, EPS, STEPS, 6.0, distance),
         net,
     )
 
 
+def test_trades_with_dropout(net, batch):
+    """The KL term has its own clean pass, with its own dropout mask."""
+    net = torch.nn.Sequential(*net[:-1], torch.nn.Dropout(0.3), net[-1])
+    assert_same_training(
+        lambda model, optimizer: trades.trades_loss(
+            model, *batch, optimizer, ALPHA, EPS, STEPS, 6.0
+        ),
+        lambda model, _: official.trades(model, *batch, ALPHA, EPS, STEPS, 6.0),
+        net,
+    )
+
+
 def test_trades_in_fewer_passes(net, batch):
-    """Value and gradient of a step stay; running statistics get one update less."""
+    """One step has the same value and gradient; running statistics get one update less."""
     x, y = batch
+    trades_loss = partial(trades.trades_loss, official_passes=False)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     twin = copy.deepcopy(net)
     a, b = assert_same(
-        lambda: trades.trades_loss(net, x, y, optimizer, ALPHA, EPS, STEPS, 6.0),
+        lambda: trades_loss(net, x, y, optimizer, ALPHA, EPS, STEPS, 6.0),
         lambda: official.trades(twin, x, y, ALPHA, EPS, STEPS, 6.0),
     )
     torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
@@ -108,7 +123,7 @@ def test_trades_in_fewer_passes(net, batch):
     assert int(twin[1].num_batches_tracked - net[1].num_batches_tracked) == 1
     passes = []
     net.register_forward_hook(lambda *_: passes.append(1))
-    trades.trades_loss(net, x, y, optimizer, ALPHA, EPS, STEPS, 6.0)
+    trades_loss(net, x, y, optimizer, ALPHA, EPS, STEPS, 6.0)
     assert len(passes) == STEPS + 3
 
 
@@ -165,7 +180,7 @@ def test_mail_pieces(net, batch):
     torch.testing.assert_close(mail.PM(logits, y), official.pm(logits, y))
     expected = 3 * torch.sigmoid((official.pm(logits, y) - 0.5) * 10)
     torch.testing.assert_close(mail.weight_assign(logits, y, -0.5, 10.0), expected)
-    many = torch.randn(5, 100)  # the official code knows ten classes
+    many = torch.randn(5, 100)  # the official code assumes ten classes
     assert mail.PM(many, torch.arange(5)).shape == (5,)
     with pytest.raises(RuntimeError, match="invalid method name: 'sgd'"):
         mail.mail_loss(net, *batch, torch.optim.SGD(net.parameters(), 0.1), 0, 1, method="sgd")
@@ -208,6 +223,29 @@ def test_cwloss(net, batch):
     torch.testing.assert_close(gairat.cwloss(logits, batch[1]), official.cw(logits, batch[1]))
 
 
+def test_evaluation_of_gairat(net, batch):
+    """Means over the data set, whose last batch may be smaller."""
+    loader = DataLoader(TensorDataset(*batch), batch_size=8)
+    x, y = batch
+    (loss, accuracy), _ = assert_same(lambda: gairat.eval_clean(net, loader), lambda: list(loader))
+    z = net.eval()(x)
+    assert loss == pytest.approx(float(F.cross_entropy(z, y).detach()), rel=1e-9)
+    assert accuracy == float((z.argmax(1) == y).double().mean()) and isinstance(loss, float)
+
+    def theirs():
+        found = [official.ga_pgd(net, *b, EPS, ALPHA, 3, "cw", "Madry", True) for b in loader]
+        return net(torch.cat([x_adv for x_adv, _ in found])).detach()
+
+    net.train()
+    args = {"perturb_steps": 3, "epsilon": EPS, "step_size": ALPHA, "loss_fn": "cw"}
+    (loss, accuracy), z = assert_same(
+        lambda: gairat.eval_robust(net, loader, **args, category="Madry", random=True), theirs
+    )
+    assert loss == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-9)
+    assert accuracy == float((z.argmax(1) == y).double().mean()) and not net.training
+    assert all(p.grad is None for p in net.parameters())
+
+
 @pytest.mark.parametrize("omega", [0, 0.01])
 @pytest.mark.parametrize("tau", [0, 1, STEPS])
 @pytest.mark.parametrize("loss_fn", ["cent", "kl"])
@@ -226,7 +264,7 @@ def test_earlystop(kind, loss_fn, tau, omega, net, batch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert ours[3] == expected[3]
     if tau == 0:
-        assert not torch.equal(ours[2], x)  # some left early
+        assert not torch.equal(ours[2], x)  # some were released early
     (x_adv, target, data, _), _ = assert_same(
         lambda: fat.earlystop(*args, original_order=True), theirs
     )

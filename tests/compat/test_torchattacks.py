@@ -1,4 +1,4 @@
-"""The classes' iterates against the library's expressions, from the same seed."""
+"""The attacks against torchattacks' expressions, from the same seed."""
 
 from __future__ import annotations
 

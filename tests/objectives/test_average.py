@@ -1,4 +1,4 @@
-"""The loop of docs/objectives.md that averages weights, as it stands there."""
+"""The loop in docs/objectives.md that averages weights, run as it is written there."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from objective_parts import attack, gradients, make_batch, make_net
 
-from pyadv.objectives import AWP, EMR, GAIRAT, MAIL, TRADES
+from pyadv.objectives import AWP, EMR, GAIRAT, GAIRRST, MAIL, TRADES, Standard
 
 OBJECTIVES = {
     "gairat": lambda: GAIRAT(attack()),
     "mail-mart": lambda: MAIL(attack(), "mart", margin="dif"),
     "mail-awp": lambda: AWP(MAIL(attack()), gamma=0.05),
     "trades+emr": lambda: TRADES(attack(loss="kl")) + EMR(0.5),
+    "emr official": lambda: Standard() + EMR(12.0, reduction="official"),
+    "gair-rst": lambda: GAIRRST(attack(loss="kl"), attack(loss="margin"), lam=-1.0),
 }
 
 SCRIPT = """
@@ -41,17 +43,18 @@ for name, make in OBJECTIVES.items():
         dist.all_reduce(total)
         results[name, uneven] = total / 2, [p.grad for p in net.parameters()]
 halves = make_batch()[0].double().split([7, 5, 12]), make_batch()[1].split([7, 5, 12])
-net = make_net().double().eval()
-ddp = DistributedDataParallel(net)
-mine = [(halves[0][i], halves[1][i]) for i in ((0, 1), (2,))[rank]]
-parts = OBJECTIVES["mail-mart"]().prepare(ddp, mine)
-for i in range(len(parts)):
-    with ddp.no_sync():
-        parts.loss(i).backward()
-for p in net.parameters():
-    dist.all_reduce(p.grad)
-    p.grad /= 2
-results["mail-mart", "micro"] = None, [p.grad for p in net.parameters()]
+for name in ("mail-mart", "emr official"):
+    net = make_net().double().eval()
+    ddp = DistributedDataParallel(net)
+    mine = [(halves[0][i], halves[1][i]) for i in ((0, 1), (2,))[rank]]
+    parts = OBJECTIVES[name]().prepare(ddp, mine)
+    for i in range(len(parts)):
+        with ddp.no_sync():
+            parts.loss(i).backward()
+    for p in net.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+    results[name, "micro"] = None, [p.grad for p in net.parameters()]
 if rank == 0:
     torch.save(results, sys.argv[1])
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""EMR: closed forms, its variants, and its forms without double backward against the exact one."""
+"""EMR: closed forms, its variants, and its three derivatives against each other."""
 
 from __future__ import annotations
 
@@ -82,17 +82,17 @@ class TestClosedForms:
         objective = AT(attack()) + EMR(0.5)
         objective(net, x, y)
         once = net[1].num_batches_tracked.clone()
-        assert int(once) == 1  # the training forward pass alone
+        assert int(once) == 1  # only the forward pass in train mode counts
         assert net.training
 
 
-def rows_and_gradients(emr, net, batch):
+def value_and_gradients(emr, net, batch):
     x, y = batch
-    rows = emr.rows(Step(net, x, y, 1))
-    (net.eval()(x).sum() * 0 + rows.mean()).backward()  # every parameter has a gradient
+    penalties = emr.per_sample(Step(net, x, y, 1))
+    (net.eval()(x).sum() * 0 + penalties.mean()).backward()  # gives every parameter a gradient
     grads = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    return rows.detach(), grads
+    return penalties.detach(), grads
 
 
 def smooth_net(device):
@@ -120,18 +120,18 @@ def test_the_derivatives_agree(derivative, settings, smooth, net, batch, device)
     net[1].running_mean.uniform_(-0.1, 0.1)
     batch = batch[0].double(), batch[1]
     torch.manual_seed(1)
-    rows, exact = rows_and_gradients(EMR(1.0, derivative="double", **settings), net, batch)
+    penalties, exact = value_and_gradients(EMR(1.0, derivative="double", **settings), net, batch)
     torch.manual_seed(1)
-    same, grads = rows_and_gradients(EMR(1.0, derivative=derivative, **settings), net, batch)
-    torch.testing.assert_close(same, rows)
+    same, grads = value_and_gradients(EMR(1.0, derivative=derivative, **settings), net, batch)
+    torch.testing.assert_close(same, penalties)
     close = {} if derivative == "tangent" else {"rtol": 1e-4, "atol": 1e-6}
     for a, b in zip(grads, exact, strict=True):
         torch.testing.assert_close(a, b, **close)
 
 
 def test_the_difference_in_float32(net, batch):
-    _, exact = rows_and_gradients(EMR(1.0, derivative="double"), net, batch)
-    _, grads = rows_and_gradients(EMR(1.0, derivative="difference"), net, batch)
+    _, exact = value_and_gradients(EMR(1.0, derivative="double"), net, batch)
+    _, grads = value_and_gradients(EMR(1.0, derivative="difference"), net, batch)
     a, b = (torch.cat([g.flatten() for g in gs]) for gs in (grads, exact))
     assert float((a - b).norm() / b.norm()) < 0.02
 
@@ -156,12 +156,12 @@ class OneDerivative(nn.Module):
 def test_the_difference_needs_one_derivative(net, batch):
     other = copy.deepcopy(net)
     other[2] = OneDerivative()
-    _, expected = rows_and_gradients(EMR(1.0, derivative="difference"), net, batch)
-    _, grads = rows_and_gradients(EMR(1.0, derivative="difference"), other, batch)
+    _, expected = value_and_gradients(EMR(1.0, derivative="difference"), net, batch)
+    _, grads = value_and_gradients(EMR(1.0, derivative="difference"), other, batch)
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        rows_and_gradients(EMR(1.0), other, batch)
+        value_and_gradients(EMR(1.0), other, batch)
 
 
 def test_variants_are_sums_over_the_jacobian(batch, device):
@@ -169,20 +169,20 @@ def test_variants_are_sums_over_the_jacobian(batch, device):
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).to(device).double()
     x, y = batch[0].double(), batch[1]
     w, z = net[1].weight.detach(), net(x).detach()
-    rows = EMR(1.0, of="jacobian").rows(Step(net, x, y, 1))
-    torch.testing.assert_close(rows, w.square().sum().expand(24))
+    penalties = EMR(1.0, of="jacobian").per_sample(Step(net, x, y, 1))
+    torch.testing.assert_close(penalties, w.square().sum().expand(24))
     q = z.scatter(1, y[:, None], -torch.inf).softmax(1)
     pairs = (w[y][:, None] - w).square().sum(2)
-    rows = EMR(1.0, of="pairwise").rows(Step(net, x, y, 1))
-    torch.testing.assert_close(rows, (q * pairs).sum(1))
+    penalties = EMR(1.0, of="pairwise").per_sample(Step(net, x, y, 1))
+    torch.testing.assert_close(penalties, (q * pairs).sum(1))
 
 
 @pytest.mark.parametrize("of", ["pairwise", "jacobian"])
 def test_samples_estimate_the_sum(of, net, batch):
     net = net.double()
     step = Step(net, batch[0].double(), batch[1], 1)
-    exact = EMR(1.0, of=of).rows(step).mean()
-    drawn = EMR(1.0, of=of, samples=200).rows(step).mean()
+    exact = EMR(1.0, of=of).per_sample(step).mean()
+    drawn = EMR(1.0, of=of, samples=200).per_sample(step).mean()
     assert float(drawn) == pytest.approx(float(exact), rel=0.03)
 
 
@@ -213,6 +213,36 @@ def test_with_a_compiled_model(derivative, net, batch):
 def test_refuses_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["temperature", "radius"])
+@pytest.mark.parametrize(
+    "value, got",
+    [
+        (torch.ones(24), r"a tensor of shape \[24\]"),
+        ("40", "'40'"),
+        (None, "None"),
+        (True, "True"),
+    ],
+)
+def test_refuses_what_is_no_number(name, value, got):
+    if name == "radius" and value is None:
+        return  # the default
+    with pytest.raises(TypeError, match=f"{name} must be a number > 0, got {got}"):
+        EMR(1.0, **{name: value})
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), torch.tensor(0.0)])
+def test_refuses_a_temperature_that_is_not_positive(bad):
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        EMR(1.0, temperature=bad)
+
+
+def test_a_temperature_may_be_a_tensor_of_one_element(net, batch):
+    step = Step(net, *batch, 1)
+    expected = EMR(1.0, temperature=2.0).per_sample(step)
+    for t in (torch.tensor(2.0), torch.tensor([2.0])):
+        torch.testing.assert_close(EMR(1.0, temperature=t).per_sample(step), expected)
 
 
 def test_pairs_need_labels(net, batch):

@@ -1,4 +1,4 @@
-"""TRADES, MART, MAIL and GAIRAT's relatives against the formulas written out."""
+"""TRADES, MART, MAIL, GAIRAT and their variants against their formulas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch(batch):
 
 
 class Outputs:
-    """Logits of an objective's step with gradients, and the terms of the papers, row by row."""
+    """Logits with gradients, and the terms of the papers, one value per sample."""
 
     def __init__(self, net, x, x_adv, y):
         self.z, self.z_adv, self.y = net(x), net(x_adv), y
@@ -150,7 +150,7 @@ def test_mail_has_four_margins(margin, net, batch):
 
 
 def test_trades_without_a_perturbation_is_cross_entropy(net, batch):
-    """KL and its gradient are 0 where x_adv = x, which batch statistics do not change."""
+    """KL and its gradient are 0 at x_adv = x, also with batch statistics."""
     x, y = batch
     loss = TRADES(kl_attack(eps=0.0))(net, x, y)
     expected = F.cross_entropy(net(x), y)
@@ -210,9 +210,9 @@ class TestGAIRRST:
         o = Outputs(net, x, objective.last["x_adv"], y)
         rest = loss - o.ce[:12].sum() / 24
         torch.testing.assert_close(
-            objective.last["rows"][12:], 6 * o.kl[12:].detach(), rtol=1e-6, atol=1e-9
+            objective.last["losses"][12:], 6 * o.kl[12:].detach(), rtol=1e-6, atol=1e-9
         )
-        torch.testing.assert_close(rest.detach(), objective.last["rows"].mean())
+        torch.testing.assert_close(rest.detach(), objective.last["losses"].mean())
 
     def test_large_lambda_is_trades(self, net, batch):
         x, y = batch
@@ -244,7 +244,7 @@ class TestGAIRRST:
 )
 def test_a_doubled_batch_has_the_same_loss_and_gradient(make, net, batch):
     x, y = batch
-    twin = copy.deepcopy(net)  # running statistics of its own
+    twin = copy.deepcopy(net)  # with its own running statistics
     once = make()(net, x, y)
     first = gradients(net, once)
     twice = make()(twin, torch.cat([x, x]), torch.cat([y, y]))
@@ -264,7 +264,7 @@ def test_tau_follows_the_official_schedules():
 
 
 def test_objectives_can_be_pickled(net, batch):
-    """Processes that are spawned get them so."""
+    """Spawned processes receive them pickled."""
     for make, _ in FORMULAS.values():
         again = pickle.loads(pickle.dumps(make()))
         assert again.state_dict() == make().state_dict()

@@ -1,8 +1,10 @@
-"""Objectives as parts of a plain training loop: what holds for all of them, AT, FAT and EMR."""
+"""Properties of all objectives in a plain training loop, and of AT, FAT and GAIRAT."""
 
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_passes_are_minimal(net, batch):
         **{"trades": 7, "mart": 6, "mail-trades": 7, "mail-mart": 6, "gair-trades": 7},
         **{"gair-rst": 12, "awp": 6, "at+emr": 6, "at+emr-double": 6, "at+emr-difference": 7},
     }
-    for name, passes in expected.items():  # attacks have 4 steps, on the KL one pass before
+    for name, passes in expected.items():  # attacks have 4 steps; KL attacks make one more pass
         count.clear()
         OBJECTIVES[name]()(net, x, y)
         assert len(count) == passes, name
@@ -134,7 +136,7 @@ def test_gairat_weights_the_rows_by_kappa(net, batch):
     weights = ops.gairat_weights(objective.last["kappa"], 4, -1.0)
     assert torch.equal(objective.last["weights"], weights)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0, device=x.device))
-    torch.testing.assert_close(loss.detach(), (weights * objective.last["rows"]).mean())
+    torch.testing.assert_close(loss.detach(), (weights * objective.last["losses"]).mean())
 
 
 def test_gairat_with_infinite_lambda_is_at(net, batch):
@@ -196,7 +198,7 @@ def test_refuses_the_wrong_attack(make, message):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_compiled_models(name, net, batch):
-    """The graphs that torch.compile makes, without the compiler behind it."""
+    """Run the graphs that torch.compile captures, without its compiler."""
     x, y = batch
     twin = copy.deepcopy(net)
     loss = OBJECTIVES[name]()(twin, x, y)
@@ -207,12 +209,12 @@ def test_compiled_models(name, net, batch):
 
 
 def test_epochs_count_from_one(net, batch):
-    with pytest.raises(ValueError, match="epoch counts from 1, got 0"):
+    with pytest.raises(ValueError, match="epoch must be an integer >= 1, got 0"):
         Standard()(net, *batch, epoch=0)
 
 
 def test_a_term_of_ones_own(net, batch):
-    """Base and added terms are functions of the step; passes are shared."""
+    """Bases and regularisers are functions of the step, and share its passes."""
     x, y = batch
     net.eval()
     both = Objective(attack()) + Mean(clean_cross_entropy, lambda epoch: 0.5 * epoch)
@@ -225,3 +227,10 @@ def test_any_attack_that_follows_gradients(net, batch):
     objective = GAIRAT(APGD(eps=0.05, steps=3, seed=0))
     assert objective(net, *batch).isfinite()
     assert objective.last["kappa"].max() <= 3
+
+
+def test_the_old_name_of_terms_warns():
+    sys.modules.pop("pyadv.objectives.rows", None)
+    with pytest.warns(DeprecationWarning, match="now pyadv.objectives.terms"):
+        old = importlib.import_module("pyadv.objectives.rows")
+    assert old.Mean is Mean

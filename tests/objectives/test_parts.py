@@ -1,4 +1,4 @@
-"""What wraps and what is added: AWP, the norm penalty; and batches in parts."""
+"""AWP, the norm penalty, and gradient accumulation over micro-batches."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from pyadv.ops import NormProduct
 
 class TestAWP:
     def test_follows_the_official_proxy(self, net, batch):
-        """One SGD step up the loss on a copy, rescaled by tensor to gamma times the norm of the
-        weights; loss and gradient there; the parameters themselves stay."""
+        """A copy takes one SGD step up the loss, rescaled per tensor to gamma times the norm of the
+        weights. Loss and gradient are those of the copy; the parameters keep their values."""
         x, y = batch
         proxy, moved = copy.deepcopy(net), copy.deepcopy(net)
         before = copy.deepcopy(net.state_dict())
@@ -36,7 +36,7 @@ class TestAWP:
         loss = objective(net, x, y)
         for name, p in net.named_parameters():
             assert torch.equal(p, before[name])
-        assert int(net[1].num_batches_tracked) == 1  # the proxy's pass leaves no trace
+        assert int(net[1].num_batches_tracked) == 1  # the proxy's pass is not counted
         x_adv = objective.last["x_adv"]
         F.cross_entropy(proxy(x_adv), y).backward()
         with torch.no_grad():
@@ -106,8 +106,7 @@ class TestNormPenalty:
         torch.testing.assert_close(total, Standard()(net, x, y) + 0.2 * product())
 
     def test_moves_no_factor_between_layers(self, net, batch):
-        """Scaling one layer up and the next down by the same factor costs nothing; the sum of
-        squares of weight decay does change."""
+        """Scaling one layer up and the next down by the same factor does not change the penalty."""
         penalty = NormPenalty(1.0, NormProduct(net, (1, 6, 6)))
         before = float(penalty.product())
         with torch.no_grad():
@@ -147,7 +146,7 @@ MICRO = {
 @pytest.mark.parametrize("name", MICRO)
 def test_micro_batches_add_up_to_the_batch(name, net, batch):
     x, y = batch[0].double(), batch[1]
-    net = net.double().eval()  # batch statistics are those of the micro-batch
+    net = net.double().eval()  # in train mode each micro-batch has its own statistics
     expected = MICRO[name]()(net, x, y)
     grads = gradients(net, expected)
     cuts = [slice(0, 5), slice(5, 16), slice(16, 24)]

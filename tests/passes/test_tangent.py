@@ -93,7 +93,7 @@ def net_and_batch(name, device, dtype=torch.float64):
 
 def rows_and_gradients(derivative, net, x, y, **settings):
     emr = EMR(1.0, derivative=derivative, **settings)
-    rows = emr.rows(Step(net, x, y, 1))
+    rows = emr.per_sample(Step(net, x, y, 1))
     parameters = [p for p in net.parameters() if p.requires_grad]
     grads = torch.autograd.grad(rows.sum(), parameters, allow_unused=True, materialize_grads=True)
     return rows.detach(), grads
@@ -128,7 +128,7 @@ def test_nothing_goes_back_through_a_network_that_is_linear_in_pieces(name, devi
     seen = []
     for module in net[0]:
         module.register_forward_hook(lambda module, args, result: seen.append(result))
-    rows = EMR(1.0).rows(Step(net, x, y, 1))
+    rows = EMR(1.0).per_sample(Step(net, x, y, 1))
     assert len(seen) >= 3
     assert set(torch.autograd.grad(rows.sum(), seen, allow_unused=True)) == {None}
 
@@ -150,7 +150,7 @@ def test_a_layers_weight_gradient_is_made_once(device):
     net = nn.Sequential(nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.Flatten()).to(device)
     x, y = torch.rand(2, 5, 6, 6, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     with Convolutions() as seen:
-        EMR(1.0).rows(Step(net, x, y, 1)).sum().backward()
+        EMR(1.0).per_sample(Step(net, x, y, 1)).sum().backward()
     of_input, of_weight = (True, False, False), (False, True, False)
     assert sorted(seen.asked) == 2 * [of_weight] + 2 * [of_input]
 
@@ -168,7 +168,7 @@ def test_under_autocast(name, device):
 
 def test_third_derivatives_are_refused(device):
     net, x, y = net_and_batch("wide", device)
-    rows = EMR(1.0).rows(Step(net, x, y, 1))
+    rows = EMR(1.0).per_sample(Step(net, x, y, 1))
     weight = net[0][0].weight
     (grad,) = torch.autograd.grad(rows.sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

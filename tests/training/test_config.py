@@ -18,6 +18,7 @@ from pyadv.objectives import (
     FAT,
     GAIRAT,
     GAIRMART,
+    GAIRRST,
     GAIRTRADES,
     MAIL,
     MART,
@@ -147,6 +148,7 @@ KINDS = {
     "mail-mart": MAIL,
     "gair-trades": GAIRTRADES,
     "gair-mart": GAIRMART,
+    "gair-rst": GAIRRST,
 }
 
 
@@ -168,7 +170,7 @@ def test_objectives_are_built_as_configured(method: str) -> None:
         assert (s.eps, s.alpha, s.steps, s.start, made.attack.seed) == (0.2, 0.05, 10, "uniform", 0)
         assert s.speed == "exact"
         assert s.loss.needs_reference_logits == (config.attack_loss == "kl")
-        assert (config.attack_loss == "kl") == ("trades" in method)
+        assert (config.attack_loss == "kl") == ("trades" in method or "rst" in method)
     assert (made.tau is not None) == ("fat" in method)
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
     model = SmallCNN(1, 2, (8, 8))
@@ -185,7 +187,7 @@ def test_settings_of_methods_reach_the_objective() -> None:
     assert gair_fat.weighting.lam == 0.5
     for method in ("trades", "mart"):
         (kl,) = objective(Config(method=method, beta=2.5).resolve(data), data).regularisers
-        assert kl.rows.factor == 2.5
+        assert kl.term.factor == 2.5
     given = {"mail_margin": "nat", "mail_slope": 3.0, "mail_bias": 0.1, "mail_normalize": "x3"}
     mail = objective(Config(method="mail-at", begin_epoch=4, **given).resolve(data), data).weighting
     assert (mail.margin, mail.slope, mail.bias, mail.normalize) == ("nat", 3.0, 0.1, "x3")
