@@ -1,5 +1,6 @@
-"""The fast adaptive boundary attack, a search for the nearest point that fools the model (Croce and
-Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML 2020)."""
+"""The fast adaptive boundary attack, a search for the nearest point that fools the model (Croce
+and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML
+2020)."""
 
 from __future__ import annotations
 
