@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from pyadv.passes.view import is_narrow, narrow_input_gradient, scale_and_shift
+from pyadv.passes.layers import is_narrow, narrow_input_gradient, scale_and_shift
 
 aten = torch.ops.aten
 _PLAIN = (Tensor, nn.Parameter)  # other classes have rules of their own

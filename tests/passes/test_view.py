@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import operator
 import weakref
 
 import pytest
@@ -17,6 +16,7 @@ from pyadv.attacks import APGD, FAB, PGD, AutoAttack, PGDPlus, Square, fast_view
 from pyadv.models import Normalized, SmallCNN, WideResNet
 from pyadv.models.resnet import BasicBlock, PreActBlock
 from pyadv.ops.registry import has_kernel
+from pyadv.passes import layers
 from pyadv.passes import view as views
 from pyadv.passes.view import FastView
 from tests.networks import ConvNet
@@ -109,7 +109,7 @@ def calls(monkeypatch):
         return call
 
     for name in ("winograd_conv2d", "winograd_conv2d_input"):
-        monkeypatch.setattr(views.ops, name, counted(getattr(views.ops, name)))
+        monkeypatch.setattr(layers.ops, name, counted(getattr(layers.ops, name)))
     return sizes
 
 
@@ -138,7 +138,7 @@ def test_winograds_convolution_where_it_pays(calls):
     model = settled(convolutions(), torch.float32)
     x = inputs(dtype=torch.float32)
     view = fast_view(model, x)
-    assert isinstance(view, FastView) and calls == [16, 8, 10]
+    assert isinstance(view, FastView) and calls[:6] == [16, 8, 10, 8, 10, 8]
     exact = gradient(copy.deepcopy(model).double(), x.double())
     calls.clear()
     for ours, theirs in zip(gradient(view, x), exact, strict=True):
@@ -147,11 +147,14 @@ def test_winograds_convolution_where_it_pays(calls):
     calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         view(x)
-    gradient(fast_view(model, x, dtype=torch.bfloat16), x)
-    gradient(fast_view(model.double(), x.double()), x.double())
-    flat = x[..., :2, :]  # whose outputs have one, three and one line
-    gradient(fast_view(model.float(), flat), flat)
     assert not calls
+    flat = x[..., :2, :]  # whose outputs have one, three and one line
+    for dtype, points in ((torch.bfloat16, x), (None, x.double()), (None, flat)):
+        view = fast_view(model.to(points.dtype), points, dtype=dtype)
+        assert isinstance(view, FastView)
+        calls.clear()
+        gradient(view, points)
+        assert not calls
 
 
 class Fused(nn.Module):
@@ -191,8 +194,7 @@ def test_what_is_fused_with_winograds_convolution(calls):
     x = inputs(dtype=torch.float32)
     view = fast_view(model, x)
     assert isinstance(view, FastView)
-    left = [n.target for n in view.module.graph.nodes if n.target in (operator.add, torch.relu_)]
-    assert len(left) < 8
+    assert view.module.code.count(" + ") + view.module.code.count("torch.relu_(") < 8
     exact = gradient(copy.deepcopy(model).double(), x.double())
     calls.clear()
     for ours, theirs in zip(gradient(view, x), exact, strict=True):
@@ -203,9 +205,9 @@ def test_what_is_fused_with_winograds_convolution(calls):
     for ours, theirs in zip(gradient(wide, x.double()), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not calls
-    model = Fused(in_place=True).eval()
+    model = Fused(in_place=True).eval()  # it has no gradients, so `fast_view` would refuse it
     with torch.no_grad():
-        torch.testing.assert_close(fast_view(model, x)(x), model(x))
+        torch.testing.assert_close(FastView(model, None)(x), model(x))
     assert calls
 
 
@@ -238,7 +240,7 @@ def test_winograds_weights_follow_the_model(calls):
     model, x = settled(convolutions(), torch.float32), inputs(dtype=torch.float32)
     view = fast_view(model, x)
     old = gradient(view, x)
-    points = [dict(p.points) for p in view._parts if isinstance(p, views._Weighted)]
+    points = [dict(p.points) for p in view._parts if isinstance(p, layers.WeightedLayer)]
     assert sum(map(len, points)) == 6
     view.refresh()  # changes nothing, so the transformed weights are kept
     for part, kept in zip(view._parts, points, strict=False):
@@ -254,7 +256,9 @@ def test_winograds_weights_follow_the_model(calls):
 
 def test_batch_norms_are_folded():
     view = fast_view(settled(blocks(BasicBlock)), inputs())
-    assert not any(isinstance(m, (nn.BatchNorm2d, views._Affine)) for m in view.module.modules())
+    assert not any(
+        isinstance(m, (nn.BatchNorm2d, layers.AffineLayer)) for m in view.module.modules()
+    )
 
 
 def test_the_model_is_left_as_it_was():
@@ -321,8 +325,8 @@ def test_a_model_that_cannot_be_read_is_attacked_as_it_is(forward):
 
 
 def test_a_model_without_a_view_is_read_once(monkeypatch):
-    reads, trace = [], views._trace
-    monkeypatch.setattr(views, "_trace", lambda *args: reads.append(1) or trace(*args))
+    reads, trace = [], views.trace
+    monkeypatch.setattr(views, "trace", lambda *args: reads.append(1) or trace(*args))
     model, x = Wrapped(STRANGE["branches on values"]).eval(), inputs()
     for _ in range(3):
         assert fast_view(model, x) is model
@@ -403,7 +407,7 @@ def test_who_fools_the_view_alone_is_searched_again(name, monkeypatch):
             return logits - 10 * F.one_hot(y[:1], logits.shape[1]).to(logits)
 
     monkeypatch.setattr(views, "FastView", Gullible)
-    monkeypatch.setattr(views, "_agrees", lambda *args: True)
+    monkeypatch.setattr(views, "_difference", lambda *args: None)
     exact, misled = (ATTACKS[name](seed=0, speed=s).run(x, y, model=model) for s in SPEEDS)
     again = y == y[0]
     assert again.any()
