@@ -251,7 +251,7 @@ def borrowed(
     modes = [m.training for m in modules]
     batch_norms: list[nn.Module] = []
     buffers: list[tuple[Tensor, Tensor]] = []
-    watch = None
+    watch = why = None
     if bn == "train":
         batch_norms = [m for m in modules if isinstance(m, _BatchNorm)]
         if not update_stats:
@@ -262,15 +262,21 @@ def borrowed(
         _set_modes(modules, [False] * len(modules))
         _set_modes(batch_norms, [True] * len(batch_norms))
         yield
-        if watch:
-            watch.check(modules)
     finally:
+        why = watch and watch.moved(modules)
         _set_modes(modules, modes)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-            if watch:
+            if why:
                 watch.restore()
+    if why:
+        raise RuntimeError(
+            f"the model was to be evaluated in evaluation mode (bn='eval'), but {why}. Modes and "
+            "statistics are put back. Wrap the model so that its forward pass keeps the mode it is "
+            "given: pyadv.compat.emr.official(model) passes _eval=True to the networks of EMR's "
+            "official code; or attack with bn='as_is', which leaves modes and buffers to the model"
+        )
 
 
 def _with_modes(model: Callable[..., Any]) -> list[nn.Module]:
@@ -289,65 +295,63 @@ _SMALL = 1 << 16  # elements up to which a buffer of an unknown layer is saved
 
 
 class _Statistics:
-    """The statistics of a model's normalisation layers, and what is needed to put them back.
+    """Copies of the statistics of a model's layers, to be put back if a forward pass moves them.
 
-    The values are copied by one operation for each dtype; whether they have moved is read off
-    version counters, without waiting for a device.
+    These are the buffers of PyTorch's normalisation layers and the small floating-point buffers of
+    the user's own modules. They are copied by one operation for each dtype.
     """
 
     def __init__(self, modules: list[nn.Module]):
-        # Buffer, its module and name, its version, and whether it belongs to a layer of torch.nn.
-        self._watched: list[tuple[Tensor, nn.Module, str, int]] = []
-        of: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self._buffers: list[tuple[nn.Module, str, Tensor, int]] = []  # and their versions
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for m in modules:
-            if not (m._buffers and (isinstance(m, _NormBase) or _is_users(type(m)))):
+            normalises = isinstance(m, _NormBase)
+            if not (m._buffers and (normalises or _is_users(type(m)))):
                 continue
             for name, b in m._buffers.items():
-                counts = b is None or not (b.is_floating_point() or isinstance(m, _NormBase))
-                if counts or b.is_inference() or b.numel() > _SMALL or b.layout != torch.strided:
+                if b is None or b.is_inference() or b.layout != torch.strided:
                     continue
-                self._watched.append((b, m, name, b._version))
-                of.setdefault((b.dtype, b.device), []).append(b)
-        with torch.no_grad():
-            self._saved = [(list(bs), torch.cat([b.flatten() for b in bs])) for bs in of.values()]
+                if normalises or (b.is_floating_point() and b.numel() <= _SMALL):
+                    self._buffers.append((m, name, b, b._version))
+                    groups.setdefault((b.dtype, b.device), []).append(b)
+        self._saved = [(group, _joined(group)) for group in groups.values()]
 
-    def moved(self) -> list[tuple[Tensor, nn.Module, str]]:
-        return [
-            (b, m, name)
-            for b, m, name, version in self._watched
-            if b._version != version or m._buffers.get(name) is not b
-        ]
+    def moved(self, modules: list[nn.Module]) -> str | None:
+        """Return what the forward pass has changed, in words; None if nothing.
 
-    def check(self, modules: list[nn.Module]) -> None:
-        """Raise if a module is in training mode or a floating-point buffer has moved."""
-        training = [type(m).__name__ for m in modules if m.training]
-        moved = [f"{name} of {type(m).__name__}" for b, m, name in self.moved()]
-        if not training and not moved:
-            return
-        seen = (
-            f"its forward pass sets training mode ({training[0]})"
-            if training
-            else f"its forward pass changes a buffer ({moved[0]})"
-        )
-        raise RuntimeError(
-            f"the model was to be evaluated in evaluation mode (bn='eval'), but {seen}. Modes and "
-            "statistics are put back. Wrap the model so that its forward pass keeps the mode it is "
-            "given: pyadv.compat.emr.official(model) passes _eval=True to the networks of EMR's "
-            "official code; or attack with bn='as_is', which leaves modes and buffers to the model"
-        )
+        BatchNorm changes its running mean and variance without counting a version. On the CPU
+        values are compared, too; a GPU would have to be waited for, so there the count of batches,
+        a mode or another buffer has to tell.
+        """
+        training = next((m for m in modules if m.training), None)
+        if training is not None:
+            return f"its forward pass sets training mode ({type(training).__name__})"
+        for m, name, b, version in self._buffers:
+            if b._version != version or m._buffers.get(name) is not b:
+                return f"its forward pass changes a buffer ({name} of {type(m).__name__})"
+        for group, saved in self._saved:
+            if saved.is_cpu and not _same_bits(_joined(group), saved):
+                return "its forward pass changes running statistics"
+        return None
 
     def restore(self) -> None:
-        """Put the values back where a buffer has moved."""
-        moved = {id(b): (m, name) for b, m, name in self.moved()}
-        if not moved:
-            return
-        for buffers, saved in self._saved:
-            parts = saved.split([b.numel() for b in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                if id(buffer) in moved:
-                    m, name = moved[id(buffer)]
-                    m._buffers[name] = buffer
-                    buffer.copy_(part.view(buffer.shape))
+        """Put all buffers and their values back."""
+        for m, name, b, _ in self._buffers:
+            m._buffers[name] = b
+        for group, saved in self._saved:
+            parts = saved.split([b.numel() for b in group])
+            for b, part in zip(group, parts, strict=True):
+                b.copy_(part.view(b.shape))
+
+
+@torch.no_grad()
+def _joined(group: list[Tensor]) -> Tensor:
+    return torch.cat([b.flatten() for b in group])
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN included."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @functools.cache

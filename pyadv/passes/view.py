@@ -51,7 +51,7 @@ WIDE = 64  # output channels from which channels-last order pays
 
 _ROWS_AT_FIRST = 8  # samples on which a new view is compared with the model
 _ROWS = 2  # and on which it is compared at each refresh
-_PULL = 0.05  # how far samples are moved before the comparison, as a share of the way to their mean
+_PULL = 0.05  # how far samples are moved before the comparison, as a share of the way to others
 _TF32 = 2**-10  # machine epsilon of the float32 products of a GPU
 _LOG = logging.getLogger("pyadv")
 
@@ -121,9 +121,9 @@ def fast_view(
     What is compared: a new view with the model on 8 samples of x, and after each refresh on 2
     (on a GPU, which would have to be waited for, only when the footprint or the kind of input has
     changed). The samples differ from call to call, by a fixed sequence, and each of their elements
-    is moved up to 5 % of the way to the sample's mean, so that ties of rounded images are not
-    decided by rounding errors. With u the machine epsilon of `dtype` or of the logits (2^-10 where
-    a GPU multiplies in TF32), compared are
+    is moved up to 5 % of the way to another sample's mean colour, so that equal pixels of flat
+    regions do not leave it to rounding which of them is the largest. With u the machine
+    epsilon of `dtype` or of the logits (2^-10 where a GPU multiplies in TF32), compared are
 
     - the logits: no entry may be farther from the model's than sqrt(u) of their largest, 3e-4 in
       float32 and 0.09 in bfloat16; 5e-6 is usual in float32;
@@ -307,12 +307,18 @@ def _difference(
 
 
 def _moved_inside(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return x with each element moved towards the mean of its row, by random shares."""
+    """Return x with each element moved towards its row's neighbour, by random shares.
+
+    Of images it is the neighbour's mean colour. Flat regions become uneven, and no element leaves
+    the range of its feature.
+    """
     if not x.is_floating_point():
         return x
     share = _PULL * torch.rand(x.shape, generator=generator).to(x)
-    mean = x.flatten(1).mean(1).view(-1, *(1,) * (x.dim() - 1))
-    return x + share * (mean - x)
+    other = x.roll(1, 0)
+    if x.dim() > 2:
+        other = other.mean(tuple(range(2, x.dim())), keepdim=True)
+    return x + share * (other - x)
 
 
 class _Look:
