@@ -51,6 +51,7 @@ WIDE = 64  # output channels from which channels-last order pays
 
 _ROWS_AT_FIRST = 8  # samples on which a new view is compared with the model
 _ROWS = 2  # and on which it is compared at each refresh
+_EVERY = 128  # samples attacked for which input gradients are compared once more
 _PULL = 0.05  # how far samples are moved before the comparison, as a share of the way to others
 _TF32 = 2**-10  # machine epsilon of the float32 products of a GPU
 _LOG = logging.getLogger("pyadv")
@@ -66,6 +67,7 @@ class FastView:
         self.module, self._parts = rewrite(*trace(model))
         self._dtype = dtype
         self.comparisons = 0
+        self.attacked = 0  # samples, since input gradients were compared last
         self.made_for: list[Any] = []  # the model's footprint
         self.agreed: list[Any] = []  # the kind of input for which it was last compared
         widths = [p.out_channels for p in self._parts if isinstance(p, WeightedLayer)]
@@ -118,12 +120,13 @@ def fast_view(
     pass. The logger "pyadv" says which, at level INFO. Such a model is read again when what
     `footprint` sees of it changes.
 
-    What is compared: a new view with the model on 8 samples of x, and after each refresh on 2
-    (on a GPU, which would have to be waited for, only when the footprint or the kind of input has
-    changed). The samples differ from call to call, by a fixed sequence, and each of their elements
-    is moved up to 5 % of the way to another sample's mean colour, so that equal pixels of flat
-    regions do not leave it to rounding which of them is the largest. With u the machine
-    epsilon of `dtype` or of the logits (2^-10 where a GPU multiplies in TF32), compared are
+    What is compared: a new view with the model on 8 samples of x; after each refresh on 2, in
+    logits at every refresh and in input gradients once for every 128 samples attacked. On a GPU,
+    which would have to be waited for, only a new footprint or kind of input is compared. The
+    samples differ from call to call, by a fixed sequence, and each of their elements is moved up to
+    5 % of the way to another sample's mean colour, so that equal pixels of flat regions do not
+    leave it to rounding which of them is the largest. With u the machine epsilon of `dtype` or of
+    the logits (2^-10 where a GPU multiplies in TF32), compared are
 
     - the logits: no entry may be farther from the model's than sqrt(u) of their largest, 3e-4 in
       float32 and 0.09 in bfloat16; 5e-6 is usual in float32;
@@ -133,10 +136,10 @@ def fast_view(
       Arithmetic as coarse as TF32 decides many of them otherwise: there 0.4 and 0.9 are allowed,
       in 16 bits 0.9. A view in 16 bits is therefore compared once in the model's own dtype, too.
 
-    What is guaranteed: these bounds on those samples at that moment. A view that deviates on a
-    share p of the samples passes one comparison with probability (1 - p)^2, and n refreshes with
-    (1 - p)^(2 n); a deviation below the bounds is not seen, nor is one of second derivatives. Of a
-    view that stops to agree without a change of the footprint the logger warns.
+    What is guaranteed: these bounds on those samples at that moment. If a view deviates on a share
+    p of the samples, n comparisons miss it with probability (1 - p)^(2 n); they do not see
+    deviations below the bounds, or of second derivatives. The logger warns of a view that no longer
+    agrees although the footprint is the same.
 
     Args:
         model: in evaluation mode; maps x to logits (B, C), or see `output`.
@@ -278,31 +281,36 @@ def _difference(
 ) -> str | None:
     """Return how the view differs from the model; None if it agrees."""
     new = view.comparisons == 0
+    view.attacked += len(x)
+    gradients = new or view.attacked >= _EVERY
+    if gradients:
+        view.attacked = 0
     draw = random.Random(view.comparisons)
     view.comparisons += 1
     rows = draw.sample(range(len(x)), min(len(x), _ROWS_AT_FIRST if new else _ROWS))
     generator = torch.Generator().manual_seed(draw.getrandbits(63))
     points = _moved_inside(owned(x)[rows], generator)
+    compared: list[tuple[_Look, _Look]] = []
     try:
-        theirs = _Look(model, points, output, generator.get_state())
-        ours = _Look(view, points, output, generator.get_state())
-        if new:
-            with torch.no_grad():  # a model may look at whether gradients are asked for
-                plain = [pick_logits(m(points.clone()), output) for m in (model, view)]
+        # A new view in both ways: a model may look at whether gradients are asked for.
+        for asked in (True, False) if new else (gradients,):
+            with torch.set_grad_enabled(asked):
+                state = generator.get_state()
+                compared.append(tuple(_Look(m, points, output, state) for m in (view, model)))
     except Exception as error:  # the user's code, on fewer rows or in a form not foreseen
         return f"it fails on {len(rows)} samples ({type(error).__name__}: {error})".splitlines()[0]
     if drawn():
         return "it draws random numbers"
-    unit = max(torch.finfo(t).eps for t in (theirs.logits.dtype, dtype or theirs.logits.dtype))
-    if x.is_cuda and torch.backends.cudnn.conv.fp32_precision != "ieee":
-        unit = max(unit, _TF32)
-    pairs = [(ours.logits, theirs.logits), *([(plain[1], plain[0])] if new else [])]
-    if not all(_near(a, b, math.sqrt(unit)) for a, b in pairs):
-        return "the logits of its graph differ"
-    if (ours.gradient is None) != (theirs.gradient is None):
-        return "its graph has a gradient where the model has none, or none where it has one"
-    if ours.gradient is not None and not _along(ours.gradient, theirs.gradient, unit):
-        return "the input gradient of its graph differs"
+    for ours, theirs in compared:
+        unit = max(torch.finfo(t).eps for t in (theirs.logits.dtype, dtype or theirs.logits.dtype))
+        if x.is_cuda and torch.backends.cudnn.conv.fp32_precision != "ieee":
+            unit = max(unit, _TF32)
+        if not _near(ours.logits, theirs.logits, math.sqrt(unit)):
+            return "the logits of its graph differ"
+        if (ours.gradient is None) != (theirs.gradient is None):
+            return "its graph has an input gradient where the model has none, or the reverse"
+        if ours.gradient is not None and not _along(ours.gradient, theirs.gradient, unit):
+            return "the input gradient of its graph differs"
     return None
 
 
@@ -322,7 +330,8 @@ def _moved_inside(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Look:
-    """A network's logits at some points, and the input gradient of a random combination of them."""
+    """A network's logits at some points and, where gradients are on, the input gradient of a random
+    combination of them."""
 
     def __init__(self, network: Callable[..., Any], x: Tensor, output: Output, state: Tensor):
         leaf = x.clone().requires_grad_(x.is_floating_point())

@@ -371,8 +371,8 @@ def test_a_deviation_on_some_samples_is_found_within_some_refreshes(monkeypatch,
     assert isinstance(fast_view(model, x), FastView)
     x[20:40, 0, 0, 0] = 0.1
     with caplog.at_level(logging.WARNING, "pyadv"):
-        found = [fast_view(model, x) is model for _ in range(12)]
-    assert not found[0] or not found[1]
+        found = [fast_view(model, x) is model for _ in range(24)]
+    assert not found[0]
     assert found[-1] and "agreed with the model before" in caplog.text
 
 
@@ -387,9 +387,9 @@ def test_the_samples_compared_change_and_are_the_same_in_every_process(monkeypat
         views._views.clear()
         for _ in range(3):
             fast_view(model, x)
-    assert [len(points) for points in seen[:6:2]] == [8, 2, 2]
-    assert not torch.equal(seen[2], seen[4])
-    assert all(map(torch.equal, seen[:6], seen[6:]))
+    assert [len(points) for points in seen[:8:2]] == [8, 8, 2, 2]
+    assert not torch.equal(seen[4], seen[6])
+    assert all(map(torch.equal, seen[:8], seen[8:]))
     assert all((p >= 0).all() and (p <= 1).all() for p in seen)
 
 
