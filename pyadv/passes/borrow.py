@@ -48,6 +48,7 @@ def device_of(model: Callable[..., Any], x: Tensor) -> torch.device:
 # `has_hooks`; parameters, buffers and sub-modules are read one by one.
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_LONG = 10_000  # elements from which a container is data, which no attack reads through
 _SEQUENCES = (list, tuple, set, deque)
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
@@ -98,7 +99,7 @@ def contents(value: Any, seen: set[int] | None = None) -> list[Any]:
     if type(value) is MethodType:  # a new object at every look, and it would keep its object alive
         return [value.__func__]
     held = inside(value)
-    if held is None:
+    if held is None or len(held) > _LONG:
         return [value]
     seen = set() if seen is None else seen
     if id(value) in seen:
@@ -118,7 +119,8 @@ def footprint(module: nn.Module, without: frozenset[tuple[int, str]] = frozenset
     """Return all that a forward pass may read off the modules, for `same_footprint`.
 
     That is their classes, attributes, parameters and buffers, and what lies in lists, tuples, sets,
-    dicts and plain records. Values that change in place (tensors, arrays) are the same objects.
+    dicts and plain records. Values that change in place (tensors, arrays, containers of more than
+    10,000 elements) are the same objects.
 
     Args:
         without: attributes to leave out, as the number of the module and the name.

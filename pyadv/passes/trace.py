@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import function as functions
 
-from pyadv.passes.borrow import contents, inside, is_atom, is_record
+from pyadv.passes.borrow import INTERNAL, contents, inside, is_atom, is_record
 
 _MOST = 100_000  # objects that a model may hold in containers
 _CONSTANT = "_tensor_constant"  # how fx names tensors that it finds in the code
@@ -105,6 +105,8 @@ def _held(graph: fx.Graph, model: nn.Module, twin: nn.Module, twins: _Twins) -> 
     for node in graph.nodes:
         if node.op == "call_module":
             held[node.target] = layers[node.target]
+            if _refers(held[node.target], model):
+                raise Refused("a layer refers to the model, which a view would keep alive")
         elif node.op == "get_attr" and node.target not in held:
             value = twins.original(operator.attrgetter(node.target)(twin))
             free = isinstance(value, Tensor) and value.requires_grad
@@ -112,6 +114,12 @@ def _held(graph: fx.Graph, model: nn.Module, twin: nn.Module, twins: _Twins) -> 
                 raise Refused("it computes with parameters that are not registered")
             held[node.target] = value
     return held
+
+
+def _refers(layer: nn.Module, model: nn.Module) -> bool:
+    """Return whether an attribute of the layer holds the model or one of its methods."""
+    held = [v for m in layer.modules() for k, v in vars(m).items() if k not in INTERNAL]
+    return any(getattr(v, "__self__", v) is model for a in held for v in (a, *contents(a)))
 
 
 class _Tracer(fx.Tracer):

@@ -1,4 +1,4 @@
-"""`speed="fast"`: the view computes what the model does, and is used only where it does."""
+"""`speed="fast"`: views compute what their models do, and are used only where they do."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ from tests.networks import ConvNet
 
 
 class Odd(nn.Module):
-    """What a fold could get wrong: a convolution with a bias and a BatchNorm without one, one
-    whose output is read twice, BatchNorms in a row and side by side, groups, dilation, asymmetry,
-    in-place."""
+    """A network on which folding could go wrong.
+
+    It has a convolution with a bias before a BatchNorm without one, a convolution whose output is
+    read twice, BatchNorms in a row and side by side, groups, dilation, uneven windows and in-place
+    ReLUs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,7 +56,7 @@ class Odd(nn.Module):
 
 
 def settled(model, dtype=torch.float64):
-    """In evaluation mode, with statistics and affine parameters as after training."""
+    """Return the model in evaluation mode, with statistics and parameters as after training."""
     torch.manual_seed(0)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -103,7 +106,7 @@ def test_logits_and_input_gradients_are_the_models(make):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The sizes of the images and gradients that Winograd's convolution was given."""
+    """Record the heights of images and gradients that Winograd's convolutions were given."""
     if not has_kernel("winograd", torch.device("cpu")):
         pytest.skip("the reference is slower than oneDNN's convolution")
     sizes = []
@@ -121,7 +124,7 @@ def calls(monkeypatch):
 
 
 def convolutions():
-    """Of all kinds; the second, third and fourth are such as Winograd's convolution takes."""
+    """Return convolutions of all kinds; Winograd's takes the second, third and fourth."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
         nn.ReLU(),
@@ -155,7 +158,7 @@ def test_winograds_convolution_where_it_pays(calls):
     with torch.autocast("cpu", torch.bfloat16):
         view(x)
     assert not calls
-    flat = x[..., :2, :]  # whose outputs have one, three and one line
+    flat = x[..., :2, :]  # too low for tiles: the outputs have one, three and one line
     for dtype, points in ((torch.bfloat16, x), (None, x.double()), (None, flat)):
         view = fast_view(model.to(points.dtype), points, dtype=dtype)
         assert isinstance(view, FastView)
@@ -165,8 +168,11 @@ def test_winograds_convolution_where_it_pays(calls):
 
 
 class Fused(nn.Module):
-    """Sums and ReLUs around Winograd's convolutions that may be fused with them, and some that may
-    not: read twice, added to themselves, broadcast, written in place."""
+    """A network with sums and ReLUs around Winograd's convolutions.
+
+    Some may be fused with the convolutions; others may not, because their input is read twice,
+    added to itself, broadcast or written in place.
+    """
 
     def __init__(self, in_place=False):
         super().__init__()
@@ -579,6 +585,16 @@ def test_a_view_keeps_no_model_alive(readable):
     if not readable:
         model.forward = model.act
     assert isinstance(fast_view(model, x), FastView) == readable
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_layer_that_refers_to_its_model_does_not_keep_it_alive():
+    model = nn.Sequential(nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)).eval()
+    model[1].owner, x = [model], torch.rand(4, 3, 2, 2)
+    assert fast_view(model, x) is model
     gone = weakref.ref(model)
     del model
     gc.collect()
