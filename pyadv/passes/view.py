@@ -214,12 +214,19 @@ def _new_view(
     if dtype is not None:  # too much of a gradient is rounding in 16 bits to tell much of the graph
         with torch.autocast(x.device.type, enabled=False):
             own = getattr(model, "_original_forward", model)  # without Accelerate's autocast
-            view = FastView(model, None)
+            view = _built(model, None)
             why = _difference(view, own, x, None, output, drawn)
         if why:
             return view, why
-    view = FastView(model, dtype)
+    view = _built(model, dtype)
     return view, _difference(view, model, x, dtype, output, drawn)
+
+
+def _built(model: nn.Module, dtype: torch.dtype | None) -> FastView:
+    try:
+        return FastView(model, dtype)
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # tensor subclasses, above all
+        raise Refused(f"its weights cannot be folded ({type(error).__name__}: {error})") from None
 
 
 @contextlib.contextmanager

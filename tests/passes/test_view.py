@@ -601,6 +601,26 @@ def test_a_layer_that_refers_to_its_model_does_not_keep_it_alive():
     assert gone() is None
 
 
+class Opaque(torch.Tensor):
+    """A weight that only linear layers can read, as those of quantisation libraries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to:
+            raise NotImplementedError("Opaque")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_model_whose_weights_cannot_be_copied_is_attacked_as_it_is():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.rand(4, 3, 2, 2)
+    opaque = torch.randn(3, 12).as_subclass(Opaque)
+    model[1].weight = nn.Parameter(opaque, requires_grad=False)
+    assert fast_view(model, x) is model
+
+
 def test_a_model_for_whole_batches_only():
     def forward(self, x):
         return self.inside(x.reshape(3, 3, 16, 16))
