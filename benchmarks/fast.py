@@ -16,13 +16,16 @@ from harness import Case, Options, Provider
 from problems import Problem
 from torch import Tensor, nn
 
+from pyadv.passes import layers
+from pyadv.passes import view as view_of
+
 TITLE = "The fast network"
 LAYOUT = "list"
 
 _OFF = {
-    "without narrow layers": {"_NARROW": 0},
-    "without Winograd": {"_WINOGRAD": {}},
-    "without channels-last": {"_WIDE": 1 << 30},  # nor Winograd, which needs it
+    "without narrow layers": (layers, "NARROW", 0),
+    "without Winograd": (layers, "WINOGRAD", {}),
+    "without channels-last": (view_of, "WIDE", 1 << 30),  # nor Winograd, which needs it
 }
 
 
@@ -57,20 +60,19 @@ def _preact(options: Options, batch: int) -> Problem:
 
 def _views(problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
     from pyadv.attacks import fast_view
-    from pyadv.passes import view as views_of
 
     def view(**more: Any) -> Callable[[Tensor], Tensor]:
-        views_of._views.clear()  # a view of its own
+        view_of._views.clear()  # a view of its own
         return fast_view(problem.model, problem.x, **more)
 
     views = {"model": problem.model, "fast": view(), "bfloat16": view(dtype=torch.bfloat16)}
-    for name, off in _OFF.items():
-        kept = {k: getattr(views_of, k) for k in off}
-        for settings in (off, kept):
-            for k, value in settings.items():
-                setattr(views_of, k, value)
-            if settings is off:
-                views[name] = view()
+    for name, (module, constant, off) in _OFF.items():
+        kept = getattr(module, constant)
+        setattr(module, constant, off)
+        try:
+            views[name] = view()
+        finally:
+            setattr(module, constant, kept)
     return views
 
 

@@ -1,10 +1,11 @@
-"""Second derivatives at the price of first ones.
+"""Second derivatives of piecewise linear networks, at the price of first ones.
 
-A network that is linear in pieces has an input gradient g = W_1^T D_1 W_2^T ... c, where the masks
-D are constants. Its derivative with respect to the weights needs the tangent of g, one more pass
-forward, and an outer product a layer with the cotangents that made g. Autograd's formulas do more:
-they carry the zero derivatives of the masks back through the network, and make a convolution's
-weight gradient by a convolution with the batch as its channels, which is several times slower.
+The input gradient of such a network is g = W_1^T D_1 W_2^T ... c, where the masks D are constants.
+The derivative of ||g||^2 with respect to the weights takes one more forward pass, of the tangent g,
+and for each layer a product of that pass with the gradients from which g was computed. Autograd
+does more: it carries the zero derivatives of the masks back through the network, and it computes
+the weight gradient of a convolution as a convolution with the batch as channels, which is several
+times slower.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from pyadv.passes.view import is_narrow, narrow_input_gradient, scale_and_shift
+from pyadv.passes.layers import is_narrow, narrow_input_gradient, scale_and_shift
 
 aten = torch.ops.aten
-_PLAIN = (Tensor, nn.Parameter)  # other classes have rules of their own
+_PLAIN = (Tensor, nn.Parameter)  # subclasses bring their own rules
 
 
 class TangentSweep(TorchFunctionMode):
-    """A model that runs inside it computes what it does outside, and has the same gradients of
-    first and second order. Second ones cost less where it is made of convolutions, BatchNorm in
-    evaluation mode, linear layers, (leaky) ReLUs and pooling; other operations have autograd's.
-    Third ones are refused.
+    """A context in which second derivatives of a model cost less.
+
+    A model that runs inside computes the same values and the same first and second derivatives as
+    outside. Convolutions, BatchNorm in evaluation mode, linear layers, (leaky) ReLUs and pooling
+    are replaced; other operations are left to autograd. Third derivatives raise an error.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -40,8 +42,10 @@ class TangentSweep(TorchFunctionMode):
 
 
 def _saves_elsewhere() -> bool:
-    """Whether what the backward pass needs is kept in a way of the user's: checkpointing, which
-    runs its part of the model again, after the sweep."""
+    """Return whether hooks decide how tensors are saved for the backward pass.
+
+    Checkpointing uses such hooks; it runs its part of the model again after the sweep has ended.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -66,8 +70,11 @@ def _conv(
 
 
 class _Conv(torch.autograd.Function):
-    """A convolution. The gradient of its weights runs through `carrier`, a zero, in a node of its
-    own, which autograd leaves out where only the input's gradient is asked for."""
+    """A convolution whose weight gradient is a node apart.
+
+    The gradient of the weights runs through `carrier`, a tensor of zeros. Autograd skips that node
+    where only the input's gradient is asked for.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, carrier, settings):
@@ -82,6 +89,8 @@ class _Conv(torch.autograd.Function):
 
 
 class _InputGradient(torch.autograd.Function):
+    """The input gradient of a convolution, whose derivative is a convolution of the tangent."""
+
     @staticmethod
     def forward(ctx, grad, weight, x, settings):
         ctx.save_for_backward(grad, weight)
@@ -106,8 +115,10 @@ class _InputGradient(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """A zero of the shape of a convolution's result; backward, the gradients of its weights. In a
-    tuple, its input gives the node no edge to the layers before."""
+    """Zeros of the shape of a convolution's result; its backward pass computes the weight gradient.
+
+    The convolution's input comes in a tuple, so that the node has no edge to the layers before.
+    """
 
     @staticmethod
     def forward(ctx, weight, bias, inputs, settings):
@@ -149,12 +160,14 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    if negative_slope < 0:  # the result does not tell the sign of the input
+    if negative_slope < 0:  # the sign of the input cannot be read off the result
         return F.leaky_relu(input, negative_slope, inplace)
     return _Rectifier.apply(input, negative_slope, inplace)
 
 
 class _Rectifier(torch.autograd.Function):
+    """A ReLU or leaky ReLU whose mask is a constant in second derivatives."""
+
     @staticmethod
     def forward(ctx, x, slope, inplace):
         y = F.relu(x, inplace) if slope is None else F.leaky_relu(x, slope, inplace)
@@ -177,7 +190,7 @@ def _pool(function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: 
 
 
 class _Pool(torch.autograd.Function):
-    """A function with a derivative that its input changes in jumps only."""
+    """A piecewise linear function of its input, such as pooling."""
 
     @staticmethod
     def forward(ctx, x, function):
@@ -193,7 +206,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _autocast(t: Tensor | None) -> Tensor | None:
-    """As autocast would have it, which does not see into a function of ours."""
+    """Return t as autocast would cast it: autocast does not see into an autograd.Function."""
     kind = None if t is None else t.device.type
     if kind is None or not torch.is_autocast_enabled(kind) or t.dtype == torch.float64:
         return t

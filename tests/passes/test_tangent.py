@@ -1,4 +1,4 @@
-"""The sweep's rules against autograd's own second derivatives, and what they leave out."""
+"""Second derivatives of the tangent sweep against autograd's, and the work that it saves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOUR, LINE, VOLUME = (3, 3, 9, 8), (3, 2, 12), (2, 1, 5, 6, 7)
 
 
 class Call(nn.Module):
-    """The functional form of a layer."""
+    """A function of x and of layers, as a module."""
 
     def __init__(self, function, *layers):
         super().__init__()
@@ -28,7 +28,7 @@ class Call(nn.Module):
 
 
 def moved(norm):
-    """BatchNorm with statistics, weights and shifts of a trained network."""
+    """Return the BatchNorm with statistics, weights and biases as after training."""
     for t in (norm.running_mean, *norm.parameters()):
         t.data.uniform_(-0.5, 0.5)
     norm.running_var.uniform_(0.5, 2)
@@ -123,7 +123,7 @@ def test_values_and_first_derivatives_are_the_networks_own(name, device):
 
 @pytest.mark.parametrize("name", ["narrow", "wide", "line", "norm first", "pools", "volume"])
 def test_nothing_goes_back_through_a_network_that_is_linear_in_pieces(name, device):
-    """The penalty of such a network does not depend on its activations."""
+    """The penalty of a piecewise linear network does not depend on its activations."""
     net, x, y = net_and_batch(name, device)
     seen = []
     for module in net[0]:
@@ -134,7 +134,7 @@ def test_nothing_goes_back_through_a_network_that_is_linear_in_pieces(name, devi
 
 
 class Convolutions(TorchDispatchMode):
-    """Which gradients (of the input, weight, bias) each backward pass of a convolution made."""
+    """Records which gradients (input, weight, bias) each convolution's backward pass computes."""
 
     def __init__(self):
         super().__init__()

@@ -1,0 +1,276 @@
+"""Layers of a rewritten network: folded, frozen, and with input gradients of their own.
+
+Each layer holds the model's layers that it replaces. At `refresh` it copies their weights,
+converted and laid out for speed. Parameters of the model get no gradients through these layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyadv import ops
+from pyadv.ops.registry import has_kernel
+
+NORM_AFTER = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+NARROW = 4  # up to so many input channels oneDNN's input gradient is slow
+# Convolutions for which Winograd's algorithm is faster than oneDNN. For each stride: the paddings
+# the kernel supports, and the least number of input and of output channels.
+WINOGRAD = {(1, 1): ((0, 1, 2), 16), (2, 2): ((1,), 32)}
+WINOGRAD_SIDE = 4  # least height and width of the output
+PATCH_ROWS = 32  # samples whose patches fit in the cache
+
+
+class WeightedLayer(nn.Module):
+    """A convolution, with the BatchNorm that follows it if there is one, or a linear layer.
+
+    The model's layers are held in tuples, so that they do not become sub-modules of this one.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.norm = (layer,), ()
+        self.made: set[str] = set()  # names of the tensors below that are not the layer's own
+        self.points: dict[bool, Tensor] = {}
+        # Set by the rewriting. `relu`: a ReLU follows. `readers_mask`: the convolutions that read
+        # the result multiply its gradient by the ReLU's mask; their `source` is this layer.
+        self.relu = self.readers_mask = False
+        self.source: tuple[WeightedLayer, ...] = ()
+        self.convolves = not isinstance(layer, nn.Linear)
+        self.out_channels = layer.weight.shape[0] if layer.weight.dim() == 4 else 0
+        # Padding "same" is a string, and padding modes other than "zeros" pad in a pass before.
+        plain = (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+        self.narrow = plain and is_narrow(layer.weight, layer.groups)
+        paddings, least = WINOGRAD.get(getattr(layer, "stride", None), ((), 0))
+        self.winograd = (
+            plain
+            and (layer.kernel_size, layer.dilation) == ((3, 3), (1, 1))
+            and layer.padding in [(p, p) for p in paddings]
+            and min(layer.in_channels, layer.out_channels) >= least
+        )
+
+    def takes(self, norm: nn.Module) -> bool:
+        """Return whether `norm` can be folded into this layer."""
+        return not self.norm and NORM_AFTER.get(type(self.layer[0])) is type(norm)
+
+    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        """Copy the weights that the model has now."""
+        (layer,) = self.layer
+        weight, bias = layer.weight.detach(), layer.bias
+        for norm in self.norm:
+            scale, shift = scale_and_shift(*_affine(norm))
+            weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+            bias = shift if bias is None else bias * scale + shift
+        if weight.dim() != 4 or not (weight.is_cpu or dtype):  # cuDNN converts float32 itself
+            layout = torch.preserve_format
+        if _renew(self, "weight", weight, dtype or weight.dtype, layout, layer.weight):
+            self.points.clear()
+        _renew(self, "bias", bias, self.weight.dtype, owner=layer.bias)
+        self.has_points = (
+            self.winograd
+            and self.weight.is_cpu
+            and self.weight.dtype == torch.float32
+            and layout == torch.channels_last
+            and has_kernel("winograd", self.weight.device)
+        )
+
+    def points_of(self, transposed: bool) -> Tensor:
+        """Return the weight as Winograd's convolution reads it, computed at the first request."""
+        if transposed not in self.points:
+            stride = self.layer[0].stride[0]
+            self.points[transposed] = ops.winograd_weight(self.weight, transposed, stride)
+        return self.points[transposed]
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        (layer,) = self.layer
+        if self.has_points and _has_tiles(x, layer) and _fits(added, x, layer):
+            return WinogradConv.apply(x, added, self, layer.padding[0], layer.stride[0])
+        if self.source and self.source[0].has_points:
+            x = torch.relu(x)  # the source's values are rectified already, its gradient is not
+        y = self.convolved(x)
+        y = y if added is None else y + added
+        return y.relu_() if self.relu else y
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """Return the layer's result without what is fused with it, computed by PyTorch."""
+        (layer,) = self.layer
+        if not self.convolves:
+            return F.linear(x, self.weight, self.bias)
+        if self.narrow and x.is_cpu and x.requires_grad:
+            return NarrowConv.apply(
+                x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation
+            )
+        return layer._conv_forward(x, self.weight, self.bias)
+
+
+class AffineLayer(nn.Module):
+    """A BatchNorm that cannot be folded into a convolution: x * scale + shift."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = (norm,)
+        self.made: set[str] = set()
+
+    def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
+        """Copy the parameters and statistics that the model has now."""
+        (norm,) = self.norm
+        scale, shift = scale_and_shift(*_affine(norm))
+        _renew(self, "scale", scale, dtype or scale.dtype)
+        _renew(self, "shift", shift, dtype or shift.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+
+
+def _renew(
+    part: nn.Module,
+    name: str,
+    value: Tensor | None,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.preserve_format,
+    owner: Tensor | None = None,
+) -> bool:
+    """Set `part.name` to `value`, converted.
+
+    The tensor stays at its address, where a CUDA graph reads it, unless it shares the memory of
+    `owner`. Returns False if the values are known not to have changed, which is checked on the CPU
+    only.
+    """
+    old = getattr(part, name, None)
+    if value is None or (old is not None and old.shape != value.shape):
+        old = None
+    if old is not None and name in part.made and old.device == value.device:
+        if old.is_cpu and old.dtype == value.dtype and torch.equal(old, value):
+            return False
+        old.copy_(value)
+        return True
+    new = None if value is None else value.detach().to(dtype)
+    if new is not None and layout != torch.preserve_format:
+        new = new.contiguous(memory_format=layout)
+    if new is None or owner is None or new.data_ptr() != owner.data_ptr():
+        part.made.add(name)
+    elif old is not None and old.data_ptr() == new.data_ptr():
+        return True  # the model's own memory, whose values may have changed
+    setattr(part, name, new)
+    return True
+
+
+class NarrowConv(torch.autograd.Function):
+    """A two-dimensional convolution with few input channels and a cheap input gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation):
+        ctx.save_for_backward(weight)
+        ctx.size = x.shape[-2:]
+        ctx.window = {"stride": stride, "padding": padding, "dilation": dilation}
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return narrow_input_gradient(grad, weight, ctx.size, **ctx.window), *(None,) * 5
+
+
+def is_narrow(weight: Tensor, groups: int) -> bool:
+    """Return whether `narrow_input_gradient` is faster than oneDNN for this convolution."""
+    return weight.dim() == 4 and weight.shape[1] <= NARROW and groups == 1
+
+
+def narrow_input_gradient(
+    grad: Tensor, weight: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """Return the input gradient of a two-dimensional convolution with few input channels.
+
+    It is a matrix product, which gives the gradient of each window, and a sum over the windows.
+
+    Args:
+        size: (H, W) of the convolution's input.
+    """
+    kernel, window = weight.detach().flatten(1).T, weight.shape[2:]
+    images = []
+    for part in grad.detach().split(PATCH_ROWS):
+        patches = kernel @ part.flatten(2)
+        patches = patches.reshape(1, -1, patches.shape[2])  # `fold` sees one image, many channels
+        folded = F.fold(patches, size, window, dilation, padding, stride)
+        images.append(folded.view(len(part), -1, *size))
+    return torch.cat(images)
+
+
+def _output_size(x: Tensor, layer: nn.Conv2d) -> list[int]:
+    windows = zip(x.shape[2:], layer.padding, layer.stride, strict=True)
+    return [(n + 2 * padding - 3) // stride + 1 for n, padding, stride in windows]
+
+
+def _has_tiles(x: Tensor, layer: nn.Conv2d) -> bool:
+    """Return whether Winograd's convolution takes x and has enough output pixels to pay."""
+    return (
+        x.dim() == 4
+        and min(_output_size(x, layer)) >= WINOGRAD_SIDE
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _fits(added: Any, x: Tensor, layer: nn.Conv2d) -> bool:
+    """Return whether `added` can be added without broadcasting or conversion."""
+    if added is None:
+        return True
+    shape = (x.shape[0], layer.out_channels, *_output_size(x, layer))
+    return isinstance(added, Tensor) and added.shape == shape and added.dtype == x.dtype
+
+
+class WinogradConv(torch.autograd.Function):
+    """A two-dimensional 3x3 convolution, with the sum and the ReLU that are fused with it."""
+
+    @staticmethod
+    def forward(ctx, x, added, part, padding, stride):
+        ctx.shape, ctx.window = x.shape, (padding, stride)
+        points = part.points_of(transposed=False)
+        more = {"added": added, "relu": part.relu}
+        y = ops.winograd_conv2d(x, points, part.bias, part.out_channels, padding, stride, **more)
+        if any(ctx.needs_input_grad):
+            mask = x if part.source else None
+            own_mask = y if part.relu and not part.readers_mask else None
+            ctx.save_for_backward(part.points_of(transposed=True), mask, own_mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        points, mask, own_mask = ctx.saved_tensors
+        if own_mask is not None:
+            grad = torch.ops.aten.threshold_backward(grad, own_mask, 0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.winograd_conv2d_input(grad, points, ctx.shape, *ctx.window, mask=mask)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def _affine(norm: nn.Module) -> tuple[Any, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift), with which BatchNorm in evaluation mode is x * scale + shift."""
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
