@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pyadv.engine.results import Perturbed
 from pyadv.engine.task import Task
 from pyadv.passes import record
-from pyadv.passes.borrow import footprint, has_hooks, same_footprint, tensors
+from pyadv.passes.borrow import footprint, has_hooks, host_generators, same_footprint, tensors
 from pyadv.passes.record import Recorder
 from pyadv.passes.view import FastView
 from pyadv.tensors import compute_dtype
@@ -237,12 +237,12 @@ class Graphs:
         module: nn.Module,
         task: Task,
     ) -> Perturbed:
-        recording.watched, drawn = True, record.host_generators()
+        recording.watched, drawn = True, host_generators()
         self.why = "it was watched, to be recorded when it comes again"
         result, waited = recorder.watch(lambda: search(task))
         if waited:
             self._give_up(recording, "the model or the loss waits for the device")
-        elif drawn != record.host_generators():
+        elif drawn != host_generators():
             self._give_up(recording, "the model draws random numbers on the host")
         elif not recording.kind.serves(_Kind.of(module, task)):
             self._give_up(recording, _CHANGES)

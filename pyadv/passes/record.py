@@ -4,14 +4,12 @@ that is a function without arguments."""
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,13 +116,6 @@ def recorder(device: torch.device) -> Recorder:
     if device not in _recorders:
         _recorders[device] = RECORDERS[device.type](device)
     return _recorders[device]
-
-
-def host_generators() -> tuple[Any, ...]:
-    """Return the states of all generators on the host, to be compared with `==`."""
-    state = np.random.get_state(legacy=False)["state"]
-    own = {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), own
 
 
 def arithmetic(device: torch.device) -> tuple[Any, ...]:

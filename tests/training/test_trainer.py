@@ -275,7 +275,7 @@ def test_what_arrives_late_changes_nothing(
         copy, vain = t.clone(), iter(range(2))
         return lambda: copy if next(vain, None) is None else None
 
-    monkeypatch.setattr("pyadv.training.trainer.sent", sent)
+    monkeypatch.setattr("pyadv.training.trainer.start_host_copy", sent)
     train(small, tmp_path / "late", epochs=2)
     one, other = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("at once", "late"))
     assert not differences(one, other)
