@@ -389,7 +389,7 @@ def _decode(path: Path, target: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    files = np.load(io.BytesIO(lzma.decompress(path.read_bytes())))
+    files = np.load(io.BytesIO(lzma.decompress(path.read_bytes())), allow_pickle=False)
     ends = np.cumsum(files["lengths"], dtype=np.int64)
     begins = ends - files["lengths"]
     jpeg = files["jpeg"].tobytes()
