@@ -54,6 +54,13 @@ def use_checkout() -> None:
         os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{rest}" if rest else root
 
 
+def use_site(folder: Path | None) -> None:
+    """Let this process import libraries from `folder`, after all that is installed: a second
+    PyTorch in there must not take the place of the installed one."""
+    if folder is not None:
+        sys.path.append(str(folder.absolute()))
+
+
 @dataclass(frozen=True)
 class Options:
     """What a question is asked with."""
