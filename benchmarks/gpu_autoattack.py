@@ -96,7 +96,7 @@ def _ours(
     begin = time.perf_counter()
     found, seconds = _timed(lambda: attack.run(x, y, batch_size=len(x)), x)
     facts: dict[str, float] = {}
-    for member, queries in zip(attack.names, found.queries.sum(0).tolist(), strict=True):
+    for member, queries in zip(found.names, found.queries.sum(0).tolist(), strict=True):
         if member in ended:
             facts[f"{member} s"] = round(ended[member] - begin, 2)
             begin = ended[member]
