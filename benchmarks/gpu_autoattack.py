@@ -71,7 +71,7 @@ def rows(
         with torch.no_grad():
             judged = model(x_adv).argmax(1) == y
         yield _row(case, _JUDGE, judged, seconds, {"differs": 0.0}, peer=True)
-    for name, speed in (("pyadv", "exact"), ("pyadv fast", "fast"), ("pyadv bfloat16", "bfloat16")):
+    for name, speed in (("pyadv", "exact"), ("pyadv bfloat16", "bfloat16"), ("pyadv fast", "fast")):
         standing, seconds, facts = _ours(model, x, y, eps, speed, quick)
         if judged is not None:
             facts = {"differs": float((standing != judged).sum()), **facts}

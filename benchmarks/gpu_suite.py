@@ -11,6 +11,7 @@ The stages, in order of worth:
     autoattack  compare AutoAttack with pyautoattack, if that can be imported
     record      train a ResNet-18 for as many epochs as fill three minutes, then measure it
     kernels     measure bytes, time and share of the copy's bandwidth of each kernel
+    reference   run the tests marked `cuda` without the CUDA kernels
     training    time training steps against the authors' form
     sanitizer   run compute-sanitizer's four tools over every kernel, at small odd sizes
     counters    run Nsight Compute on each kernel: bandwidth, registers, occupancy
@@ -151,6 +152,11 @@ def _tests(suite: Suite) -> list[list[str]]:
     ]
 
 
+def _reference(suite: Suite) -> list[list[str]]:
+    """Return the tests on CUDA tensors with PYADV_CUDA=0, where the references run."""
+    return [["env", "PYADV_CUDA=0", *command] for command in _tests(suite)]
+
+
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -189,6 +195,7 @@ STAGES = {
     "autoattack": Stage(3, lambda s: [s.within("autoattack")]),
     "record": Stage(9, lambda s: [s.within("record")]),
     "kernels": Stage(2, lambda s: [s.ask("gpu_kernels")]),
+    "reference": Stage(3, _reference),
     "training": Stage(3, lambda s: [s.ask("training")]),
     "sanitizer": Stage(5, _sanitizer),
     "counters": Stage(3, _counters),

@@ -33,10 +33,12 @@ TARGET = (2, 11)
 
 # The kernels must equal the reference bit for bit on every machine. So there is no contraction to
 # FMA, no fast-math and no -march (wider vectors are function clones chosen at run time), and
-# CXXFLAGS is ignored.
+# CXXFLAGS is ignored. A -ffast-math in CXX is undone, also for the linker, which would otherwise
+# add start-up code that makes the whole process flush denormal numbers to zero.
 HOST_FLAGS = (
-    "-O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno"
-    f" -Wall -Wextra -DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
+    "-fno-fast-math -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math"
+    " -fno-math-errno -Wall -Wextra"
+    f" -DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
 ).split()
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
@@ -402,7 +404,7 @@ def plan_cpu(csrc: Path, torch: Torch) -> Plan:
         recipe=recipe,
         tools=_tools(command),
         compile=tuple((path, (*command, *_host_flags(csrc, torch))) for path in _units(files)),
-        link=(*command, "-shared", *_link_flags(torch)),
+        link=(*command, "-fno-fast-math", "-shared", *_link_flags(torch)),
         problem=problem,
     )
 
@@ -445,7 +447,7 @@ def plan_cuda(csrc: Path, torch: Torch) -> Plan:
             (path, device if path.suffix == ".cu" else (*command, *_host_flags(csrc, torch)))
             for path in _units(files)
         ),
-        link=(*command, "-shared", *_link_flags(torch), *runtime),
+        link=(*command, "-fno-fast-math", "-shared", *_link_flags(torch), *runtime),
         problem=problem,
     )
 

@@ -695,6 +695,21 @@ class TestCompilerCommands:
         assert faked.compiled == 3  # two sources and the link
         assert faked.obtain() == "cache"
 
+    @pytest.mark.build
+    def test_fast_math_in_the_command_is_undone(self, box, monkeypatch):
+        """The kernels must equal the reference, and loading them must not change the process."""
+        command = "c++ -ffast-math"
+        fast = box.folder / "fast.so"
+        box.write("cpu/one.cpp", "int one() { return 1; }\n")
+        subprocess.run([*command.split(), "-shared", "-fPIC", "-o", fast, box.csrc / "cpu/one.cpp"])
+        start_up = b"set_fast_math"  # what the linker adds
+        if not fast.exists() or start_up not in fast.read_bytes():
+            pytest.skip("this compiler adds nothing")
+        box.write("cpu/one.cpp", "#ifdef __FAST_MATH__\n#error\n#endif\nint one() { return 1; }\n")
+        monkeypatch.setenv("CXX", command)
+        assert box.obtain() == "compiled"
+        assert start_up not in (box.entry / "_ops.so").read_bytes()
+
     def test_every_word_of_the_command_counts(self, faked, monkeypatch):
         keys = []
         for command in ("{}", "{} -ffast-math", "{} -m32", "nice {}", "env A=1 {}", "env A=2 {}"):

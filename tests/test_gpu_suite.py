@@ -96,7 +96,7 @@ def test_first_stages_in_order_of_worth(tmp_path, suite, monkeypatch, capsys):
     command = ["gpu_suite.py", "--out", str(tmp_path), "--minutes", "8"]
     for more, expected in (
         (["--first"], ["build", "tests", "attacks", "autoattack", "record", "kernels"]),
-        ([], ["training", "sanitizer", "counters", *suite.METHODS]),
+        ([], ["reference", "training", "sanitizer", "counters", *suite.METHODS]),
     ):
         ran.clear()
         monkeypatch.setattr(sys, "argv", [*command, *more])
@@ -137,6 +137,12 @@ def test_commands_name_the_folder_of_libraries(tmp_path, suite):
     assert "none" in without.ask("gpu_attacks")
 
 
+def test_the_reference_stage_turns_the_kernels_off(tmp_path, suite):
+    here = suite.Suite(suite.arguments(["--out", str(tmp_path)]))
+    for command, plain in zip(suite._reference(here), suite._tests(here), strict=True):
+        assert command == ["env", "PYADV_CUDA=0", *plain]
+
+
 def test_epochs_fill_the_time(tmp_path, suite, monkeypatch):
     stages = suite.gpu_stages
     trainer = type("Trainer", (), {"batches": range(100)})()
@@ -145,9 +151,8 @@ def test_epochs_fill_the_time(tmp_path, suite, monkeypatch):
     monkeypatch.setattr(stages, "_seconds_of_steps", lambda *_: 0.05)
     setting = stages.Setting(tmp_path, tmp_path)
     assert stages._epochs_that_fit(setting, "record", {}, 180.0) == 36
-    monkeypatch.setattr(
-        stages, "_seconds_of_steps", lambda *_: 5.0
-    )  # keeps its number
+    # A continued run keeps its number, whatever a step takes now.
+    monkeypatch.setattr(stages, "_seconds_of_steps", lambda *_: 5.0)
     assert stages._epochs_that_fit(setting, "record", {}, 180.0) == 36
     assert stages._epochs_that_fit(setting, "other", {}, 180.0) == 1
 
