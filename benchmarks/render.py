@@ -80,16 +80,18 @@ def _device(folder: str, found: dict[str, tuple[dict[str, Any], list[Row]]]) -> 
         parts += [f"### {module.TITLE}\n", module.__doc__.strip(), ""]
         took = f", {e['seconds']:.0f} s" if "seconds" in e else ""
         heap = f", {e['heap']} heap" if e["heap"] != environment["heap"] else ""
-        parts.append(f"{_command(name)}{took}{_at(e)}{heap}{clock}.\n")
+        network = f" The network: {e['network']}." if "network" in e else ""
+        parts.append(f"{_command(name, e)}{took}{_at(e)}{heap}{clock}.{network}\n")
         for picture, caption in pictures.draw(name, rows, DOCS / "images", folder):
             parts.append(f"![{caption}](images/{picture})\n")
         parts.append(text(module, rows))
     return parts
 
 
-def _command(name: str) -> str:
+def _command(name: str, e: dict[str, Any]) -> str:
+    """Return how the rows were measured, in their own words or as a command of today."""
     asked = "gpu_suite.py --only autoattack" if name == "gpu_autoattack" else f"run.py {name}"
-    return f"`python benchmarks/{asked}`"
+    return e.get("how") or f"`python benchmarks/{asked}`"
 
 
 def _at(e: dict[str, Any]) -> str:
