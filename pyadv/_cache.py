@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyadv import _build
@@ -32,6 +32,7 @@ except ImportError:  # Windows, where nothing is compiled
 PATIENCE = 5.0  # seconds of waiting for another builder before saying so
 FORGET = 24 * 3600.0  # seconds after which a remembered failure no longer counts
 _LEFTOVER = 24 * 3600.0  # seconds after which a working folder without a lock is abandoned
+_OWN = "set PYADV_CACHE_DIR to a folder of your own"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 _locks: set[int] = set()  # descriptors of the locks that this process holds
@@ -52,11 +53,12 @@ def after_fork() -> None:
 @dataclass(frozen=True)
 class Refusal:
     """A cache folder that is not used. `setting` names it to the user, `why` says the reason and
-    `remedy` how to change that."""
+    `remedy` how to change that. `preferred` tells whether it would have been the first choice."""
 
     setting: str
     why: str
     remedy: str
+    preferred: bool = True
 
     def __str__(self) -> str:
         return f"{self.setting}: {self.why}; {self.remedy}"
@@ -71,11 +73,14 @@ def roots() -> tuple[list[Path], list[Refusal]]:
     refused: list[Refusal] = []
     for setting, folder in _named():
         if not isinstance(folder, Refusal):
-            # A link above the cache is followed once, here, so that it cannot change afterwards.
-            folder = folder.parent.resolve() / folder.name
+            try:
+                # A link above the cache is followed once, here, so that it cannot change later.
+                folder = folder.parent.resolve() / folder.name
+            except (RuntimeError, OSError) as error:  # a loop of links
+                folder = Refusal(setting, str(error), _OWN)
         refusal = folder if isinstance(folder, Refusal) else _refusal(setting, folder)
         if refusal is not None:
-            refused.append(refusal)
+            refused.append(replace(refusal, preferred=not found))
         elif setting.startswith("PYADV_CACHE_DIR"):
             return [folder], []
         else:
@@ -100,8 +105,9 @@ def _named() -> Iterator[tuple[str, Path | Refusal]]:
             if (home := Path.home()).is_absolute():
                 yield str(home / ".cache" / "pyadv"), home / ".cache" / "pyadv"
     if hasattr(os, "geteuid"):
-        shared = Path(tempfile.gettempdir()).absolute() / f"pyadv-{os.geteuid()}"
-        yield str(shared), shared
+        with contextlib.suppress(OSError):  # a machine without such a folder
+            shared = Path(tempfile.gettempdir()).absolute() / f"pyadv-{os.geteuid()}"
+            yield str(shared), shared
 
 
 def _refusal(setting: str, root: Path) -> Refusal | None:
@@ -124,27 +130,41 @@ def _unsafe(path: Path, above: bool = False) -> tuple[str, str] | None:
     Args:
         path: A folder or file of the cache, or a folder above it.
         above: Whether `path` lies above the cache. There the sticky bit protects what others do
-            not own, and owners that this user namespace cannot name are accepted.
+            not own, the group may be the user's private one, and owners that this user namespace
+            cannot name are accepted.
     """
-    own = "set PYADV_CACHE_DIR to a folder of your own"
     try:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        return f"cannot be examined ({error.strerror})", own
+        return f"cannot be examined ({error.strerror})", _OWN
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link", f"remove {path}, or set PYADV_CACHE_DIR to the folder it means"
     if not hasattr(os, "geteuid"):
         return None
     owners = {0, os.geteuid()} | (_unmapped() if above else set())
     if found.st_uid not in owners:
-        return f"belongs to another user (uid {found.st_uid})", own
+        return f"belongs to another user (uid {found.st_uid})", _OWN
     writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if above and writable == stat.S_IWGRP and _private(found.st_gid):
+        return None
     if writable and not (above and found.st_mode & stat.S_ISVTX):
         mode = stat.S_IMODE(found.st_mode)
         return f"can be written by other users (mode {mode:04o})", f"run `chmod go-w {path}`"
     return None
+
+
+def _private(group: int) -> bool:
+    """Return whether a group is the one that many systems create for this user alone."""
+    try:
+        import grp
+        import pwd
+
+        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except (ImportError, KeyError):
+        return False
+    return user.pw_gid == group and found.gr_name == user.pw_name and not found.gr_mem
 
 
 def _unmapped() -> set[int]:

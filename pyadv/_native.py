@@ -285,7 +285,7 @@ def _from_cache(plan: _build.Plan, force: bool) -> Kernels:
             "no cache folder can be used: " + "; ".join(str(refusal) for refusal in refused)
         )
     for refusal in refused:
-        if str(refusal) not in _refused:
+        if refusal.preferred and str(refusal) not in _refused:
             _refused.add(str(refusal))
             _build.warn(
                 f"the cache folder {refusal}. Using {roots[0]} instead. Compiled code from a "
@@ -305,7 +305,7 @@ def _from_cache(plan: _build.Plan, force: bool) -> Kernels:
     if not force:
         for entry in entries:
             _raise_remembered(entry, plan)
-    return _compiled(_writable(roots, plan), plan, force)
+    return _compiled(_writable(roots, refused, plan), plan, force)
 
 
 def _raise_remembered(entry: Path, plan: _build.Plan) -> None:
@@ -314,22 +314,23 @@ def _raise_remembered(entry: Path, plan: _build.Plan) -> None:
         raise _build.CompileError(f"remembered from an earlier try: {message}")
 
 
-def _writable(roots: list[Path], plan: _build.Plan) -> Path:
+def _writable(roots: list[Path], refused: list[_cache.Refusal], plan: _build.Plan) -> Path:
     """Return the plan's entry in the first cache that can be written."""
-    refused = []
+    reasons = []
     for root in roots:
         entry = _cache.entry(root, plan)
         try:
             _cache.prepare(root)
             _cache.prepare(entry.parent)
         except (_build.BuildError, OSError) as error:
-            refused.append(f"{root}: {getattr(error, 'strerror', None) or error}")
+            reasons.append(f"{root}: {getattr(error, 'strerror', None) or error}")
             continue
         if root != roots[0]:
             _build.say(f"pyadv: the cache folder {roots[0]} cannot be written; using {root}")
         return entry
     raise _build.BuildError(
-        f"no cache folder can be written ({'; '.join(refused)}); set PYADV_CACHE_DIR"
+        f"no cache folder can be written ({'; '.join([*reasons, *map(str, refused)])}); "
+        "set PYADV_CACHE_DIR"
     )
 
 

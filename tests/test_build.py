@@ -844,12 +844,41 @@ class TestTrust:
         monkeypatch.setattr("tempfile.tempdir", str(temp))
         monkeypatch.delenv("PYADV_CACHE_DIR")
         monkeypatch.setenv("XDG_CACHE_HOME", str(blocked / "x"))
-        with (
-            pytest.warns(RuntimeWarning, match=f"{temp} above it can be written"),
-            pytest.raises(_build.BuildError, match="no cache folder can be written"),
-        ):
+        words = f"no cache folder can be written .*{temp} above it can be written by other users"
+        with pytest.raises(_build.BuildError, match=words):
             faked.obtain()
         assert not list(temp.iterdir())
+
+    def test_a_fallback_that_is_not_needed_gives_no_warning(self, faked, monkeypatch):
+        """Anybody can create a folder under /tmp; that must not worry those who do not use it."""
+        temp = faked.folder / "temp"
+        (temp / f"pyadv-{os.geteuid()}").mkdir(parents=True)
+        (temp / f"pyadv-{os.geteuid()}").chmod(0o777)
+        monkeypatch.setattr("tempfile.tempdir", str(temp))
+        monkeypatch.delenv("PYADV_CACHE_DIR")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert faked.obtain() == "compiled"
+
+    def test_a_loop_of_links(self, faked, monkeypatch):
+        loop = faked.folder / "loop"
+        loop.symlink_to(loop)
+        monkeypatch.setenv("PYADV_CACHE_DIR", str(loop / "cache"))
+        self.refused(faked, "loop")
+
+    def test_the_private_group_of_the_user_may_own_folders_above(self, faked, monkeypatch):
+        """Some systems create home folders that are writable for such a group."""
+        home = faked.folder / "home"
+        home.mkdir()
+        home.chmod(0o775)
+        monkeypatch.setenv("PYADV_CACHE_DIR", str(home / "cache"))
+        monkeypatch.setattr(_cache, "_private", lambda group: True)
+        assert _cache.roots()[0] == [home / "cache"]
+        home.chmod(0o777)
+        assert _cache.roots()[1]
+        home.chmod(0o775)
+        monkeypatch.setattr(_cache, "_private", lambda group: False)
+        assert _cache.roots()[1]
 
     def test_a_relative_cache_home_is_ignored(self, faked, monkeypatch):
         monkeypatch.delenv("PYADV_CACHE_DIR")
