@@ -643,13 +643,16 @@ class TestFailingCompilers:
         stream = {"none": None, "closed": closed, "broken": Broken()}[how]
         monkeypatch.setenv("MAX_JOBS", "abc")  # also gives a warning
         monkeypatch.setenv("PYADV_VERBOSE", "1")
-        shown = warnings.showwarning
-        with warnings.catch_warnings():  # pytest would catch the warning before stderr
+
+        def show(message: Warning, *_: object) -> None:  # pytest would not reach stderr
+            if sys.stderr is not None:
+                sys.stderr.write(str(message))
+
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = warnings._showwarning_orig
+            monkeypatch.setattr(warnings, "showwarning", show)
             monkeypatch.setattr(sys, "stderr", stream)
             assert faked.obtain() == "compiled"
-            warnings.showwarning = shown
         assert capsys.readouterr().out == ""
 
     def test_a_ninja_in_the_current_folder_is_not_run(self, faked, monkeypatch):
