@@ -1,9 +1,9 @@
-"""Ships the C++ sources and the benchmarks in the package and, where PyTorch is there, compiles
+"""Put the C++ sources and the benchmarks into the package and, if PyTorch is installed, compile
 the sources ahead of time.
 
-`pip install .` builds in isolation, without PyTorch: it installs sources, the first use compiles
-them. `pip install --no-build-isolation .` compiles now, against the installed PyTorch;
-PYADV_NATIVE=0 in the environment keeps it from that, and PYADV_CUDA=auto|0|1 decides about CUDA.
+`pip install .` builds in isolation, without PyTorch. It installs the sources, and the first use
+compiles them. `pip install --no-build-isolation .` compiles now, against the installed PyTorch,
+unless PYADV_NATIVE=0 is set. PYADV_CUDA=auto|0|1 decides about the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build():
-    """pyadv/_build.py by its path: importing pyadv itself would need PyTorch."""
+    """Load pyadv/_build.py by its path, because importing pyadv itself would need PyTorch."""
     spec = importlib.util.spec_from_file_location("pyadv_build", ROOT / "pyadv" / "_build.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,8 +30,9 @@ def load_build():
 
 
 class ShipSources(build_py):
-    """Adds csrc to the package as pyadv/_csrc, and what `pyadv bench` runs as pyadv/_benchmarks; an
-    editable install finds both in the checkout."""
+    """A build_py that also copies csrc to pyadv/_csrc and benchmarks to pyadv/_benchmarks, for
+    compiling at the first use and for `pyadv bench`. An editable install finds both in the
+    checkout."""
 
     def run(self) -> None:
         super().run()
@@ -39,13 +40,13 @@ class ShipSources(build_py):
             only_code = shutil.ignore_patterns("results", "__pycache__")
             for name in ("csrc", "benchmarks"):
                 target = Path(self.build_lib, "pyadv", f"_{name}")
-                shutil.rmtree(target, ignore_errors=True)  # a file that was deleted must not linger
+                shutil.rmtree(target, ignore_errors=True)  # deleted files must not stay
                 shutil.copytree(ROOT / name, target, ignore=only_code)
 
 
 class CompileAhead(build_ext):
-    """Compiles with ninja, not with the compiler flags that Python itself was built with. The
-    objects stay in build/native, so that an editable build compiles only what has changed."""
+    """A build_ext that compiles with ninja instead of Python's own compiler flags. Objects stay in
+    build/native, so that an editable build compiles only what has changed."""
 
     built: list[Path]
 
@@ -69,7 +70,7 @@ if not ahead:
     print("pyadv: sources only; the first use compiles them", file=sys.stderr)
 
 setup(
-    # An extension without sources: it only tells setuptools that the wheel holds binaries.
+    # An extension without sources only tells setuptools that the wheel holds binaries.
     ext_modules=[Extension("pyadv._C", [])] if ahead else [],
     cmdclass={"build_py": ShipSources, "build_ext": CompileAhead},
 )

@@ -1,20 +1,22 @@
 """Where does the time go where a goal is missed or just met?
 
-Each case sets a whole against its parts, each made alone; what they leave is Python between them.
+Each case compares a whole with its parts, each timed alone. The difference is Python between them.
 
-- PGD on SmallCNN: the loss and the step, alone, are one per cent of the attack, and the attack is
+- PGD on SmallCNN: the loss and the step alone are one per cent of the attack, and the attack takes
   one to two per cent longer than a bare loop over the same ops ("network, loss and step"). The rest
-  of what it takes beyond the network's passes alone arises only where passes and steps take turns;
-  probably each finds the other's memory in the second-level cache.
-- A differentiable loss at (128, 10): the kernel is a tenth. A `torch.autograd.Function` that does
-  nothing costs two fifths, which `F.cross_entropy`, whose nodes are in C++, does not pay.
-- The same at (1024, 1000): the kernel is most of it, and waits for memory: the logits are read, and
-  the gradient is written, and read and written again by the scaling.
-- The Linf step reads three tensors and writes one, as much as two copies, whose time is its bound.
-- The L2 step: the norm of the gradient must be known before the first element moves, so a row is
-  read twice, the second time from the second-level cache: the Linf step, and one more reading of
-  three tensors.
-- The step of AT + EMR: the attack's passes through the fast view are most of it.
+  of the time beyond the network's own passes arises only when passes and steps alternate; probably
+  each evicts the other's data from the second-level cache.
+- A differentiable loss at (128, 10): the kernel is a tenth of the time. A `torch.autograd.Function`
+  that does nothing costs two fifths. `F.cross_entropy` does not pay for that, because its autograd
+  nodes are in C++.
+- A differentiable loss at (1024, 1000): the kernel takes most of the time and is bound by memory.
+  It reads the logits and writes the gradient; the scaling reads and writes the gradient again.
+- The Linf step reads three tensors and writes one, as much traffic as two copies. The time of two
+  copies is its bound.
+- The L2 step needs the norm of the gradient before the first element moves, so it reads a row
+  twice, the second time from the second-level cache. Its cost is that of the Linf step plus one
+  more reading of three tensors.
+- The step of AT + EMR: the attack's passes through the fast view take most of the time.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ def _loss(options: Options, rows: int, classes: int) -> Case:
 
 
 def _steps(options: Options) -> tuple[Tensor, ...]:
-    """x, a gradient, an iterate and one tensor more."""
+    """Return x, a gradient, an iterate and another tensor."""
     torch.manual_seed(0)
     shape = (2, 3, 8, 8) if options.quick else (128, 3, 32, 32)
     x, grad = (torch.randn(shape).to(options.device) for _ in range(2))

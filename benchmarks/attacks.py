@@ -1,9 +1,10 @@
 """What does a whole attack cost beyond the network's own forward and backward passes?
 
-The floor is as many bare forward passes and input gradients as the attack has steps. All PGD
-providers start at x and follow the same iterates; `eager` is the loop a careful hand writes. What
-the engine adds is measured where the network is free, on images of the real one's size, and then
-set against the floor of the real one: their difference would drown in the noise of its own time.
+The floor has one bare forward pass and one input gradient for each step of the attack. All PGD
+providers start at x and follow the same iterates; `eager` is a carefully written loop. The overhead
+of the engine is measured with a network that costs nothing, on images of the same size, and divided
+by the floor of the real network. Measured on the real network directly, the difference would be
+smaller than the noise.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def cases(options: Options) -> Iterator[Case]:
     for build in (*free, small_cnn, problems.resnet18):
         problem = build(options, batch)
         attacks = [(_PGD, _pgd(problem, options)), (_APGD, _apgd(problem, options))]
-        if problem.name == "SmallCNN":  # the labels of the others are predictions: all fall at once
+        if (
+            problem.name == "SmallCNN"
+        ):  # labels of other networks are predictions, so all samples fall at once
             attacks.append((_FRIENDLY, _friendly(problem, options)))
         large = problem.name == "ResNet-18"
         for name, makers in attacks:
@@ -93,8 +96,8 @@ def _provider(problem: Problem, name: str, make: Maker) -> Provider:
 
 
 def same_strength(problem: Problem) -> Callable[[Tensor], str | None]:
-    """Inside the ball and the box, and as many samples left as after pyadv's attack, give or take
-    an eighth: starts and the rounding of small gradients differ."""
+    """Return a check that a result lies in the ball and the box and leaves as many samples correct
+    as pyadv's attack, within an eighth: starts and rounding of small gradients differ."""
     x, y, eps = problem.x, problem.y, problem.eps
     tolerance = max(len(x) // 8, 2)
     left: list[int] = []
@@ -102,7 +105,7 @@ def same_strength(problem: Problem) -> Callable[[Tensor], str | None]:
     def check(x_adv: Tensor) -> str | None:
         outside = ((x_adv - x).abs().max() - eps).item()
         if not outside < 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
-            return f"leaves the ball by {outside:.2g} or the box"
+            return f"lies outside the ball by {outside:.2g}, or outside the box"
         with torch.no_grad():
             left.append(int((problem.model(x_adv).argmax(1) == y).sum()))
         if abs(left[-1] - left[0]) > tolerance:
@@ -132,7 +135,7 @@ def _pgd(problem: Problem, options: Options) -> dict[str, Maker]:
 def eager_pgd(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int
 ) -> Tensor:
-    """In place, without weight gradients, the ball's bounds computed once."""
+    """Run PGD in place, without weight gradients, with the bounds of the ball computed once."""
     low, high = (x - eps).clamp_min_(0), (x + eps).clamp_max_(1)
     x_adv = x.clone()
     for _ in range(steps):

@@ -1,13 +1,12 @@
-"""The training methods side by side: one budget, several seeds, measured in one way.
+"""Compare the training methods at one budget, with several seeds and one way of measuring.
 
     python benchmarks/compare_methods.py [--seeds 3] [--epochs 6] [--train 3000] [--quick]
                                          [--resume] [--out DIR] [--runs DIR]
 
-The strengths of the regularisers are chosen first, on training images that are held out. Then each
-method is trained with each seed, and each network is measured; AutoAttack, which takes longest,
-comes last, a part of its images at a time. What is known of a run is written to DIR/<run>.json at
-once, the networks lie in RUNS; `--resume` goes on from both. `compare_methods_page.py` makes
-docs/methods-compared.md of DIR.
+The strengths of the regularisers are chosen first, on held-out training images. Then each method is
+trained with each seed and each network is measured. AutoAttack, which takes longest, comes last and
+in parts. Results go to DIR/<run>.json at once and networks to RUNS; `--resume` continues from both.
+`compare_methods_page.py` writes docs/methods-compared.md from DIR.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ BUDGET, INDEX = "budget.json", "runs.json"
 AT = {"method": "at"}
 STANDARD = {"method": "standard"}
 
-# What is chosen by robust accuracy on held-out images: settings of pyadv.training.Config.
+# Settings of pyadv.training.Config among which robust accuracy on held-out images chooses.
 GRIDS: dict[str, list[dict[str, float]]] = {
     "weight decay": [{"weight_decay": v} for v in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)],
     "WEISSI": [{"norm_penalty": v} for v in (0.01, 0.03, 0.1, 0.3)],
@@ -57,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method gets: training images, epochs, attack; and what it is measured on."""
+    """The budget of every method: training images, epochs, attack and test images."""
 
     seeds: int = 3
     epochs: int = 6
@@ -70,7 +69,7 @@ class Budget:
     steps: int = 6
     tested: int = 400
     autoattacked: int = 120
-    part: int = 40  # of the images that AutoAttack gets, at a time
+    part: int = 40  # images that AutoAttack gets at a time
     probe: int = 100  # images on which margins are measured after each epoch
     square_queries: int = 5000
 
@@ -89,7 +88,7 @@ QUICK = Budget(
 
 
 class Comparison:
-    """The runs of one budget: results in `out`, networks in `runs`."""
+    """All runs of one budget, with results in `out` and networks in `runs`."""
 
     def __init__(self, budget: Budget, out: Path, runs: Path) -> None:
         from pyadv.data import load
@@ -102,12 +101,14 @@ class Comparison:
         self.data = replace(data, train_x=data.train_x[first], train_y=data.train_y[first])
 
     def all(self) -> None:
-        """Choose, train and measure whatever is not known yet."""
+        """Choose, train and measure everything that has no result yet."""
         begin = time.perf_counter()
         chosen = {name: self.choose(name) for name in GRIDS}
         rows = [
             (name, seed, {**settings, **chosen.get(name, {})})
-            for seed in range(self.budget.seeds)  # so that what is interrupted has whole seeds
+            for seed in range(
+                self.budget.seeds
+            )  # outermost, so that an interrupted comparison has whole seeds
             for name, settings in METHODS.items()
         ]
         index = [{"name": n, "seed": s, "run": run_name(settings, s)} for n, s, settings in rows]
@@ -119,7 +120,7 @@ class Comparison:
                 print(f"{seconds:6.0f} s  {name}, seed {seed}, AutoAttack on {images}", flush=True)
 
     def choose(self, name: str) -> dict[str, float]:
-        """Of the strengths in the grid the one most robust to PGD-20 on held-out images."""
+        """Return the strength in the grid that is most robust to PGD-20 on held-out images."""
         from pyadv.evaluation import evaluate, standard_attacks
         from pyadv.training import Diverged
 
@@ -141,7 +142,7 @@ class Comparison:
         return max(GRIDS[name], key=robust)
 
     def measure(self, settings: dict[str, Any], seed: int, autoattacked: int) -> None:
-        """Accuracies and margins, those under AutoAttack on so many images."""
+        """Measure accuracies and margins; AutoAttack runs on `autoattacked` images."""
         from pyadv.attacks import AutoAttack
         from pyadv.evaluation import evaluate
 
@@ -165,7 +166,7 @@ class Comparison:
             self.keep(run)
 
     def trained(self, settings: dict[str, Any], seed: int) -> tuple[dict[str, Any], Any]:
-        """What is known of a run, and a function that loads its network."""
+        """Return the results of a run and a function that loads its network."""
         from pyadv.training import Config, Trainer, load_model
 
         name = run_name(settings, seed)
@@ -198,7 +199,7 @@ class Comparison:
 def _measuring_display(
     measure: Callable[[], dict[str, float | None]], curve: list[dict[str, Any]]
 ) -> Any:
-    """Shows nothing; adds to `curve` after each epoch, of which the trainer tells a display."""
+    """Return a display that shows nothing and adds a measurement to `curve` after each epoch."""
     from pyadv.training import Display
 
     class Measuring(Display):
@@ -217,11 +218,11 @@ def _measuring_display(
 
 
 def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float | None]:
-    """Medians over all samples, the misclassified ones with a negative margin; None where that is
-    infinite, of a network that has become constant.
+    """Return medians over all samples, where misclassified samples have a negative margin. A value
+    is None if it is infinite, because the network has become constant.
 
-    "weight_norm" is the root of ||grad_x z||_F^2 with the mean logit taken off, the norm of the
-    linear map that the network is at x; "log_norm_product" is what WEISSI penalises.
+    "weight_norm" is the Frobenius norm of dz/dx after the mean logit is subtracted, that is, the
+    norm of the network's linearisation at x. "log_norm_product" is the penalty of WEISSI.
     """
     from pyadv import ops
     from pyadv.evaluation import effective_margin
@@ -244,18 +245,18 @@ def margins(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float | None]:
 
 
 def run_name(settings: dict[str, Any], seed: int) -> str:
-    """ "at-emr-0.03-emr_temperature-1.0-seed0", whatever the method is called in the table."""
+    """Return a name made of the settings, such as "at-emr-0.03-emr_temperature-1.0-seed0"."""
     rest = [f"{k}-{v}" for k, v in settings.items() if k != "method"]
     return "-".join([settings["method"], *rest, f"seed{seed}"])
 
 
 def _bits(correct: Tensor) -> str:
-    """A character for each sample: with them, methods are compared sample by sample."""
+    """Return a character per sample, so that methods can be compared sample by sample."""
     return "".join("01"[c] for c in correct.tolist())
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write JSON so that a reader finds the old file or the new one, never a part."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
@@ -282,7 +283,7 @@ def main() -> None:
         if not given.resume:
             parser.error(f"{given.out} has results; --resume, or choose another folder")
         content = json.loads(file.read_text())
-        # More images for AutoAttack may come later.
+        # A later call may ask for more images for AutoAttack.
         if {**content["budget"], "autoattacked": budget.autoattacked} != asdict(budget):
             parser.error(f"the results in {given.out} are of another budget, see {file}")
     else:

@@ -1,4 +1,4 @@
-"""Writes docs/methods-compared.md and its picture from the results of compare_methods.py.
+"""Write docs/methods-compared.md and its picture from the results of compare_methods.py.
 
 python benchmarks/compare_methods_page.py
 """
@@ -26,7 +26,7 @@ DRAWN = ("standard", "weight decay", "WEISSI", "EMR + standard", "AT", "GAIRAT",
 
 
 class Results:
-    """What compare_methods.py has written to `folder`; values are (seeds, ...) by method."""
+    """The results of compare_methods.py in `folder`. Values have shape (seeds, ...)."""
 
     def __init__(self, folder: Path) -> None:
         content = json.loads((folder / BUDGET).read_text())
@@ -43,17 +43,18 @@ class Results:
         self.autoattacked = min(lengths)
 
     def correct(self, method: str, attack: str) -> Tensor:
-        """(seeds, samples), in percent."""
+        """Return which samples stay correct, (seeds, samples), in percent."""
         bits = [r["accuracy"][attack] for r in self.runs[method]]
         n = self.autoattacked if attack == "AutoAttack" else len(bits[0])
         return 100 * torch.tensor([[int(c) for c in row[:n]] for row in bits]).double()
 
     def margin(self, method: str, name: str) -> Tensor:
-        """(seeds,) of the trained networks; NaN of one that has become constant."""
+        """Return a value of the trained networks, (seeds,); NaN if a network has become
+        constant."""
         return _numbers([r["margins"][name] for r in self.runs[method]])
 
     def curve(self, method: str, name: str) -> Tensor:
-        """(seeds, epochs)."""
+        """Return a value after each epoch, (seeds, epochs)."""
         runs = self.runs[method]
         return torch.stack([_numbers([p[name] for p in r["curve"]]) for r in runs])
 
@@ -72,18 +73,18 @@ def accuracy(attack: str) -> Quantity:
 
 
 def overstated(results: Results, method: str) -> Tensor:
-    """What PGD-20 leaves standing and AutoAttack does not, on the images that both had."""
+    """Return the samples that withstand PGD-20 and not AutoAttack, on the images that both had."""
     strong = results.correct(method, "AutoAttack")
     return results.correct(method, "PGD-20")[:, : strong.shape[1]] - strong
 
 
 def effective_margin(results: Results, method: str) -> Tensor:
-    """In thousandths of the range of a pixel."""
+    """Return the median effective margin, in thousandths of the range of a pixel."""
     return 1000 * results.margin(method, "margin_Linf")
 
 
 def _growth(results: Results, method: str, name: str) -> Tensor:
-    """Logarithm of how many times its value after the first epoch it is at the end."""
+    """Return the logarithm of the last value divided by the value after the first epoch."""
     curve = results.curve(method, name)
     return (curve[:, -1] / curve[:, 0]).log()
 
@@ -110,7 +111,8 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """`method` has more of `quantity` than `than` (than 0, without); with `no_less`, not less."""
+    """A claim that `quantity` is larger for `method` than for `than` (or than 0), or, with
+    `no_less`, not smaller."""
 
     text: str
     quantity: Quantity
@@ -119,8 +121,8 @@ class Claim:
     no_less: bool = False
 
     def difference(self, results: Results) -> tuple[float, float]:
-        """Its mean over the seeds and its standard error, from the spread over the seeds and, where
-        samples are known one by one, from that over the samples: the same for both methods."""
+        """Return the mean of the difference over the seeds and its standard error. The error
+        combines the spread over seeds and, if verdicts per sample are known, over samples."""
         values = self.quantity(results, self.method)
         if self.than is not None:
             values = values - self.quantity(results, self.than)
@@ -327,7 +329,7 @@ def _verdicts(results: Results, claims: tuple[Claim, ...]) -> str:
 
 
 def _summary(results: Results, claims: tuple[Claim, ...]) -> str:
-    """How many claims got each verdict."""
+    """Return how many claims got each verdict."""
     counts = Counter(claim.verdict(results) for claim in claims)
     return "; ".join(f"{verdict}: {n} of {len(claims)}" for verdict, n in counts.items())
 
@@ -348,7 +350,7 @@ def _collapsed(results: Results) -> str:
 
 
 def _spread(values: Tensor, digits: int) -> str:
-    """Mean and standard deviation, and of how many seeds where it is not all."""
+    """Return mean and standard deviation, and the number of seeds if some are missing."""
     known = values[values.isfinite()]
     if len(known) < 2:
         return "-"

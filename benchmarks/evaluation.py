@@ -1,14 +1,14 @@
 """What does an evaluation by AutoAttack cost, and are the verdicts the same?
 
-On a SmallCNN trained adversarially on the embedded images. `pyautoattack` is the authors' code.
-torchattacks' class of that name runs 10 iterations of each attack where the authors run 100: it is
-another, weaker ensemble; the other peers have none. The floor makes as many bare passes as pyadv,
-in full batches. "differs" counts the samples whose verdict is not that of the authors' code: both
-draw their own random numbers, so a few may.
+The network is a SmallCNN, trained adversarially on the embedded images. `pyautoattack` is the
+authors' code. torchattacks' class of that name runs 10 iterations of each attack instead of the
+authors' 100, so it is a different and weaker ensemble; the other peers have none. The floor makes
+as many bare passes as pyadv, in full batches. "differs" counts the samples whose verdict is not
+that of the authors' code. Both draw their own random numbers, so a few verdicts may differ.
 
-The members alone show where the time beyond the floor goes. A query of Square costs about a dozen
-small operations besides its forward pass, whatever the network; and its batch shrinks to the
-samples that stand, whose pass costs a tenth more for each than one of the floor's full batches.
+The cases of single members show where the time beyond the floor goes. A query of Square costs about
+a dozen small operations besides its forward pass, whatever the network. Its batch also shrinks to
+the samples that are still standing, and a pass of a small batch costs a tenth more per sample.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _member(problem: Problem, name: str) -> Maker:
 
 
 def _case(name: str, problem: Problem, makers: dict[str, Maker], judge: str, **more: Any) -> Case:
-    """The verdicts of all are set against those of the peer `judge`, where it is there."""
+    """Return a case that compares all verdicts with those of the peer `judge`, if it is
+    installed."""
     _, model, x, y, eps, _ = problem
     providers, standing = {}, {}
     for who, make in makers.items():
@@ -141,7 +142,7 @@ def _case(name: str, problem: Problem, makers: dict[str, Maker], judge: str, **m
 
     def check(x_adv: Tensor) -> str | None:
         outside = ((x_adv - x).abs().max() - eps).item()
-        return None if outside < 1e-5 else f"leaves the ball by {outside:.2g}"
+        return None if outside < 1e-5 else f"lies outside the ball by {outside:.2g}"
 
     return Case(name, providers, check, images=len(x), peak=False, **more)
 

@@ -1,8 +1,8 @@
-"""What does `speed="fast"` make of a network, and does it change who is fooled?
+"""How fast is the network's view that `speed="fast"` makes, and does it change who is fooled?
 
-The first cases time a single input gradient and a single forward pass, on the model and on its
-view, also in 16 bits and with options of the view turned off. The last ones attack test images:
-`differs` is the number of verdicts that are not those of the exact attack.
+The first cases time one input gradient and one forward pass, on the model and on its view, also in
+16 bits and with single options of the view turned off. The last cases attack test images; `differs`
+counts the verdicts that are not those of the exact attack.
 """
 
 from __future__ import annotations
@@ -94,11 +94,12 @@ def _forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tenso
 
 
 def _near(expected: Tensor) -> Callable[[Tensor], str | None]:
-    """A ReLU that rounding turns moves single entries of a gradient; 16 bits move all of them."""
+    """Return a check that a gradient points in the expected direction. Rounding may switch single
+    ReLUs, and 16 bits change every entry, so exact equality cannot be asked for."""
 
     def check(result: Tensor) -> str | None:
         cosine = nn.functional.cosine_similarity(result.flatten(), expected.flatten(), 0).item()
-        return None if cosine > 0.9 else f"points elsewhere: cosine {cosine:.3f}"
+        return None if cosine > 0.9 else f"has another direction: cosine {cosine:.3f}"
 
     return check
 

@@ -1,9 +1,10 @@
 """What does a whole attack cost on a GPU, where Python may be slower than the network?
 
-PGD from x itself on networks of CIFAR's size, so that all follow the same iterates. The floor is as
-many forward passes and input gradients as there are steps, recorded as one CUDA graph. The loops of
-other libraries are written in their exact form, each with the passes and gradients it computes:
-`torchattacks' form` and `foolbox's form`, which gets weight gradients too.
+PGD starts from x itself on networks of the size for CIFAR, so that all follow the same iterates.
+The floor is one forward pass and one input gradient of the model per step, recorded as one CUDA
+graph. `torchattacks' form` and `foolbox's form` are the loops of those libraries, with exactly the
+passes and gradients they compute; foolbox's also computes weight gradients. Ratios to them depend
+on how fast the host launches kernels, so the goals are bounds on shares of the floor.
 """
 
 from __future__ import annotations
@@ -26,30 +27,33 @@ LAYOUT = "list"
 BATCHES = (16, 128, 512)
 
 _NAME = "PGD, 10 steps, {}, batch {}"
-_RESNET_16, _RESNET = (_NAME.format("ResNet-18", n) for n in (16, 128))
 _GAIRAT = "GAIRAT's inner loop, 10 steps, ResNet-18, batch 128"
-_RIVALS = ("torchattacks' form", "foolbox's form", "eager", "compile")
+_FRIENDLY = "friendly PGD, tau 1, 10 steps, ResNet-18, batch 512"
+# Share of the recorded floor by network, batch and provider.
+_SHARES = {
+    ("ResNet-18", 16): {"pyadv": 1.15},
+    ("ResNet-18", 128): {"pyadv": 1.06, "pyadv fast": 0.61, "pyadv bfloat16": 0.31},
+    ("ResNet-18", 512): {"pyadv": 1.06, "pyadv fast": 0.61, "pyadv bfloat16": 0.35},
+    ("WRN-34-10", 128): {"pyadv fast": 0.79, "pyadv bfloat16": 0.34},
+}
 
 GOALS = [
-    Goal(
-        "PGD-10 on ResNet-18, batch 128: 1.05 times the recorded floor",
-        _RESNET,
-        "floor",
-        at_most=1.05,
-    ),
-    *(
-        Goal(f"PGD-10 on ResNet-18, batch 16: 1.5 times {rival}", _RESNET_16, rival, at_least=1.5)
-        for rival in _RIVALS
-    ),
     *(
         Goal(
-            f"PGD-10 on ResNet-18, batch 128, bfloat16: 3 times {rival}",
-            _RESNET,
-            rival,
-            at_least=3.0,
-            ours="pyadv bfloat16",
+            f"PGD-10 on {network}, batch {batch}, {ours}: {share} of the recorded floor",
+            _NAME.format(network, batch),
+            "floor",
+            at_most=share,
+            ours=ours,
         )
-        for rival in _RIVALS
+        for (network, batch), shares in _SHARES.items()
+        for ours, share in shares.items()
+    ),
+    Goal(
+        "Friendly PGD, tau 1, batch 512: 1.6 times two recorded steps",
+        _FRIENDLY,
+        "two steps",
+        at_most=1.6,
     ),
     Goal("GAIRAT's inner loop: 5 times its loop over samples", _GAIRAT, "official form", None, 5.0),
 ]
@@ -62,21 +66,22 @@ def cases(options: Options) -> Iterator[Case]:
     for build in networks:
         for batch in batches:
             problem = build(options, batch)
-            compiles = problem.name == "ResNet-18" and batch < 512 and not options.quick
+            compiles = problem.name == "ResNet-18" and batch == 128 and not options.quick
             yield Case(
                 _NAME.format(problem.name, batch).replace("10 steps", f"{options.steps} steps"),
                 _pgd(problem, options, compiles),
                 same_strength(problem),
                 images=batch,
                 steps=options.steps,
-                runs=(5, 30),
-                budget_s=6.0,
+                runs=(2, 5) if problem.name == "WRN-34-10" else (5, 10),
+                budget_s=1.0,
                 peak=False,
             )
     yield _friendly(options)
 
 
 def wide_resnet(options: Options, batch: int) -> Problem:
+    """Return a WideResNet-34-10 with the images of `problems.resnet18`."""
     from pyadv import models
 
     torch.manual_seed(0)
@@ -95,7 +100,7 @@ def _pgd(problem: Problem, options: Options, compiles: bool) -> dict[str, Provid
 
     def ours(**more: Any) -> Provider:
         attack = PGD(model, **settings, **more)
-        for _ in range(3):  # from the third on it is a replay
+        for _ in range(3):  # the third call and later ones are replays
             attack(x, y)
         facts = {"replayed": float(attack.graphs.replayed > 0)}
         return Provider(lambda: attack(x, y), facts=facts)
@@ -123,7 +128,8 @@ def _pgd(problem: Problem, options: Options, compiles: bool) -> dict[str, Provid
 def torchattacks_form(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int
 ) -> Tensor:
-    """The gradient of the mean; delta is clamped, then the image."""
+    """Return PGD's result in torchattacks' form: the gradient of the mean loss; delta is clamped,
+    then the image."""
     loss = nn.CrossEntropyLoss()
     x_adv = x.clone().detach()
     for _ in range(steps):
@@ -140,7 +146,8 @@ def torchattacks_form(
 def foolbox_form(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int
 ) -> Tensor:
-    """`backward()` of the sum, which fills the weights' gradients too."""
+    """Return PGD's result in foolbox's form: `backward()` of the summed loss, which also computes
+    weight gradients."""
     x_adv = x
     for _ in range(steps):
         leaf = x_adv.clone().requires_grad_()
@@ -152,7 +159,7 @@ def foolbox_form(
 
 
 def _gairat(options: Options) -> Case:
-    """The adversarial images and kappa."""
+    """Return the case of GAIRAT's inner loop, whose results are adversarial images and kappa."""
     from pyadv.attacks import PGD
 
     batch = 4 if options.quick else 128
@@ -172,8 +179,8 @@ def _gairat(options: Options) -> Case:
         expected = ours()[1]
 
     def check(result: tuple[Tensor, Tensor]) -> str | None:
-        off = int((result[1] - expected).abs().sum())  # steps; the card's gradients differ in bits
-        return f"counts {off} steps otherwise" if off > batch // 8 else None
+        off = int((result[1] - expected).abs().sum())  # gradients on a card differ in bits
+        return f"{off} steps of kappa differ" if off > batch // 8 else None
 
     return Case(
         _GAIRAT.replace("10 steps", f"{options.steps} steps").replace("128", str(batch)),
@@ -181,13 +188,15 @@ def _gairat(options: Options) -> Case:
         check,
         images=batch,
         steps=options.steps,
-        runs=(5, 30),
+        runs=(3, 5),
+        budget_s=1.0,
         peak=False,
     )
 
 
 def _friendly(options: Options) -> Case:
-    """All samples leave at the first step: the most that compaction can save."""
+    """Return the case in which all samples leave at the first step, so that compaction saves as
+    much as it can."""
     from pyadv.attacks import FriendlyPGD
 
     batch = 4 if options.quick else 512
@@ -199,15 +208,19 @@ def _friendly(options: Options) -> Case:
             attack(x, y)
         return lambda: attack(x, y)
 
+    floor = problems.floor(model, x, 2)
+    name = _FRIENDLY.replace("10 steps", f"{options.steps} steps").replace("512", str(batch))
     return Case(
-        f"friendly PGD, tau 1, {options.steps} steps, ResNet-18, batch {batch}",
+        name,
         {
+            "two steps": Provider(recorded(floor) if x.is_cuda else floor, yardstick=True),
             "pyadv": ours(),
             "pyadv, compacted": ours(compact=True),
             "pyadv, masked, eager": ours(compact=False, graph=False),
         },
         images=batch,
         steps=options.steps,
-        runs=(5, 30),
+        runs=(5, 10),
+        budget_s=1.0,
         peak=False,
     )

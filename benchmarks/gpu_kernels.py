@@ -1,8 +1,8 @@
 """What share of the bandwidth of a copy does each CUDA kernel reach?
 
-Twenty calls are recorded as one CUDA graph, so that the card is timed and not the Python before it.
-GB/s counts the least traffic that the op needs; `copy_` moves a tensor too large for the cache, and
-`launch` is a kernel on one number. On another device the calls are simply made.
+Twenty calls are recorded as one CUDA graph, so that the card is timed and not Python's launches.
+GB/s counts the least traffic that the op needs. `copy_` moves a tensor too large for the cache, and
+`launch` is a kernel on one number. Other devices run the calls without a graph.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _COPIED = 2 * 4 * math.prod(IMAGES[torch.float32])  # bytes that `copy_` moves
 
 @dataclass(frozen=True)
 class Kernel:
-    """An op on tensors of one shape, `moved` of which it has to read or write. It is to reach
-    `share` of the copy's bandwidth, or to take at most `launches` times as long as a launch."""
+    """An op on tensors of one shape. It must read or write `moved` tensors of that size. Its goal
+    is `share` of the copy's bandwidth, or at most `launches` times the time of a launch."""
 
     group: str
     op: str
@@ -62,7 +62,8 @@ class Kernel:
 
 
 def kernels(quick: bool) -> Iterator[Kernel]:
-    """Every op that has a CUDA kernel; `quick` for shapes that fit no vector, and some that do."""
+    """Yield every op with a CUDA kernel; `quick` asks for small shapes, with and without a tail
+    that does not fill a vector."""
     for dtype, large in IMAGES.items():
         for shape in [(3, 3, 7, 5), (2, 3, 8, 8)] if quick else [large]:
             make = functools.partial(Kernel, shape=shape, dtype=dtype)
@@ -83,7 +84,7 @@ def kernels(quick: bool) -> Iterator[Kernel]:
                 yield make("Projections", f"{op}_project", moved=moved, share=share)
             for op in ("keyed_uniform", "keyed_normal", "row_hash"):  # more work than traffic
                 yield make("Noise", op, moved=1)
-    if not quick:  # rows that one block keeps in its shared memory
+    if not quick:  # rows that fit the shared memory of one block
         for op, group, moved in (("l2_step", "Steps", 4), ("l2_project", "Projections", 3)):
             yield Kernel(group, op, (8192, 3, 32, 32), torch.float32, moved, 0.9)
     for shape in [(3, 7), (5, 2056)] if quick else LOGITS:
@@ -107,7 +108,7 @@ def kernels(quick: bool) -> Iterator[Kernel]:
             yield Kernel("Rows", op, (n,), torch.float32, moved, launches=launches)
 
 
-# tensors of logits that each reads
+# number of logit tensors that each op reads
 _DIFFERENTIABLE = {
     "weighted_cross_entropy": 1,
     "trades_kl": 2,
@@ -149,7 +150,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def repeated(call: Callable[[], Any], device: torch.device, times: int) -> Callable[[], Any]:
-    """So many calls as one: on a GPU the replay of a graph."""
+    """Return one call that makes `times` calls; on a GPU it replays a graph."""
 
     def plain() -> Any:
         for _ in range(times):
@@ -180,7 +181,7 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def calls(kernel: Kernel, device: torch.device) -> Calls:
-    """The op and its reference on the same tensors."""
+    """Return the op and its reference on the same tensors."""
     makers = {"Steps": _step, "Losses": _loss, "Rows": _rows}
     torch.manual_seed(0)
     ours, theirs = makers.get(kernel.group, _plain)(kernel, device)
@@ -282,7 +283,7 @@ def _rows(kernel: Kernel, device: torch.device) -> Calls:
         here = torch.ones(n, dtype=torch.bool, device=device)
         nobody, patience = torch.zeros_like(here), torch.full_like(kappa, 2**40)
 
-        def track() -> Tensor:  # of which nothing changes, so that it can be repeated
+        def track() -> Tensor:  # changes nothing, so that it can be repeated
             ops.track(here, kappa, nobody, patience)
             return kappa
 
@@ -296,7 +297,8 @@ def _rows(kernel: Kernel, device: torch.device) -> Calls:
 def norm_calls(
     device: torch.device, quick: bool
 ) -> Iterator[tuple[str, Callable[[], Any], Any, int]]:
-    """Name, call, result and least traffic of the ops on the weights of a whole network."""
+    """Yield name, call, expected result and least traffic of the ops on all weights of a
+    network."""
     from pyadv import models, ops, reference
 
     model = models.create("small-cnn" if quick else "wrn-34-10")

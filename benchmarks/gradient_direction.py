@@ -2,9 +2,10 @@
 
     python benchmarks/gradient_direction.py [--out docs/images/gradient_direction.png]
 
-A linear classifier with 10 classes, logits scaled until the margin has the given value. Plotted is
-the share of input elements whose gradient has the sign of the exact (float64) direction: for
-autograd of cross-entropy in float32, as attacks compute it, and for pyadv.ops.attack_loss.
+The model is a linear classifier with 10 classes whose logits are scaled until the margin has the
+given value. The plot shows the share of input elements whose gradient has the sign of the exact
+(float64) direction, for autograd of the cross-entropy in float32, as attacks compute it, and for
+pyadv.ops.attack_loss.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MARGINS = [2, 4, 8, 12, 14, 15, 16, 17, 18, 20, 30, 40, 60, 80, 90, 100, 104, 11
 
 
 def samples(margin: float, rows: int = 64, inputs: int = 3072, classes: int = 10):
-    """Weights, logits with exactly this margin, and labels."""
+    """Return weights, logits with exactly this margin, and labels."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(classes, inputs, generator=generator, dtype=torch.float64)
     logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
@@ -32,7 +33,8 @@ def samples(margin: float, rows: int = 64, inputs: int = 3072, classes: int = 10
 
 
 def exact_direction(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The direction of the cross-entropy gradient: softmax over the other classes minus one-hot."""
+    """Return the direction of the cross-entropy gradient: softmax over the other classes minus the
+    one-hot label."""
     others = logits.clone().scatter_(1, y[:, None], -torch.inf).softmax(1)
     return others.scatter(1, y[:, None], -1.0)
 

@@ -1,13 +1,13 @@
-"""One way to time: check the results first, then interleave the providers, keep every sample.
+"""The timing harness: check the results, interleave the providers, keep every sample.
 
-A question (`ops.py`, `attacks.py`, ...) yields cases; a case holds providers, which do the same
-thing in different ways. `measure` calls each once and compares its result with what is expected,
-so that nothing wrong is timed, then lets them take turns in random order. Ratios are taken round by
-round, which a machine that is busy elsewhere disturbs least.
+A question (`ops.py`, `attacks.py`, ...) yields cases. A case holds providers, which do the same
+work in different ways. `measure` calls each provider once and compares its result with the expected
+one, so that no wrong result is timed. Then the providers take turns in random order. Ratios are
+taken round by round, because other load on the machine disturbs them least.
 
-The eager baseline moves several-fold with the state of the C heap, because a fresh output tensor
-pays for its pages. `tuned_heap()` starts the process again with a heap that keeps its pages, which
-favours eager; every result says so.
+The time of eager code varies several-fold with the state of the C heap, because a fresh output
+tensor pays for its pages. `tuned_heap()` restarts the process with a heap that keeps its pages,
+which favours eager code; every result says so.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ HEAP = {
 
 
 def tuned_heap() -> None:
-    """Run this script again under a heap that keeps its pages, unless it does already."""
+    """Restart this script with a heap that keeps its pages, unless it already has one."""
     if any(os.environ.get(k) != v for k, v in HEAP.items()):
-        quiet = {"KINETO_LOG_LEVEL": "99"}  # the profiler, which tells the peak of memory
+        quiet = {"KINETO_LOG_LEVEL": "99"}  # silences the profiler, which measures peak memory
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP, **quiet})
 
 
 def use_checkout() -> None:
-    """What lies beside this folder is measured, also in other processes, whatever is installed."""
+    """Measure the checkout that this folder is part of, also in subprocesses, even if another pyadv
+    is installed."""
     root = str(HERE.parent)
     if (HERE.parent / "pyadv").is_dir():
         sys.path.insert(0, root)
@@ -54,19 +55,26 @@ def use_checkout() -> None:
         os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{rest}" if rest else root
 
 
+def use_site(folder: Path | None) -> None:
+    """Let this process import libraries from `folder`, after all that is installed: a second
+    PyTorch in there must not take the place of the installed one."""
+    if folder is not None:
+        sys.path.append(str(folder.absolute()))
+
+
 @dataclass(frozen=True)
 class Options:
-    """What a question is asked with."""
+    """The options that a question is asked with."""
 
     device: torch.device
     threads: int
     quick: bool = False
-    peers: tuple[str, ...] = ()  # those that are installed and asked for
-    clock: str = "wall"  # or "cpu", which other work on the machine does not move
+    peers: tuple[str, ...] = ()  # installed and asked for
+    clock: str = "wall"  # or "cpu", which other load does not disturb
 
     @property
     def steps(self) -> int:
-        """Of the attacks."""
+        """The number of steps of an attack."""
         return 2 if self.quick else 10
 
     def least_and_most(self, least: int, most: int) -> tuple[int, int]:
@@ -75,11 +83,11 @@ class Options:
 
 @dataclass
 class Provider:
-    """One way to do what a case asks.
+    """One implementation of the work of a case.
 
-    `bytes` is the least memory traffic that the work needs; `passes` are the samples that went
-    forward and backward through the network. A yardstick computes something else than the case
-    asks for, and is not checked. `result` is one that is there already, of a call that takes long.
+    `bytes` is the least memory traffic of the work. `passes` counts the samples that went forward
+    and backward through the network. A yardstick does other work than the case asks for and is not
+    checked. `result` is a known result of a slow call, so that the check need not repeat it.
     """
 
     call: Callable[[], Any]
@@ -93,11 +101,11 @@ class Provider:
 
 @dataclass
 class Case:
-    """Providers to be timed against each other.
+    """A set of providers to time against each other.
 
-    `check(result)` returns what is wrong with a result, or None. Ratios are to the provider `ours`.
-    `images` and `steps` are the samples and the attack steps of one call. `series` and `at` place
-    the case on a curve of the page.
+    `check(result)` returns the fault of a result, or None. Ratios are relative to the provider
+    `ours`. `images` and `steps` are the samples and the attack steps of one call. `series` and `at`
+    place the case on a curve of the page.
     """
 
     name: str
@@ -109,15 +117,16 @@ class Case:
     steps: int = 0
     series: str = ""
     at: float | None = None
-    runs: tuple[int, int] = (30, 60)  # at least, at most
+    runs: tuple[int, int] = (30, 60)  # minimum and maximum
     budget_s: float = 3.0
     peak: bool = True
 
 
 @dataclass
 class Row:
-    """One provider in one case. `times_us` holds a sample for each round; the rounds of a case's
-    providers belong together. `refused` says why there is none."""
+    """The result of one provider in one case. `times_us` holds a sample per round, and the n-th
+    samples of all providers of a case are from the same round. `refused` says why there are
+    none."""
 
     case: str
     provider: str
@@ -162,12 +171,12 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def ratios(row: Row, other: Row) -> list[float]:
-    """How many times the time of `other`, of the same case, the row took: round by round."""
+    """Return the ratio of a row's times to those of `other`, from the same case, round by round."""
     return [a / b for a, b in zip(row.times_us, other.times_us, strict=True)]
 
 
 def measure(case: Case, options: Options) -> list[Row]:
-    """Time the providers of a case, those first refused whose result is wrong."""
+    """Time the providers of a case after refusing those with a wrong result."""
     rows, calls = [], {}
     for name, given in case.providers.items():
         provider = given if isinstance(given, Provider) else Provider(given)
@@ -205,7 +214,7 @@ def _wrong(case: Case, provider: Provider) -> str | None:
     try:
         result = provider.call() if provider.result is None else provider.result
         return None if provider.yardstick or case.check is None else case.check(result)
-    except Exception as error:  # a peer may raise anything; the others are still to be timed
+    except Exception as error:  # a peer may raise anything, and the others must still be timed
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -213,7 +222,7 @@ def _interleave(
     case: Case, calls: dict[str, Callable[[], Any]], options: Options
 ) -> dict[str, list[float]]:
     clock = _clock(options)
-    least_us = 50.0 if options.quick else 500.0  # a sample repeats a call until it lasts this
+    least_us = 50.0 if options.quick else 500.0  # a sample repeats a call until it takes this long
     repeats, round_s = {}, 0.0
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
@@ -223,7 +232,7 @@ def _interleave(
             once = min(clock(call, 1) for _ in range(4))
         repeats[name] = max(1, round(least_us / max(once, 0.1)))
         round_s += repeats[name] * once / 1e6
-    if max(repeats.values(), default=1) > 1 or round_s < 1:  # else that was the first round
+    if max(repeats.values(), default=1) > 1 or round_s < 1:  # otherwise that was the first round
         samples = {name: [] for name in calls}
     least, most = options.least_and_most(*case.runs)
     rounds = max(least, min(most, int(case.budget_s / max(round_s, 1e-9))))
@@ -237,7 +246,7 @@ def _interleave(
 
 
 def _clock(options: Options) -> Callable[[Callable[[], Any], int], float]:
-    """Microseconds per call: the host's clock, or events in the stream of a CUDA device."""
+    """Return a function that gives microseconds per call, by the host's clock or by CUDA events."""
     now = time.process_time_ns if options.clock == "cpu" else time.perf_counter_ns
 
     def host(call: Callable[[], Any], repeats: int) -> float:
@@ -260,7 +269,7 @@ def _clock(options: Options) -> Callable[[Callable[[], Any], int], float]:
 
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that a call held beyond those before it."""
+    """Return the peak of tensor memory during a call, beyond what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -290,11 +299,11 @@ def threads(n: int) -> Iterator[None]:
 
 
 def close(expected: Any, rtol: float = 0.0, atol: float = 0.0) -> Callable[[Any], str | None]:
-    """A check: all tensors equal (bit for bit without tolerances), NaN equal to NaN."""
+    """Return a check that all tensors are equal (bit for bit without tolerances), NaN to NaN."""
 
     def check(result: Any) -> str | None:
         for got, want in zip(_tensors(result), _tensors(expected), strict=True):
-            got = got.to(want.dtype)  # some give the loss in half precision, some in float32
+            got = got.to(want.dtype)  # the loss may be in half precision or float32
             if not torch.allclose(got, want, rtol, atol, equal_nan=True):
                 worst = (got.double() - want.double()).abs().max().item()
                 return f"differs from the reference by {worst:.3g}"
@@ -309,10 +318,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Goal:
-    """`ours` takes at most `at_most` times the time of `against`, or is at least `at_least` times
-    as fast. `against` may be "peers", the fastest of them. With `fact`, that number of the row is
-    bounded instead; with `beyond_s`, the time beyond that of `against`, in seconds; with
-    `share_of`, that time as a share of what `against` takes in this other case."""
+    """A bound on a measured value. `ours` takes at most `at_most` times the time of `against`, or
+    is at least `at_least` times as fast; `against` may be "peers", the fastest of them. Three
+    fields change the bounded value: `fact` bounds that fact of the row; `beyond_s` bounds the
+    difference of the two times, in seconds; `share_of` bounds that difference as a share of the
+    time of `against` in another case."""
 
     text: str
     case: str
@@ -325,7 +335,8 @@ class Goal:
     share_of: str | None = None
 
     def outcome(self, rows: Iterable[Row], threads: int) -> tuple[float, bool] | None:
-        """(value, met), or None where it was not measured."""
+        """Return the measured value and whether it meets the bound, or None without a
+        measurement."""
         rows = [r for r in rows if r.threads == threads and r.times_us]
         mine = [r for r in rows if (r.case, r.provider) == (self.case, self.ours)]
         if self.fact:
@@ -358,7 +369,7 @@ class Goal:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
+    """Return the facts about machine and software that a reader needs to interpret the numbers."""
     import pyadv
     from pyadv import _native
 
@@ -390,7 +401,7 @@ _CODE = ("--", ":(top)csrc", ":(top)pyadv", ":(top)benchmarks/*.py")
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     has = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
 
@@ -400,13 +411,13 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """ "amd-epyc-2026-11-21"."""
+    """Return the name of the results folder of today, such as "amd-epyc-2026-11-21"."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return f"{name}-{time.strftime('%Y-%m-%d')}"
 
 
 def save(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:
-    """One row a line; what a row does not have is left out."""
+    """Write the results with one row per line. Empty fields are left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({k: v for k, v in asdict(row).items() if v or k == "threads"}) for row in rows
@@ -429,7 +440,7 @@ def _processor() -> str:
 
 
 def _git(*args: str) -> str:
-    """Empty outside a checkout."""
+    """Return the output of a git command, or "" outside a checkout."""
     return _output(["git", *args])
 
 

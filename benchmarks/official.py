@@ -1,9 +1,9 @@
-"""The training methods' inner loops in the form of the authors' codes: which passes they make,
-where they compute weight gradients, where they loop over samples in Python.
+"""The inner loops of the training methods in the form of the authors' codes: with the same passes,
+the same weight gradients, and the same loops over samples in Python.
 
-Starts are given, so that their results can be compared with pyadv's. Sources: the repositories of
-TRADES (Zhang et al. 2019), MART (Wang et al. 2020), FAT (Zhang et al. 2020), GAIRAT (Zhang et al.
-2021) and EMR (Liu and Chan 2022), rewritten.
+The starts are arguments, so that results can be compared with pyadv's. Rewritten from the
+repositories of TRADES (Zhang et al. 2019), MART (Wang et al. 2020), FAT (Zhang et al. 2020), GAIRAT
+(Zhang et al. 2021) and EMR (Liu and Chan 2022).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _step(x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float) -> T
 def gairat_attack(
     model: nn.Module, x: Tensor, y: Tensor, start: Tensor, alpha: float, eps: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """GAIRAT's GA_PGD: `loss.backward()`, and kappa sample by sample."""
+    """Run GAIRAT's GA_PGD, which calls `loss.backward()` and updates kappa sample by sample."""
     model.eval()
     kappa = torch.zeros(len(x))
     x_adv = start
@@ -39,7 +39,7 @@ def gairat_attack(
 
 
 def _pgd(model, x, y, start, alpha, eps, steps) -> Tensor:
-    """MART's and EMR's: input gradients alone."""
+    """Run the attack of MART and EMR, which computes input gradients only."""
     model.eval()
     x_adv = start
     for _ in range(steps):
@@ -51,7 +51,7 @@ def _pgd(model, x, y, start, alpha, eps, steps) -> Tensor:
 
 
 def at(model, x, y, start, alpha, eps, steps) -> Tensor:
-    """As in the codes of FAT and GAIRAT, without their kappa."""
+    """Run the attack of FAT and GAIRAT without kappa."""
     model.eval()
     x_adv = start
     for _ in range(steps):
@@ -65,7 +65,8 @@ def at(model, x, y, start, alpha, eps, steps) -> Tensor:
 
 
 def trades(model, x, y, start, alpha, eps, steps, beta=6.0) -> Tensor:
-    """The natural prediction is computed again in every step, with its graph."""
+    """Run the attack of TRADES, which computes the natural prediction again in every step, with its
+    graph."""
     kl = nn.KLDivLoss(reduction="sum")
     model.eval()
     x_adv = start
@@ -119,8 +120,11 @@ def earlystop(
     tau: int,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FAT's attack: (x_adv, index), in the order of release. Gradients of the weights too, and the
-    decision sample by sample."""
+    """Run FAT's attack, which also computes weight gradients and decides sample by sample.
+
+    Returns:
+        x_adv and the index of each sample, in the order of release.
+    """
     model.eval()
     x_adv, patience = x if start is None else start, [tau] * len(x)
     released, released_order = [], []
@@ -163,7 +167,8 @@ def fat(model, x, y, start, alpha, eps, steps, tau=0) -> Tensor:
 
 
 def emr_penalty(model: nn.Module, x_adv: Tensor, temperature: float) -> Tensor:
-    """Backward through the backward pass, divided by the batch size twice."""
+    """Return EMR's loss, which is differentiated through the backward pass and divided by the batch
+    size twice."""
     model.eval()
     leaf = x_adv.detach().requires_grad_()
     logits = model(leaf)

@@ -1,8 +1,8 @@
-"""How fast are the kernels, against what one would write otherwise?
+"""How fast are the kernels, compared with the usual ways to write the same operations?
 
-`reference` is pyadv's own specification in plain PyTorch; `eager` the expression people write,
-where that is another; `compile` is torch.compile of it. Losses are timed with their gradient. GB/s
-counts the least traffic the op needs, and is set against `copy_` in the same case.
+`reference` is pyadv's own specification in plain PyTorch. `eager` is the expression that people
+write, if it differs; `compile` is torch.compile of it. Losses are timed with their gradient. GB/s
+counts the least traffic that the op needs, and its share of `copy_` is relative to the same case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _case(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -
     return f"{op}, {'x'.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
 
 
-# Of a ResNet-18 on 32x32 and, with batch 8, a WRN-34-10: B, C, N, side, stride.
+# Convolutions of a ResNet-18 on 32x32 and, with batch 8, of a WRN-34-10: B, C, N, side, stride.
 CONVOLUTIONS = (
     (32, 64, 64, 32, 1),
     (32, 128, 128, 16, 1),
@@ -130,7 +130,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For this shape alone."""
+    """Return torch.compile of a function, compiled for one shape only."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
@@ -139,7 +139,8 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch(shape: tuple[int, ...], dtype: torch.dtype, options: Options) -> list[Tensor]:
-    """x_adv inside the ball, grad, x; made on the CPU, so that every device sees the same."""
+    """Return x_adv inside the ball, a gradient and x, drawn on the CPU so that all devices
+    agree."""
     x = torch.rand(shape)
     x_adv = (x + EPS * (2 * torch.rand(shape) - 1)).clamp(0, 1)
     return [t.to(options.device, dtype) for t in (x_adv, torch.randn(shape), x)]
@@ -151,7 +152,7 @@ def eager_linf(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def eager_linf_(x_adv: Tensor, grad: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """With the ball's bounds computed beforehand, as a careful hand would write it."""
+    """Return the step in place, with the bounds of the ball computed beforehand."""
     x_adv.add_(grad.sign(), alpha=ALPHA)
     torch.maximum(x_adv, low, out=x_adv)
     torch.minimum(x_adv, high, out=x_adv)
@@ -175,7 +176,7 @@ def linf_case(shape: Any, dtype: torch.dtype, options: Options, compiled: bool) 
     x_adv, grad, x = _batch(shape, dtype, options)
     traffic = 4 * x.nbytes
     low, high = x - EPS, x + EPS
-    # Only the first call of what works in place is checked: each has an x_adv of its own.
+    # In-place calls are checked at their first call only; each has its own x_adv.
     own, hand, mine = (x_adv.clone() for _ in range(3))
     providers = {
         "pyadv": Provider(lambda: ops.linf_step(own, grad, x, ALPHA, EPS, out=own), traffic),
@@ -192,7 +193,7 @@ def linf_case(shape: Any, dtype: torch.dtype, options: Options, compiled: bool) 
             "compile": Provider(lambda: in_place(mine, grad, x), traffic),
             "compile, new tensor": Provider(lambda: new(x_adv, grad, x), traffic),
         }
-    # bfloat16: the reference rounds once, the usual expression after every operation.
+    # In bfloat16 the reference rounds once and the usual expression after every operation.
     loose = dict(atol=1e-2) if dtype == torch.bfloat16 else dict(atol=1e-7)
     expected = reference.linf_step(x_adv, grad, x, ALPHA, EPS)
     return Case(
@@ -208,7 +209,7 @@ def linf_case(shape: Any, dtype: torch.dtype, options: Options, compiled: bool) 
 
 
 def eager_l2(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """As torchattacks and others write it."""
+    """Return the L2 step as torchattacks and others write it."""
     norms = grad.flatten(1).norm(dim=1) + 1e-10
     delta = x_adv + ALPHA * grad / norms.view(-1, *(1,) * (x.dim() - 1)) - x
     sizes = delta.flatten(1).norm(dim=1)
@@ -250,7 +251,7 @@ def _l2(shape: Any, dtype: torch.dtype, options: Options, compiled: bool) -> Cas
 def _against_reference(
     group: str, case: str, op: str, arguments: tuple[Any, ...], traffic: int, **settings: Any
 ) -> Case:
-    """An op that nobody writes otherwise: against its reference alone."""
+    """Return a case with the reference only, for an op without another usual form."""
     from pyadv import ops, reference
 
     calls = {
@@ -368,7 +369,7 @@ def _differentiable(
     options: Options,
     compiled: bool,
 ) -> Case:
-    """The mean over rows, forward and backward."""
+    """Return a call that runs the mean over rows forward and backward."""
     from pyadv import ops, reference
 
     leaves = [z.detach().requires_grad_() for z in inputs]
@@ -480,7 +481,8 @@ def _noise(shape: tuple[int, ...], options: Options) -> Iterator[Case]:
 
 
 def _convolutions(shape: tuple[int, ...]) -> Iterator[Case]:
-    """Weights are transformed beforehand, as the fast view does once for many steps."""
+    """Return a case of Winograd's convolution. The weights are transformed beforehand, as the fast
+    view does once for many steps."""
     from pyadv import ops, reference
 
     b, c, n, side, stride = shape

@@ -1,7 +1,7 @@
-"""The libraries pyadv is compared with, and how each is asked for the same attack.
+"""The libraries that pyadv is compared with, and calls that ask each for the same attack.
 
-`pip install --no-deps -r benchmarks/peers.txt` installs them all beside a torch that is there; what
-does not import is listed as absent.
+`pip install --no-deps -r benchmarks/peers.txt` installs them beside an existing torch. Libraries
+that cannot be imported are listed as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from problems import Maker
 from torch import Tensor, nn
 
-# distribution -> what it must let us import
+# distribution -> the module that must be importable
 MODULES = {
     "torchattacks": "torchattacks",
     "foolbox": "foolbox",
@@ -30,7 +30,7 @@ MODULES = {
 
 
 def installed() -> dict[str, str | None]:
-    """Version of each peer; None where it cannot be imported."""
+    """Return the version of each peer, or None if it cannot be imported."""
     found: dict[str, str | None] = {}
     for name, module in MODULES.items():
         try:
@@ -44,7 +44,7 @@ def installed() -> dict[str, str | None]:
 
 
 def pgd(x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> dict[str, Maker]:
-    """Linf PGD on the cross-entropy from x itself, so that all follow the same iterates."""
+    """Return Linf PGD on the cross-entropy, started at x, so that all follow the same iterates."""
 
     def torchattacks(model: nn.Module) -> Callable[[], Tensor]:
         import torchattacks
@@ -79,7 +79,7 @@ def pgd(x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> dict[str,
         attack = ProjectedGradientDescentPyTorch(
             inside, eps=eps, eps_step=alpha, max_iter=steps, batch_size=len(x), verbose=False
         )
-        # It takes and gives NumPy arrays; the conversion is part of its price.
+        # It takes and returns NumPy arrays, so the conversion is part of its cost.
         return lambda: torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x)
 
     def torchattack(model: nn.Module) -> Callable[[], Tensor]:
@@ -100,7 +100,7 @@ def pgd(x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> dict[str,
 
 
 def apgd(x: Tensor, y: Tensor, eps: float, steps: int) -> dict[str, Maker]:
-    """Linf APGD on the cross-entropy; each draws its own start."""
+    """Return Linf APGD on the cross-entropy; each library draws its own start."""
 
     def torchattacks(model: nn.Module) -> Callable[[], Tensor]:
         import torchattacks
@@ -125,8 +125,8 @@ def apgd(x: Tensor, y: Tensor, eps: float, steps: int) -> dict[str, Maker]:
 
 
 def autoattack(x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int) -> dict[str, Maker]:
-    """AutoAttack's standard ensemble. torchattacks' class of that name runs 10 iterations of each
-    attack where the authors run 100, so it is another, weaker one; the other peers have none."""
+    """Return AutoAttack's standard ensemble. torchattacks' class of that name runs 10 iterations of
+    each attack instead of the authors' 100, so it is weaker; the other peers have none."""
 
     def pyautoattack(model: nn.Module) -> Callable[[], Tensor]:
         from pyautoattack import AutoAttack
@@ -148,7 +148,7 @@ def autoattack(x: Tensor, y: Tensor, eps: float, batch_size: int, seed: int) -> 
 
 @contextlib.contextmanager
 def quiet():
-    """Peers print and warn a lot."""
+    """Silence the logs and warnings of the peers."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The pictures of docs/benchmarks.md: ratio bars, a roofline, and costs as curves."""
+"""The pictures of docs/benchmarks.md: bars of ratios, a roofline, and curves of costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import Row, quartiles, ratios
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.figure import Figure  # pyplot would need global state and a display
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
@@ -24,21 +24,24 @@ _COLOURS = {
 
 
 def draw(question: str, rows: list[Row], images: Path, folder: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of each picture that these rows are enough for."""
+    """Yield the file name and caption of each picture that these rows allow."""
     rows = [r for r in rows if r.times_us and r.threads == max(x.threads for x in rows)]
     stem = f"bench-{folder[:-11]}-{question}"
     curves = [r for r in rows if r.series and r.at is not None]
     if question in ("attacks", "training", "evaluation"):
-        yield _bars(rows, images / f"{stem}.png"), "Time of each provider, in times of pyadv's"
+        yield _bars(rows, images / f"{stem}.png"), "Time of each provider, relative to pyadv"
     if question == "ops" and curves:
-        caption = "Bandwidth that is reached, against the size of the tensor"
+        caption = "Bandwidth against the size of the tensor"
         yield _roofline(curves, images / f"{stem}-roofline.png"), caption
     if question == "scaling" and curves:
-        yield _curves(curves, images / f"{stem}.png"), "Time of a call, against what grows"
+        yield (
+            _curves(curves, images / f"{stem}.png"),
+            "Time of a call against the quantity that grows",
+        )
 
 
 def _panels(n: int, heights: list[float]) -> tuple[Figure, list[Axes]]:
-    """Two columns; `heights` of the lines."""
+    """Return a grid of axes in two columns, with the given heights of the rows."""
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), min(n, 2), height_ratios=heights)
     return figure, [figure.add_subplot(grid[i // 2, i % 2]) for i in range(n)]
@@ -71,12 +74,13 @@ def _bars(rows: list[Row], path: Path) -> str:
         axis.set_title(case[0].case, fontsize=9)
         plain(axis)
         axis.grid(False)
-    figure.supxlabel("time, in times of the first line's; black lines: quartiles", fontsize=9)
+    figure.supxlabel("time relative to the first line; black lines: quartiles", fontsize=9)
     return _save(figure, path)
 
 
 def _roofline(rows: list[Row], path: Path) -> str:
-    """The ops move bytes and hardly compute: their roof is the bandwidth of a copy."""
+    """Draw the bandwidth of the ops. They compute little, so the bandwidth of a copy bounds
+    them."""
     figure, axes = _lines(rows, lambda r: (r.at / 1e6, r.gigabytes_per_second))
     for axis in axes:
         axis.set(xlabel="size of a tensor, MB", ylabel="GB/s")
@@ -91,7 +95,7 @@ def _curves(rows: list[Row], path: Path) -> str:
 
 
 def _lines(rows: list[Row], point) -> tuple[Figure, list[Axes]]:
-    """A panel for each series, a line for each provider, both axes logarithmic."""
+    """Draw a panel per series and a line per provider, on logarithmic axes."""
     series = [[r for r in rows if r.series == s] for s in dict.fromkeys(r.series for r in rows)]
     figure, axes = _panels(len(series), [3.0] * -(-len(series) // 2))
     for axis, here in zip(axes, series, strict=True):

@@ -1,4 +1,4 @@
-"""The networks that are attacked and trained, real images for them, and the wrapper that counts."""
+"""Networks to attack and train, images for them, and the wrapper that counts passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from harness import Options
 from torch import Tensor, nn
 
-EPS, ALPHA = 0.1, 0.025  # of the embedded grey images
+EPS, ALPHA = 0.1, 0.025  # for the embedded grey images
 COLOUR_EPS, COLOUR_ALPHA = 8 / 255, 2 / 255
 
 
@@ -24,9 +24,14 @@ class Problem(NamedTuple):
 
 
 def small_cnn(options: Options, batch: int, correct: bool = False) -> Problem:
-    """Adversarially trained on the embedded images, so that attacks have something to do; a batch
-    of its test images, only of those it classifies correctly where that is wanted: some attacks
-    leave the others out."""
+    """Return an adversarially trained SmallCNN and a batch of test images.
+
+    Args:
+        options: The options of the question.
+        batch: Number of images.
+        correct: Whether to take only images that the network classifies correctly, for attacks that
+            skip the others.
+    """
     model = trained(options)
     x, y = (t.to(options.device) for t in _images()[2:])
     if correct:
@@ -37,8 +42,8 @@ def small_cnn(options: Options, batch: int, correct: bool = False) -> Problem:
 
 
 class Free(nn.Module):
-    """Ten of the inputs as logits: a network that costs next to nothing, so that what remains is
-    the attack."""
+    """A network that returns ten of its inputs as logits and costs almost nothing, so that only the
+    attack's own time remains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Free(nn.Module):
 
 
 def free(options: Options, batch: int, shape: tuple[int, ...] = (3, 32, 32)) -> Problem:
-    """Images for a network that is free."""
+    """Return random images and a network that costs nothing."""
     torch.manual_seed(0)
     model = Free().to(options.device)
     x = torch.rand(batch, *shape).to(options.device)
@@ -59,8 +64,8 @@ def free(options: Options, batch: int, shape: tuple[int, ...] = (3, 32, 32)) -> 
 
 
 def resnet18(options: Options, batch: int) -> Problem:
-    """Random weights and images, labels as predicted: what an attack costs does not depend on
-    them."""
+    """Return a ResNet-18 with random weights, random images and the predictions as labels; the cost
+    of an attack does not depend on them."""
     from pyadv.models import ResNet18
 
     size = 8 if options.quick else 32
@@ -73,7 +78,7 @@ def resnet18(options: Options, batch: int) -> Problem:
 
 
 def trained(options: Options) -> nn.Module:
-    """A SmallCNN after four epochs of adversarial training, in eval mode."""
+    """Return a SmallCNN after four epochs of adversarial training, in eval mode."""
     return _trained(options.device, 1 if options.quick else 4, 500 if options.quick else None)
 
 
@@ -106,7 +111,7 @@ def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Counted(nn.Module):
-    """Counts the samples that go forward through the model and backward to its input."""
+    """A wrapper that counts the samples that go forward through a model and back to its input."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -128,9 +133,13 @@ Maker = Callable[[nn.Module], Callable[[], Any]]
 
 
 def count(name: str, model: nn.Module, make: Maker) -> tuple[tuple[int, int] | None, Any]:
-    """The samples that went forward and backward in one call of what `make(model)` gives, and what
-    it gave. None and None if it fails, which the timing then tells, or if `name` is a fast form,
-    whose view of the network cannot see through the wrapper that counts."""
+    """Count the passes of one call of `make(model)`.
+
+    Returns:
+        The samples that went forward and backward, and the result of the call. Both are None if the
+        call fails, which the timing then reports, or if `name` is a fast form, whose view of the
+        network cannot look through the counting wrapper.
+    """
     if SPEEDS.get(name):
         return None, None
     counted = Counted(model)
@@ -154,7 +163,8 @@ def at_all_speeds(make: Callable[..., Callable[[], Any]]) -> dict[str, Maker]:
 
 
 def floor(model: nn.Module, x: Tensor, steps: int) -> Callable[[], None]:
-    """`steps` bare forward passes and input gradients, from a constant gradient of the logits."""
+    """Return a call of `steps` bare forward passes and input gradients, from a constant gradient of
+    the logits."""
 
     def call() -> None:
         for _ in range(steps):

@@ -1,14 +1,13 @@
-"""The benchmarks, one question a file: what pyadv takes, against what else there is.
+"""Run the benchmarks, one question a file: the cost of pyadv against other implementations.
 
     python benchmarks/run.py [ops attacks fast training evaluation startup scaling
                              anatomy]
                              [--quick] [--against peers] [--threads 1 2] [--clock wall|cpu]
-                             [--device cpu|cuda] [--out DIR]
+                             [--device cpu|cuda] [--out DIR] [--site DIR]
 
 Each question checks the results of its providers, times them in turns, prints a table and writes
-its rows to DIR/<question>.json. A full run takes about half an hour;
-`--quick` takes seconds and says nothing about speed. `python benchmarks/render.py` makes
-docs/benchmarks.md of the results.
+its rows to DIR/<question>.json. A full run takes about half an hour. `--quick` takes seconds and
+says nothing about speed. `python benchmarks/render.py` writes docs/benchmarks.md from the results.
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ import time
 from pathlib import Path
 
 import harness
-
-QUESTIONS = ("ops", "attacks", "fast", "training", "evaluation", "startup", "scaling", "anatomy")
-GPU_QUESTIONS = ("gpu_kernels", "gpu_attacks")  # asked by name, see gpu_suite.py
+from questions import GPU_QUESTIONS, QUESTIONS
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", nargs="*", help=f"of {', '.join(QUESTIONS)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that all runs")
+    parser.add_argument("--quick", action="store_true", help="tiny cases, to check that all runs")
     parser.add_argument(
         "--against",
         default="peers",
-        help='"peers", all that are installed (the default), "none", or names with commas',
+        help='"peers" for all that can be imported (the default), "none", or names with commas',
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads, each a measurement")
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads; one measurement each")
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: the process's own time, for one thread on a machine that others use; "
-        "startup, whose processes are others, is then left out",
+        help="cpu: the CPU time of this process, for one thread on a busy machine; startup, which "
+        "times other processes, is then left out",
     )
     parser.add_argument("--device", default="cuda" if _cuda() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--site", type=Path, help="folder of libraries to compare with")
     options = parser.parse_args(given)
     unknown = set(options.questions) - {*QUESTIONS, *GPU_QUESTIONS}
     if options.clock == "cpu" and options.threads != [1]:
-        parser.error("--clock cpu adds up what threads do: it goes with --threads 1")
+        parser.error("--clock cpu adds up the time of all threads, so it needs --threads 1")
     if unknown:
         parser.error(f"questions are {', '.join(QUESTIONS)}; got {', '.join(sorted(unknown))}")
     return options
@@ -57,6 +56,7 @@ def main() -> None:
     given = arguments()
     harness.tuned_heap()
     harness.use_checkout()
+    harness.use_site(given.site)
     import peers
     import render
     import torch
@@ -65,7 +65,7 @@ def main() -> None:
     versions = peers.installed()
     against = _against(given.against, versions)
     environment = {**harness.environment(device), "peers": versions, "clock": given.clock}
-    results = harness.HERE / "results"  # of a checkout
+    results = harness.HERE / "results"  # only a checkout has it
     base = results if results.is_dir() else Path("pyadv-bench")
     out = given.out or base / harness.folder_name(device)
     wrong = []
@@ -77,12 +77,12 @@ def main() -> None:
             with harness.threads(n), peers.quiet():
                 for case in question.cases(options):
                     rows += harness.measure(case, options)
-                    seconds = round(time.perf_counter() - begin, 1)  # so far: it may be stopped
+                    seconds = round(time.perf_counter() - begin, 1)  # so far, in case it is stopped
                     harness.save(out / f"{name}.json", {**environment, "seconds": seconds}, rows)
                     print(f"\r{name}: {case.name[:70]:<70}", end="", file=sys.stderr, flush=True)
         print(f"\r{name}: {time.perf_counter() - begin:.0f} s{'':<70}\n", file=sys.stderr)
         print(render.text(question, rows))
-        # A peer's trouble is a finding, listed on the page; our own is a failure.
+        # A peer's error is a finding for the page; an error of pyadv is a failure.
         wrong += [f"{r.case}: {r.provider}: {r.refused}" for r in rows if r.refused and not r.peer]
     print(f"results in {out}")
     if wrong:
@@ -96,12 +96,13 @@ def _against(wanted: str, versions: dict[str, str | None]) -> tuple[str, ...]:
     names = tuple(wanted.split(","))
     missing = [name for name in names if name not in there]
     if missing:
-        sys.exit(f"--against: {', '.join(missing)} cannot be imported; there is {', '.join(there)}")
+        sys.exit(f"--against: cannot import {', '.join(missing)}; can import {', '.join(there)}")
     return names
 
 
 def _threads(given: argparse.Namespace, device, wanted) -> list[int]:
-    """Of the command line, or all cores, and one too where the question wants it so."""
+    """Return the numbers of threads to measure with: those of the command line, else all cores,
+    and also one thread if the question wants that."""
     if given.threads:
         return given.threads
     if given.quick:

@@ -71,7 +71,7 @@ def _attack(series: str, at: int, options: Options, batch: int, steps: int) -> C
 
 
 def _restarts(n: int, options: Options) -> Case:
-    """All restarts as one batch, against one after the other."""
+    """Compare all restarts in one batch with one restart after the other."""
     from pyadv.attacks import PGD
 
     _, model, x, y, _, _ = problems.small_cnn(options, 32)

@@ -1,7 +1,7 @@
 """What do the import and the first use cost, in a fresh process?
 
 `torch` is `import torch` alone. Cold is the first use ever, which compiles the kernels into an
-empty cache; otherwise they are found there.
+empty cache; the other cases find them in the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GOALS = [Goal("`import pyadv`: within 0.2 s of torch", _IMPORT, "torch", beyond_
 
 def cases(options: Options) -> Iterator[Case]:
     if options.clock == "cpu":
-        return  # the time is that of other processes
+        return  # this clock does not see the time of other processes
     imports = {
         "pyadv": _process("import torch, pyadv, pyadv.ops, pyadv.attacks"),
         "torch": Provider(_process("import torch"), yardstick=True),
@@ -67,5 +67,5 @@ def _process(code: str, cache: Path | None = None) -> Callable[[], None]:
 
 
 def _fresh(folder: Path) -> Callable[[], None]:
-    """A cold start at each call."""
+    """Return a call that starts with an empty cache each time."""
     return lambda: _process(_STEP, Path(tempfile.mkdtemp(dir=folder)))()

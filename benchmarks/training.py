@@ -1,10 +1,10 @@
-"""What does a training step cost, against the loop in the form of the authors' code?
+"""What does a training step cost, compared with a loop in the form of the authors' code?
 
-One step is the attack, the loss and its backward pass, without the optimiser. All start at the same
-point and must agree on the loss. The floor is the least the method can do on the network as it is:
-as many input gradients as attack steps, and its train-mode passes forward and backward (for FAT,
-without early stop). `pyadv fast` attacks the view of the network that `speed="fast"` makes, anew at
-each step; `pyadv train` does so unless told otherwise.
+One step is the attack, the loss and its backward pass, without the optimiser. All providers start
+at the same point and must agree on the loss. The floor is the least that the method can do on the
+unchanged network: one input gradient per attack step and the method's train-mode passes forward and
+backward (for FAT, without early stop). `pyadv fast` attacks the view of the network that
+`speed="fast"` makes, rebuilt at each step; `pyadv train` does so by default.
 """
 
 from __future__ import annotations
@@ -126,14 +126,14 @@ def _provider(model: nn.Module, name: str, make: problems.Maker) -> Provider:
 def _same_loss(expected: float) -> Callable[[Tensor], str | None]:
     def check(loss: Tensor) -> str | None:
         if abs(loss.item() - expected) > 0.02 * abs(expected):
-            return f"has loss {loss.item():.4f} where pyadv has {expected:.4f}"
+            return f"has loss {loss.item():.4f}, but pyadv has {expected:.4f}"
         return None
 
     return check
 
 
 def _penalties(options: Options) -> Iterator[Case]:
-    """The three forms of the penalty's derivative, against one ordinary training pass."""
+    """Compare three forms of the penalty's derivative with one ordinary training pass."""
     from pyadv.objectives import EMR
     from pyadv.objectives.step import Step
 

@@ -1,57 +1,44 @@
-"""Finds and loads the compiled kernels: built ahead, else from the cache, else compiled now, else
-the PyTorch reference runs.
+"""Loading of the compiled kernels: built ahead, else from the cache, else compiled now, else the
+PyTorch reference runs.
 
-`load()` runs at the first use of any op and does all of it once per process. Importing this module
+`load()` runs at the first use of any op and does its work once per process. Importing this module
 compiles nothing and loads nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import importlib
 import json
 import os
 import platform
-import shutil
-import socket
-import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pyadv import _build
+from pyadv import _build, _cache
 from pyadv._version import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is compiled there, so nothing is locked
-    fcntl = None
 
 _LABELS = {"cpu": "CPU", "cuda": "CUDA"}
 _VARIABLES = (
-    *("PYADV_NATIVE", "PYADV_CUDA", "PYADV_CACHE_DIR", "PYADV_VERBOSE"),
+    *("PYADV_NATIVE", "PYADV_CUDA", "PYADV_CACHE_DIR", "PYADV_VERBOSE", "PYADV_BUILD_TIMEOUT"),
     *("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
 )
-_PATIENCE = 5.0  # seconds of waiting for another builder before saying so
 _NOT_LOADED = "not loaded yet: the first op loads it"
 
 
 class NativeError(RuntimeError):
-    """The native kernels were demanded, by PYADV_NATIVE=1 or `pyadv.build()`, and cannot be had."""
+    """PYADV_NATIVE=1 or `pyadv.build()` asked for native kernels, and they are not available."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One device's kernels: the loaded library and where it comes from ("prebuilt", "cache" or
-    "compiled"), or the reason why the reference runs instead."""
+    """The kernels of one device: the loaded library and where it comes from ("prebuilt", "cache"
+    or "compiled"), or the reason why the reference runs instead."""
 
     path: Path | None = None
     source: str | None = None
@@ -60,7 +47,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Status:
-    """What runs the ops. `problem` is what went wrong against the user's wish, if anything did."""
+    """The kernels in use. `problem` says what failed although the user's settings ask for it."""
 
     cpu: Kernels
     cuda: Kernels
@@ -74,13 +61,15 @@ class Status:
 
 _status: Status | None = None
 _loaded: dict[str, Kernels] = {}
+_refused: set[str] = set()  # cache folders that a warning has named
 _lock = threading.RLock()
 
 
 def _after_fork() -> None:
-    # Another thread of the parent may have held the lock; what is loaded stays loaded in the child.
+    # A thread of the parent that held the lock does not exist in the child. Loaded libraries stay.
     global _lock
     _lock = threading.RLock()
+    _cache.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
@@ -88,10 +77,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def load() -> Status:
-    """Load the native kernels, compiling them if need be; later calls return at once.
+    """Load the native kernels, compiling them if necessary; later calls return at once.
 
-    Where that fails, one RuntimeWarning says why and the reference runs; with PYADV_NATIVE=1 a
-    NativeError is raised instead. ValueError if PYADV_NATIVE or PYADV_CUDA has an unknown value.
+    If that fails, one RuntimeWarning says why and the reference runs.
+
+    Raises:
+        NativeError: If it fails and PYADV_NATIVE=1.
+        ValueError: If PYADV_NATIVE, PYADV_CUDA or PYADV_VERBOSE has an unknown value.
     """
     global _status
     demanded = _mode() == "1"
@@ -104,17 +96,21 @@ def load() -> Status:
                         " Until then the slower PyTorch reference runs, which PYADV_NATIVE=0 "
                         "chooses without a warning."
                     )
-                    warnings.warn(_advice(_status) + comfort, RuntimeWarning, stacklevel=2)
+                    _build.warn(_advice(_status) + comfort)
     if _status.problem and demanded:
-        raise NativeError(_advice(_status))
+        raise NativeError(f"pyadv: {_advice(_status)}")
     return _status
 
 
 def build(force: bool = False) -> Status:
     """Compile the native kernels now instead of at the first op, for instance in a container image.
 
-    Finds those built ahead or cached first. `force=True` compiles again what is not built ahead,
-    and forgets a remembered failure. Raises NativeError with the compiler's last lines.
+    Args:
+        force: Compile again even if the cache holds a library or a remembered failure. Libraries
+            that were built ahead of time stay.
+
+    Raises:
+        NativeError: If a library cannot be built; with the compiler's last lines.
     """
     global _status
     if _mode() == "0":
@@ -125,28 +121,31 @@ def build(force: bool = False) -> Status:
         if force or _status is None or _status.problem:
             _status = _start(force)
         if _status.problem:
-            raise NativeError(_advice(_status))
+            raise NativeError(f"pyadv: {_advice(_status)}")
         return _status
 
 
 def status() -> Status:
-    """What runs the ops in this process right now. Loads nothing."""
+    """Return the kernels that this process uses right now. Loads nothing."""
     return _status or Status(Kernels(reason=_NOT_LOADED), Kernels(reason=_NOT_LOADED))
 
 
 def describe(kernels: Kernels) -> str:
-    """One line on one device's kernels."""
+    """Return one line about the kernels of one device."""
     return f"{kernels.path} ({kernels.source})" if kernels.path else f"none: {kernels.reason}"
 
 
 def report() -> str:
-    """What runs and why, as text: for `pyadv info` and for bug reports. Loads the kernels."""
+    """Return a text about what runs and why, for `pyadv info` and bug reports. Loads the
+    kernels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the text below says the same
         with contextlib.suppress(NativeError):
             load()
     now = status()
-    compiler, home, ninja = _build.find_compiler(), _build.find_cuda(), _build.find_ninja()
+    command, missing = _build.compiler()
+    home, ninja = _build.find_cuda(), _build.find_ninja()
+    roots, refused = _cache.roots()
     nvcc = home / "bin" / "nvcc" if home else None
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = [
@@ -158,16 +157,17 @@ def report() -> str:
         ("cards", ", ".join(cards) or "none visible"),
         (
             "compiler",
-            f"{_build.identity(*compiler)} ({' '.join(compiler)})" if compiler else "none",
+            f"none: {missing}" if missing else f"{_build.identity(*command)} ({' '.join(command)})",
         ),
         ("nvcc", f"{_build.identity(str(nvcc))} ({nvcc})" if nvcc else "none"),
         ("ninja", " ".join(ninja) if ninja else "none: pip install ninja"),
-        ("cache", ", else ".join(str(root) for root in _cache_roots())),
+        ("cache", ", else ".join(map(str, roots)) or "none"),
+        *(("refused", str(refusal)) for refusal in refused),
         *((name, os.environ.get(name, "not set")) for name in _VARIABLES),
     ]
     lines = [f"{name:<21}{value}" for name, value in rows]
     if now.problem:
-        lines += ["", _advice(now)]
+        lines += ["", f"pyadv: {_advice(now)}"]
     return "\n".join(lines)
 
 
@@ -178,8 +178,13 @@ def _mode() -> str:
     return _build.choice("PYADV_NATIVE", ("auto", "0", "1"))
 
 
+def _verbose() -> bool:
+    return _build.choice("PYADV_VERBOSE", ("0", "1")) == "1"
+
+
 def _start(force: bool) -> Status:
     cuda_mode = _build.cuda_wanted()
+    _verbose()  # an unknown value is refused before any work
     if _mode() == "0":
         off = Kernels(reason="PYADV_NATIVE=0")
         return Status(off, off)
@@ -204,30 +209,45 @@ def _start(force: bool) -> Status:
 def _attempt(
     library: str, problems: dict[str, str], force: bool, absent: str | None = None
 ) -> Kernels:
-    """One library; a failure goes to `problems` and leaves the other library alone."""
+    """Load one library. A failure goes to `problems` and does not affect the other library."""
     plan_of = {"cpu": _build.plan_cpu, "cuda": _build.plan_cuda}[library]
     try:
         plan = plan_of(_build.source_root(), _build.this_torch())
         return _kernels(plan, force, absent)
-    except (_build.BuildError, OSError) as error:
+    except (_build.BuildError, OSError, UnicodeError) as error:
         problems.setdefault(library, str(error))
         return Kernels(reason=str(error).splitlines()[0])
 
 
 def _kernels(plan: _build.Plan, force: bool, absent: str | None) -> Kernels:
-    """The plan's library, loaded unless its device is absent. Raises BuildError or OSError."""
-    found = _prebuilt(plan) or _from_cache(plan, force)
-    if absent:
-        return Kernels(reason=f"{absent}; not loaded: {found.path}")
-    # A second copy would register every kernel twice, so a process keeps the one it has.
-    if plan.library not in _loaded:
-        torch.ops.load_library(found.path)
+    """Find and load a plan's library; only find it if its device is absent.
+
+    Raises:
+        BuildError: If there is no library and none can be built.
+        OSError: If the library does not load.
+    """
+    for last in (False, False, True):
+        found = _prebuilt(plan) or _from_cache(plan, force)
+        if absent:
+            return Kernels(reason=f"{absent}; not loaded: {found.path}")
+        # A second copy would register every kernel twice, so a process keeps the first one.
+        if plan.library in _loaded:
+            break
+        try:
+            torch.ops.load_library(found.path)
+        except OSError:
+            # Another process may just have replaced the entry by one that it built anew.
+            if last or found.path.exists():
+                raise
+            continue
         _loaded[plan.library] = found
+        break
     return _loaded[plan.library]
 
 
 def _prebuilt(plan: _build.Plan) -> Kernels | None:
-    """The library that was compiled ahead into this package, if it is made of these sources."""
+    """Return the library that was compiled ahead into this package, if it is whole and was built
+    from these sources."""
     try:
         info = importlib.import_module("pyadv._C").build_info().get(plan.library)
     except ImportError:
@@ -242,175 +262,114 @@ def _prebuilt(plan: _build.Plan) -> Kernels | None:
         compiled = info["architectures"].split(";")
         if not all(_build.serves(compiled, card) for card in _build.visible_cards()):
             return None
+    try:
+        whole = json.loads(_build.manifest_path(path).read_text()) == _build.fingerprint(path)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        _build.say(f"pyadv: ignoring {path}, which is not the file that was built")
+        return None
     return Kernels(path, "prebuilt")
 
 
-# The cache: <root>/torch-<version>/<key>/ holds the library, manifest.json and build.log;
-# <key>.lock and <key>.failed lie beside it.
-
-
-def _cache_roots() -> list[Path]:
-    """Folders to look in, the preferred one first."""
-    named = os.environ.get("PYADV_CACHE_DIR")
-    if named:
-        return [Path(named).expanduser().absolute()]
-    home = os.environ.get("XDG_CACHE_HOME")
-    roots = [Path(home) / "pyadv"] if home else []
-    if not home:
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            roots.append(Path.home() / ".cache" / "pyadv")
-    if hasattr(os, "getuid"):
-        shared = Path(tempfile.gettempdir()) / f"pyadv-{os.getuid()}"
-        with contextlib.suppress(FileNotFoundError):
-            if shared.lstat().st_uid != os.getuid():  # another user could put libraries there
-                return roots
-        roots.append(shared)
-    return roots
-
-
-def _entry(root: Path, plan: _build.Plan) -> Path:
-    return root / f"torch-{plan.recipe['torch']}" / plan.key
-
-
 def _from_cache(plan: _build.Plan, force: bool) -> Kernels:
-    roots = _cache_roots()
+    """Return the plan's library from the cache, compiling it if there is none or with `force`.
+
+    Raises:
+        BuildError: If there is no library and none can be built.
+        OSError: If the cache cannot be written.
+    """
+    roots, refused = _cache.roots()
+    if not roots:
+        raise _build.BuildError(
+            "no cache folder can be used: " + "; ".join(str(refusal) for refusal in refused)
+        )
+    for refusal in refused:
+        if refusal.preferred and str(refusal) not in _refused:
+            _refused.add(str(refusal))
+            _build.warn(
+                f"the cache folder {refusal}. Using {roots[0]} instead. Compiled code from a "
+                "folder that others can write to could do anything in this process."
+            )
+    entries = [_cache.entry(root, plan) for root in roots]
     if not force:
-        for root in roots:
-            if path := _cached(_entry(root, plan), plan):
+        for entry in entries:
+            if path := _cache.library(entry, plan):
                 return Kernels(path, "cache")
-        if plan.problem:  # no compiler: what another compiler made of the same recipe serves too
-            for root in roots:
-                for entry in _entry(root, plan).parent.glob(f"{plan.recipe_key}-????????"):
-                    if path := _cached(entry, plan):
-                        return Kernels(path, "cache")
-    if plan.problem:
+    if plan.problem:  # no compiler: a library that any compiler built from this recipe will do
+        for entry in entries if not force else ():
+            for other in entry.parent.glob(f"{plan.recipe_key}-????????"):
+                if path := _cache.library(other, plan):
+                    return Kernels(path, "cache")
         raise _build.BuildError(plan.problem)
     if not force:
-        for root in roots:
-            _raise_remembered(_entry(root, plan))
-    return _compiled(_entry(_writable(roots), plan), plan, force)
+        for entry in entries:
+            _raise_remembered(entry, plan)
+    return _compiled(_writable(roots, refused, plan), plan, force)
 
 
-def _cached(entry: Path, plan: _build.Plan) -> Path | None:
-    """The entry's library if it is whole: loading a truncated one could crash the process."""
-    path = entry / plan.file
-    try:
-        manifest = json.loads((entry / "manifest.json").read_text())
-        whole = manifest["files"] == {plan.file: _fingerprint(path)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return path if whole else None
-
-
-def _fingerprint(path: Path) -> dict[str, object]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _raise_remembered(entry: Path) -> None:
+def _raise_remembered(entry: Path, plan: _build.Plan) -> None:
     """Raise what an earlier process met, instead of compiling the same sources in vain again."""
-    failed = _beside(entry, ".failed")
-    if failed.is_file():
-        raise _build.BuildError(f"remembered from an earlier try: {failed.read_text()}")
+    if message := _cache.remembered(entry, plan):
+        raise _build.CompileError(f"remembered from an earlier try: {message}")
 
 
-def _beside(entry: Path, suffix: str) -> Path:
-    return entry.with_name(entry.name + suffix)
-
-
-def _writable(roots: list[Path]) -> Path:
-    refused = "there is none"
+def _writable(roots: list[Path], refused: list[_cache.Refusal], plan: _build.Plan) -> Path:
+    """Return the plan's entry in the first cache that can be written."""
+    reasons = []
     for root in roots:
+        entry = _cache.entry(root, plan)
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
-                pass
-        except OSError as error:
-            refused = f"{root}: {error.strerror}"
+            _cache.prepare(root)
+            _cache.prepare(entry.parent)
+        except (_build.BuildError, OSError) as error:
+            reasons.append(f"{root}: {getattr(error, 'strerror', None) or error}")
             continue
         if root != roots[0]:
-            _say(f"the cache folder {roots[0]} cannot be written; using {root}")
-        return root
-    raise _build.BuildError(f"no cache folder can be written ({refused}); set PYADV_CACHE_DIR")
+            _build.say(f"pyadv: the cache folder {roots[0]} cannot be written; using {root}")
+        return entry
+    raise _build.BuildError(
+        f"no cache folder can be written ({'; '.join([*reasons, *map(str, refused)])}); "
+        "set PYADV_CACHE_DIR"
+    )
 
 
 def _compiled(entry: Path, plan: _build.Plan, force: bool) -> Kernels:
-    entry.parent.mkdir(mode=0o700, exist_ok=True)
-    with _file_lock(_beside(entry, ".lock"), plan) as locked:
-        if not force:  # another process may have finished meanwhile, well or not
-            if path := _cached(entry, plan):
+    label = _LABELS[plan.library]
+
+    def told(owner: str) -> None:
+        _build.say(f"pyadv: waiting for {owner}, which compiles the {label} kernels")
+
+    with _cache.lock(entry, told) as held:
+        if not force:  # another process may have finished meanwhile, with success or without
+            if path := _cache.library(entry, plan):
                 return Kernels(path, "cache")
-            _raise_remembered(entry)
-        if locked:  # leftovers of builders that were killed
-            for rest in entry.parent.glob(f"{entry.name}.tmp*"):
-                shutil.rmtree(rest, ignore_errors=True)
-        label = _LABELS[plan.library]
-        _say(f"compiling {label} kernels (first use, about {plan.seconds} s) into {entry}")
+            _raise_remembered(entry, plan)
+        _build.say(
+            f"pyadv: compiling {label} kernels (first use, about {plan.seconds} s) into {entry}"
+        )
         begin = time.monotonic()
-        work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp", dir=entry.parent))
-        try:
-            _build_entry(entry, plan, work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        _say(f"compiled {label} kernels in {time.monotonic() - begin:.1f} s")
-    return Kernels(entry / plan.file, "compiled")
-
-
-def _build_entry(entry: Path, plan: _build.Plan, work: Path) -> None:
-    verbose = _build.choice("PYADV_VERBOSE", ("0", "1")) == "1"
-    failed, log = _beside(entry, ".failed"), _beside(entry, ".log")
-    try:
-        (library,) = _build.build([plan], work, log, verbose=verbose)
-    except _build.BuildError as error:
-        failed.write_text(str(error))
-        raise
-    ready = work / "entry"
-    ready.mkdir()
-    library.replace(ready / plan.file)
-    log.replace(ready / "build.log")
-    manifest = {"info": plan.info, "files": {plan.file: _fingerprint(ready / plan.file)}}
-    (ready / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    if entry.exists():  # broken, or to be built anew; whoever has it mapped keeps it
-        os.replace(entry, work / "old")
-    os.replace(ready, entry)
-    failed.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path, plan: _build.Plan) -> Iterator[bool]:
-    """One builder at a time. The kernel drops the lock when its process dies, however it dies.
-    Yields False where the file system has no locks: then two may build, and the later one wins."""
-    with path.open("a+") as file:
-        begin, told, locked = time.monotonic(), False, False
-        while fcntl is not None and not locked:
+        with _cache.working_folder(entry, held) as work:
+            log = work / "build.log"
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break
-                if not told and time.monotonic() - begin > _PATIENCE:
-                    file.seek(0)
-                    owner = file.read().strip() or "another process"
-                    _say(f"waiting for {owner}, which compiles the {_LABELS[plan.library]} kernels")
-                    told = True
-                time.sleep(0.1)
-        if locked:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield locked
-
-
-# Words
-
-
-def _say(line: str) -> None:
-    print(f"pyadv: {line}", file=sys.stderr, flush=True)
+                (built,) = _build.build([plan], work, log, verbose=_verbose())
+            except _build.BuildError as error:
+                kept = _cache.beside(entry, ".log")
+                with contextlib.suppress(OSError):
+                    os.replace(log, kept)
+                error = type(error)(str(error).replace(str(log), str(kept)))
+                if isinstance(error, _build.CompileError):
+                    _cache.remember(entry, plan, error, work)
+                raise error from None
+            if force:
+                _cache.discard(entry, work)
+            _cache.publish(entry, plan, built, log, work)
+        _build.say(f"pyadv: compiled {label} kernels in {time.monotonic() - begin:.1f} s")
+    return Kernels(entry / plan.file, "compiled")
 
 
 def _advice(now: Status) -> str:
     return (
-        f"pyadv: {now.problem}\nOnce that is mended, pyadv.build(force=True) compiles again; "
+        f"{now.problem}\nAfter fixing the cause, run pyadv.build(force=True) to compile again; "
         "`python -m pyadv info` shows what is in use."
     )

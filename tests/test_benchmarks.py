@@ -1,7 +1,8 @@
-"""The benchmarks run, refuse what is wrong, and make their page. Nothing here looks at a time."""
+"""The benchmarks run, refuse wrong results and write their page. No test depends on a time."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -32,7 +33,7 @@ def options(harness):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all questions, as the command line asks them."""
+    """The results of all questions, asked through the command line."""
     folder = tmp_path_factory.mktemp("results") / "some-cpu-2026-01-01"
     command = [sys.executable, BENCHMARKS / "run.py", "--quick", "--out", folder]
     done = subprocess.run(
@@ -48,8 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_has_what_the_page_shows(harness, results):
-    run = importlib.import_module("run")
-    for name in run.QUESTIONS:
+    for name in importlib.import_module("questions").QUESTIONS:
         environment, rows = harness.load(results / f"{name}.json")
         assert environment["torch"] == torch.__version__ and environment["heap"] == "tuned"
         assert rows and not any(r.refused for r in rows)
@@ -75,10 +75,57 @@ def test_page(harness, results, tmp_path, monkeypatch):
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     pictures = list((tmp_path / "docs" / "images").iterdir())
     assert pictures and all(f"images/{p.name}" in page for p in pictures)
-    # Every goal of every question has a line, whether these small cases measure it or not.
-    for name in importlib.import_module("run").QUESTIONS:
+    # Every goal has a line, also if these small cases do not measure it.
+    for name in importlib.import_module("questions").QUESTIONS:
         for goal in getattr(importlib.import_module(name), "GOALS", []):
             assert f"| {goal.text} |" in page
+
+
+def test_modules_import_one_way():
+    """The driver may import the page, and neither the page nor a question imports the driver."""
+    imported = {}
+    for path in BENCHMARKS.glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        found = imported[path.stem] = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+    reached: dict[str, set[str]] = {}
+
+    def below(name: str, path: tuple[str, ...] = ()) -> set[str]:
+        assert name not in path, f"a cycle: {(*path, name)}"
+        if name not in reached:
+            direct = imported[name] & imported.keys()
+            reached[name] = direct.union(*(below(n, (*path, name)) for n in direct))
+        return reached[name]
+
+    for name in imported:
+        below(name)
+    assert "render" in reached["run"] and "run" not in reached["render"]
+
+
+def test_the_page_shows_a_card(harness, tmp_path, monkeypatch):
+    """Rows of a card need neither peers nor a duration, and have goals of their own."""
+    render = importlib.import_module("render")
+    folder = tmp_path / "results" / "some-card-2026-01-01"
+    known = dict(device="Some card", cuda="13.0", driver="1", processor="p", cores=1, torch="2")
+    known |= dict(python="3", pyadv="0", kernels="native", commit="c", changed=False)
+    known |= dict(heap="default", load=0.0, date="2026-01-01")
+    name = "PGD, 10 steps, ResNet-18, batch 128"
+    rows = [
+        harness.Row(name, p, "pyadv", 1, images=1, times_us=[t])
+        for p, t in (("pyadv", 1.0), ("floor", 1.0))
+    ]
+    harness.save(folder / "gpu_attacks.json", known, rows)
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    render.main()
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "CUDA 13.0, driver 1" in page and "### Attacks on a GPU" in page
+    assert "batch 128, pyadv: 1.06 of the recorded floor | 1 | <= 1.06 | 1 | met |" in page
+    assert "Linf step" not in page
 
 
 def test_a_wrong_result_is_not_timed(harness, options):
@@ -115,7 +162,7 @@ def row(harness, provider, times, **more):
     ],
 )
 def test_goals_are_judged_round_by_round(harness, bound, value, met):
-    # Rounds of one disturbed machine: medians of the times alone would say 1.0.
+    # The rounds of a disturbed machine, where the ratio of the medians would be 1.0.
     rows = [row(harness, "pyadv", [1.0, 4.0, 2.0]), row(harness, "other", [2.0, 8.0, 4.0])]
     goal = harness.Goal("goal", "case", "other", **bound)
     assert goal.outcome(rows, 1) == (pytest.approx(value), met)
@@ -144,7 +191,7 @@ def test_passes_are_counted_in_samples():
 
 
 def test_command(monkeypatch):
-    """`pyadv bench` runs the driver in a process of its own, which sets up its heap."""
+    """`pyadv bench` runs the driver in a separate process, which sets up its heap."""
     typer_testing = pytest.importorskip("typer.testing")
     from pyadv import cli
 

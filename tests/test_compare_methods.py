@@ -1,5 +1,5 @@
-"""The comparison of the methods: it chooses, measures, goes on where it stopped, and its verdicts
-follow from its numbers."""
+"""The comparison of the methods chooses strengths, measures, continues after an interruption, and
+derives its verdicts from its numbers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def report(compare):
 
 @pytest.fixture
 def made_up(compare, report, tmp_path):
-    """Results of all methods with two seeds: AT has more right answers than standard training,
-    GAIRAT fewer than AT under AutoAttack, EMR + AT as many; MAIL collapses once."""
+    """Results of all methods with two seeds. AT has more correct answers than standard training,
+    GAIRAT has fewer than AT under AutoAttack, EMR + AT has as many; MAIL collapses once."""
 
     def accuracy(name: str, seed: int) -> dict[str, str]:
         clean = "1" * (30 + seed) + "0" * (10 - seed)
@@ -53,7 +53,7 @@ def made_up(compare, report, tmp_path):
                 point |= {"logit_margin": 1.0 + e, "log_norm_product": 5.0 + e}
             measured = {"margin_Linf": 0.01 if name == "standard" else 0.05, "weight_norm": 2.0}
             if (name, seed) == ("MAIL", 1):
-                measured["margin_Linf"] = None  # of a constant network
+                measured["margin_Linf"] = None  # the network is constant
             content = {"name": run, "curve": points, "margins": measured}
             compare.write(tmp_path / f"{run}.json", {**content, "accuracy": accuracy(name, seed)})
             index.append({"name": name, "seed": seed, "run": run})
@@ -90,7 +90,7 @@ def test_it_chooses_measures_and_goes_on(compare, monkeypatch, tmp_path):
     assert len(run["curve"]) == budget.epochs
     assert all(math.isfinite(v) for v in run["margins"].values())
 
-    # Interrupted in AutoAttack: what is missing is computed, nothing else.
+    # After an interruption in AutoAttack only the missing results are computed.
     trained = {p: p.stat().st_mtime_ns for p in runs.glob("*/checkpoint.pt")}
     cut = {**run, "accuracy": {**run["accuracy"], "AutoAttack": run["accuracy"]["AutoAttack"][:2]}}
     compare.write(out / f"{run['name']}.json", cut)

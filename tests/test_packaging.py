@@ -1,4 +1,4 @@
-"""What pip makes of the project: a wheel of sources, a compiled wheel, an editable install."""
+"""Tests of what pip builds: a wheel of sources, a compiled wheel, an editable install."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyadv import _build
 from pyadv._version import __version__
 
 ROOT = Path(_build.__file__).parent.parent
-# Not find_spec("pip"): that makes setuptools hand distutils back to the standard library, which
-# torch.compile then refuses, in every test after it.
+# find_spec("pip") would make setuptools give distutils back to the standard library, and
+# torch.compile would then fail in every later test.
 HAS_PIP = any(importlib.metadata.distributions(name="pip"))
 pytestmark = [
     pytest.mark.build,
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def small_tree(folder: Path) -> Path:
-    """A copy of the checkout with a small csrc, so that compiling takes a second."""
+    """Copy the checkout with a small csrc, so that compiling takes a second."""
     copy_tree(folder, "csrc")
     (folder / "csrc" / "cpu").mkdir(parents=True)
     (folder / "csrc" / "ops_cpu.cpp").write_text("int one();\nint two() { return one(); }\n")
@@ -57,7 +57,7 @@ def wheel_of(tree: Path, target: Path, **env: str) -> zipfile.ZipFile:
 
 
 def use(folder: Path, cache: Path, *, native: str = "1") -> str:
-    """Where the kernels of the pyadv in `folder` come from, when there is no compiler."""
+    """Return where the kernels of the pyadv in `folder` come from when there is no compiler."""
     code = (
         f"import sys; sys.path.insert(0, {str(folder)!r})\n"
         "import pyadv\nfrom pyadv import _native\n"
@@ -79,7 +79,7 @@ def use(folder: Path, cache: Path, *, native: str = "1") -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unpacked wheel that was compiled ahead, with the tree it came from beside it."""
+    """An unpacked wheel that was compiled ahead of time; its source tree lies beside it."""
     folder = tmp_path_factory.mktemp("compiled")
     with wheel_of(small_tree(folder / "checkout"), folder / "wheels") as wheel:
         assert "py3-none-any" not in wheel.filename
@@ -88,7 +88,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_of_sources_holds_everything(tmp_path):
-    """As built in isolation, where there is no PyTorch; here it is PYADV_NATIVE=0 that says so."""
+    """PYADV_NATIVE=0 stands for a build in isolation, where PyTorch is missing."""
     tree = tmp_path / "checkout"
     copy_tree(tree)
     with wheel_of(tree, tmp_path / "wheels", PYADV_NATIVE="0") as wheel:
@@ -116,6 +116,20 @@ def test_compiled_wheel_of_other_sources_is_not_loaded(site, tmp_path):
     assert use(changed, tmp_path / "cache", native="auto") == "None"
 
 
+@pytest.mark.parametrize("how", ["truncated", "changed", "no fingerprint"])
+def test_compiled_library_that_is_damaged_is_not_loaded(site, tmp_path, how):
+    damaged = shutil.copytree(site, tmp_path / "site")
+    library = damaged / "pyadv" / "_ops.so"
+    content = library.read_bytes()
+    if how == "truncated":
+        library.write_bytes(content[: len(content) // 2])
+    elif how == "changed":
+        library.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        _build.manifest_path(library).unlink()
+    assert use(damaged, tmp_path / "cache", native="auto") == "None"
+
+
 def test_build_info_says_what_was_compiled(site):
     code = "import json, pyadv._C; print(json.dumps(pyadv._C.build_info()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=site, capture_output=True, text=True)
@@ -141,7 +155,7 @@ def test_editable_build_lands_in_the_checkout(tmp_path):
 
 
 def test_module_without_typer(tmp_path):
-    """`python -m pyadv info` needs no extra; the other commands say which one they need."""
+    """`python -m pyadv info` needs no extra; the other commands name the extra they need."""
     (tmp_path / "run.py").write_text(
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"

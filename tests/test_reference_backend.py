@@ -1,4 +1,4 @@
-"""The op suite without kernels: schemas, fakes, gradients and checks do not depend on them."""
+"""The op tests pass without kernels: schemas, fakes, gradients and checks need none."""
 
 from __future__ import annotations
 
