@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyadv.evaluation import Check, MaskingReport, check_masking
-from pyadv.evaluation.masking import OTHER_LOSS, _flat, difference, smallest_difference
+from pyadv.evaluation.masking import _flat
+from pyadv.evaluation.masking_statistics import OTHER_LOSS, difference, smallest_difference
 
 N, EPS = 120, 0.03
 QUIET = {"queries": 60, "progress": None}
