@@ -33,6 +33,7 @@ CLEAN = "clean"  # the name of the first look at each sample, without an attack
 _SAVE_EVERY = 30.0  # seconds, besides after each attack and at an interruption
 _NEAR = 1e-2  # how far logits may move between two machines, as a share of the largest, at least 1
 _TIED = 1e-3  # two logits this near to each other may change places
+_SHOWN = 3  # differences in an error message
 _PROBED = 8  # samples in the forward pass that shows which counters of the model move
 
 
@@ -455,13 +456,21 @@ class _StateFile:
         _state.save(self.path, {**state, "findings": findings}, self.KIND, self.FORMAT)
 
     def _refuse(self, then: dict[str, str], now: dict[str, str], moved: set[str]) -> None:
-        for name in sorted((then.keys() | now.keys()) - moved):
-            if then.get(name) != now.get(name):
-                raise ValueError(
-                    f"{self.path} holds an evaluation with another {name}: "
-                    f"{then.get(name, 'none')}, now {now.get(name, 'none')}; choose another file "
-                    "for this one, or remove that one"
-                )
+        names = sorted((then.keys() | now.keys()) - moved)
+        differences = [
+            f"{name.removeprefix('attacks.').replace('.settings.', '.')}: "
+            f"{then.get(name, 'none')}, now {now.get(name, 'none')}"
+            for name in names
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            shown = "; ".join(differences[:_SHOWN])
+            more = len(differences) - _SHOWN
+            raise ValueError(
+                f"{self.path} holds an evaluation with another {shown}"
+                f"{f' and {more} more' if more > 0 else ''}; choose another file for this one, or "
+                "remove that one"
+            )
 
 
 def _first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
