@@ -3,22 +3,99 @@ code."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+class DiskFull(OSError):
+    """A file does not fit: the disk, the user's quota or the limit on file sizes is exhausted."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
 
 def save(path: Path, state: dict[str, Any], kind: str, version: int) -> None:
-    """Write `state` (tensors and plain values) to `path` so that a reader finds the old file or the
-    new one, never a part."""
+    """Write `state` (tensors and plain values) to `path`; see `write`."""
+    write(path, lambda file: torch.save({"kind": kind, "format": version, **state}, file))
+
+
+def write(path: Path, fill: Callable[[Any], None]) -> None:
+    """Write the file `path` with `fill(file)`, whole or not at all.
+
+    A reader finds the old file or the new one, never a part, wherever the process dies. A write
+    that fails removes its part and leaves the old file as it was.
+
+    Args:
+        path: the file; its folder must exist.
+        fill: calls `file.write` with bytes.
+
+    Raises:
+        DiskFull: if there is no room for the file; the message says how large it is.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save({"kind": kind, "format": version, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb", buffering=0) as raw:
+            file = _Counted(raw)
+            fill(file)
+            try:
+                if file.error is not None:
+                    raise file.error
+                os.fsync(raw.fileno())
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise _disk_full(error, path, file.size) from error
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class _Counted:
+    """A file that counts what is written to it.
+
+    After an error it discards the bytes and goes on counting: `torch.save` hides an exception of
+    its file behind one of its own, and the size of the whole file is worth knowing.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw, self.size, self.error = raw, 0, None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        self.size += len(rest)
+        written = len(rest)
+        try:
+            while len(rest) and self.error is None:
+                rest = rest[self.raw.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return written
+
+    def flush(self) -> None:
+        """Do nothing: no byte waits in a buffer."""
+
+
+def _disk_full(error: OSError, path: Path, size: int) -> DiskFull:
+    free = shutil.disk_usage(path.parent).free
+    kept = "; the file of before is unchanged" if path.exists() else ""
+    return DiskFull(
+        error.errno,
+        f"cannot write {path}: {os.strerror(error.errno).lower()}; it needs {_bytes(size)} and "
+        f"{_bytes(free)} are free in {path.parent}{kept}",
+    )
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n:,} bytes"
 
 
 def load(

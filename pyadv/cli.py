@@ -1,6 +1,6 @@
 """The command line: `pyadv train | recipes | evaluate | bench | info`.
 
-Options that are not given stay None, so that `pyadv.training.Config` alone decides defaults.
+Options that are not given stay None: the defaults of `pyadv.training.Config` then apply.
 """
 
 from __future__ import annotations
@@ -194,6 +194,12 @@ def _train(given: dict[str, Any]) -> None:
     except training.Interrupted as stop:
         display.message(f"{stop}; continue with: pyadv train --resume {folder}")
         raise typer.Exit(130) from None
+    except KeyboardInterrupt:  # outside the training loop, or the second signal in it
+        text = "interrupted"
+        if folder is not None and (folder / "checkpoint.pt").exists():
+            text += f"; continue with: pyadv train --resume {folder}"
+        display.message(text)
+        raise typer.Exit(130) from None
     if PartialState().is_main_process:
         console.print(report_table(report, str(folder)))
 
@@ -212,7 +218,7 @@ def recipes(
         from pyadv.training import recipes
 
         if name is not None:
-            typer.echo(recipes.path(name).read_text(), nl=False)
+            typer.echo(recipes.path(name).read_text(encoding="utf-8"), nl=False)
             return
         rows = [("NAME", "METHOD", "MODEL", "DATA", "SOURCE")]
         for recipe in map(recipes.load, recipes.names()):
@@ -424,7 +430,7 @@ def bench(
 
 @app.command()
 def info() -> None:
-    """Say which kernels run, and why; versions, compilers and paths for a bug report."""
+    """Print which kernels run and why, with versions, compilers and paths for a bug report."""
     from pyadv import _native
 
     typer.echo(_native.report())
@@ -432,12 +438,16 @@ def info() -> None:
 
 @contextlib.contextmanager
 def _errors_as_messages() -> Iterator[None]:
-    """What a user can mend becomes one line on stderr and exit code 1; bugs keep a traceback."""
+    """Turn errors that a user can mend into one line on stderr and exit code 1.
+
+    Others are bugs and keep their traceback.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         extra = "; pip install 'pyadv[train]'" if isinstance(error, ModuleNotFoundError) else ""
-        typer.echo(f"pyadv: {error}{extra}", err=True)
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+            typer.echo(f"pyadv: {error}{extra}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -1,4 +1,4 @@
-"""Image data sets as tensors: the embedded default, the standard ones, and your own."""
+"""Image data sets as tensors: the embedded default, the standard sets, and files of your own."""
 
 from pyadv.data.batches import Batches, crop_and_flip
 from pyadv.data.images import ImageData, to_images

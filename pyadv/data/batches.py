@@ -1,4 +1,4 @@
-"""Shuffled batches whose order is a function of (seed, epoch): resuming needs two integers."""
+"""Shuffled batches whose order is a function of (seed, epoch), so that a run can resume."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -> Tensor:
-    """Shift each image by its own offset inside a zero border, and mirror where `flips`.
+    """Shift each image by its own offset inside a zero border, and mirror it where `flips`.
 
     `x` (B, C, H, W); `offsets` int64 (B, 2) in [0, 2 padding], rows and columns; `flips`
-    bool (B,). This is RandomCrop(padding=4) + RandomHorizontalFlip of the CIFAR recipes, as one
-    gather for the whole batch.
+    bool (B,). The result is that of RandomCrop(padding=4) and RandomHorizontalFlip in the CIFAR
+    recipes; one gather computes it for the whole batch.
     """
     b, c, h, w = x.shape
     rows = offsets[:, :1] + torch.arange(h, device=x.device)
@@ -26,20 +26,31 @@ def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -
     return padded.gather(2, index.expand(b, c, h * w)).view(b, c, h, w)
 
 
-_SHARE = 0.25  # of a GPU's free memory that a training set may take
+_SHARE = 0.25  # share of a GPU's free memory that a training set may take
 
 
 class Batches:
-    """Batches (x, y, ids) of a training set, on `device`. A GPU with room for the whole set gets it
-    at once; then no batch waits for the GPU.
+    """Batches (x, y, ids) of a training set, on `device`.
 
-    Epoch e is shuffled, cropped and flipped by a generator seeded with (seed, e), so
-    `epoch(e, start=s)` continues exactly where a run that stopped after s batches was.
+    A GPU with room for the whole set stores it from the start, so that no batch is copied to it.
+    A generator seeded with (seed, e) shuffles, crops and flips epoch e, so `epoch(e, start=s)`
+    continues a run that stopped after s batches exactly.
 
-    `x` (N, C, H, W), `y` (N,); `ids` int64 are indices into them. Of `world` processes,
-    number `rank` gets every `world`-th sample of each batch, so that the batch as a whole does
-    not depend on their number; a last batch is cut to a multiple of `world`.
-    Raises ValueError if `batch_size` is not a positive multiple of `world`.
+    Args:
+        x: images (N, C, H, W).
+        y: labels (N,).
+        batch_size: samples of a batch, over all processes.
+        seed: of the order and the augmentation.
+        augment: crop and flip, see `crop_and_flip`.
+        ids: int64 indices of the samples to use, by default all.
+        device: of the batches, by default the CPU.
+        rank: number of this process. It gets every `world`-th sample of each batch, so that the
+            batch as a whole does not depend on the number of processes.
+        world: number of processes; a last batch is cut to a multiple of it.
+
+    Raises:
+        ValueError: if `batch_size` is not a positive multiple of `world`, if `x` and `y` differ in
+            length, if `ids` are not indices of samples.
     """
 
     PADDING = 4
@@ -59,6 +70,12 @@ class Batches:
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size must be a positive multiple of {world}, got {batch_size}")
+        if len(x) != len(y):
+            raise ValueError(f"x and y must be as many, got {len(x)} and {len(y)}")
+        if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(x):
+            raise ValueError(
+                f"ids must lie in [0, {len(x)}), saw [{int(ids.min())}, {int(ids.max())}]"
+            )
         self.device = torch.device("cpu" if device is None else device)
         self.home = self.device if _has_room(self.device, x) else torch.device("cpu")
         self.x, self.y = x.to(self.home), y.to(self.home)
@@ -72,7 +89,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the batches of `epoch` from number `start` on."""
-        # torch's CPU generator reads 32 bits of its seed, so the pair has to be mixed into them.
+        # torch's CPU generator uses 32 bits of its seed, so the pair is mixed into 32 bits.
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         n = len(self.ids)

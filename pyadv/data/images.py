@@ -1,4 +1,4 @@
-"""One shape for every image data set: float32 images in [0, 1], NCHW, and int64 labels."""
+"""The form of every image data set: float32 images in [0, 1], NCHW, and int64 labels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageData:
-    """A labelled image data set with its official (or named) split.
+    """A labelled image data set, split into training and test samples.
 
     `train_x` and `test_x` are float32 (N, C, H, W) in [0, 1]; `train_y` and `test_y` are
-    int64 (N,) in [0, len(classes)). Construction raises ValueError on anything else: wrong ranks,
-    shapes that differ between the splits, NaN, values outside the box, labels out of range.
+    int64 (N,) in [0, len(classes)). The constructor raises ValueError for anything else: wrong
+    ranks, shapes that differ between the splits, NaN, pixels or labels out of range.
     """
 
     name: str
@@ -40,9 +40,9 @@ class ImageData:
         return tuple(self.train_x.shape[1:])
 
     def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Split `n` training images off: (ids kept (N - n,), val_x (n, C, H, W), val_y (n,)).
+        """Hold `n` training images out: return (ids kept (N - n,), val_x (n, C, H, W), val_y (n,)).
 
-        The choice depends on `seed` alone. `n` may be 0; it must leave a training image.
+        The choice depends on `seed` alone. At least one training image must remain.
         """
         total = len(self.train_y)
         if not 0 <= n < total:
@@ -53,11 +53,11 @@ class ImageData:
 
 
 def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:
-    """Bring raw pixels to float32 [0, 1] NCHW.
+    """Convert raw pixels to float32 in [0, 1], NCHW.
 
-    `x` is (N, H, W) grey, (N, C, H, W) or (N, H, W, C); uint8, or floating in [0, 1]. Channels
-    are found by their size, 1 or 3; where both readings are possible `layout` ("NCHW" or "NHWC")
-    must say which, else ValueError.
+    `x` is (N, H, W) grey, (N, C, H, W) or (N, H, W, C); uint8, or floating in [0, 1]. The axis of
+    size 1 or 3 is the channel axis; if two axes could be, `layout` ("NCHW" or "NHWC") must say
+    which, else ValueError.
     """
     if layout not in (None, "NCHW", "NHWC"):
         raise ValueError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
@@ -86,7 +86,7 @@ def _guess_layout(name: str, shape: tuple[int, ...]) -> str:
 
 
 def check_images(name: str, x: Tensor, y: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless (x, y) is a batch as `ImageData` promises it."""
+    """Raise ValueError unless (x, y) has the form that `ImageData` promises."""
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{name} must be a non-empty (N, C, H, W), got shape {tuple(x.shape)}")
     if x.dtype != torch.float32:
@@ -97,7 +97,7 @@ def check_images(name: str, x: Tensor, y: Tensor, num_classes: int) -> None:
             f"got {y.dtype} of shape {tuple(y.shape)}"
         )
     low, high = (v.item() for v in x.aminmax())
-    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+    if not (low >= 0 and high <= 1):  # true for NaN too
         seen = "NaN" if math.isnan(low) else f"[{low:g}, {high:g}]"
         raise ValueError(f"{name} must lie in [0, 1], saw {seen}; store uint8, or divide by 255")
     low, high = (v.item() for v in y.aminmax())

@@ -1,9 +1,9 @@
 """Make the embedded data set from the full Fashion-MNIST idx files.
 
-`python -m pyadv.data.make_embedded DIR` reads DIR (the four `*-ubyte.gz` files of the
-distribution), keeps the first images of each split and writes idx files under xz beside this
-module. Plain xz of the raw bytes beats PNG-like row prediction and pixel-major order on these
-images, so there is no further encoding to undo.
+`python -m pyadv.data.make_embedded DIR` reads the four `*-ubyte.gz` files of the distribution in
+DIR, keeps the first images of each split and writes idx files, compressed with xz, beside this
+module. On these images xz alone is smaller than xz after PNG-like row prediction or in
+pixel-major order, so the bytes have no further encoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TARGET = Path(__file__).parent / "fashion_mini"
 
 
 def make(source: Path, target: Path = TARGET) -> list[Path]:
-    """Write the four files of the embedded set from the idx files in `source`."""
+    """Write the four files of the embedded set from the idx files in `source`; return their
+    paths."""
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for split, n in SIZES.items():

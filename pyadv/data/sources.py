@@ -1,12 +1,16 @@
-"""Readers: idx files, CIFAR batches, npz and torchvision sets, all returning `ImageData`."""
+"""Read idx files, CIFAR batches, npz files and torchvision sets as `ImageData`."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import lzma
+import math
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +39,8 @@ TORCHVISION = {
     "cifar100": "CIFAR100",
     "svhn": "SVHN",
 }
-IDX_STEMS = {"train": "train", "test": "t10k"}  # the names LeCun's files have kept
+IDX_STEMS = {"train": "train", "test": "t10k"}  # as in LeCun's file names
+MAX_CLASSES = 100_000  # of a set without class names: a larger label is no class number
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -50,12 +55,14 @@ def load(source: str | Path = "fashion-mini", *, layout: str | None = None) -> I
       its relatives;
     - a folder of CIFAR-10 or CIFAR-100 python batches;
     - an `.npz` file with `x_train, y_train, x_test, y_test`, or with `x, y`, of which a
-      fixed random fifth is then held out as the test split; `layout` is that of
-      `to_images`;
+      fixed random fifth becomes the test split; `layout` is that of `to_images`;
     - a torchvision set by name (`cifar10`, `svhn`, ...), downloaded to `./data`.
 
-    Raises ValueError for a source it cannot read, FileNotFoundError for a path that is not there,
-    ImportError where torchvision is needed and missing.
+    Sets without class names have the classes 0 to the largest label, which must be below
+    `MAX_CLASSES`.
+
+    Raises ValueError for a source it cannot read, FileNotFoundError for a path that does not exist,
+    ImportError if torchvision is needed and missing.
     """
     name = str(source)
     if name in EMBEDDED:
@@ -63,7 +70,9 @@ def load(source: str | Path = "fashion-mini", *, layout: str | None = None) -> I
         return _read_idx_folder(folder, name, EMBEDDED[name])
     if name in TORCHVISION:
         return _read_torchvision(name)
-    path = Path(source).expanduser()
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # ~name without such a user is a name like any other
+        path = path.expanduser()
     if not path.exists():
         names = ", ".join((*EMBEDDED, *TORCHVISION))
         raise FileNotFoundError(f"data: {name!r} is neither a path nor one of {names}")
@@ -78,15 +87,18 @@ def load(source: str | Path = "fashion-mini", *, layout: str | None = None) -> I
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read one idx file of unsigned bytes (plain, .gz or .xz) as a uint8 tensor."""
-    with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+    """Read an idx file of unsigned bytes (plain, .gz or .xz) as a uint8 tensor.
+
+    Raises ValueError for a file that is not one, or that is damaged.
+    """
+    with _reading(path), _OPENERS.get(path.suffix, open)(path, "rb") as file:
         raw = file.read()
     rank = raw[3] if len(raw) > 3 else 0
     if raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * rank:
         raise ValueError(f"{path} is not an idx file of unsigned bytes")
     shape = np.frombuffer(raw, ">u4", rank, 4).tolist()
     start = 4 + 4 * rank
-    if len(raw) - start != int(np.prod(shape)):
+    if len(raw) - start != math.prod(shape):
         raise ValueError(
             f"{path}: its header says shape {shape}, it holds {len(raw) - start} bytes"
         )
@@ -94,7 +106,10 @@ def read_idx(path: Path) -> Tensor:
 
 
 def find_idx(folder: Path, split: str, kind: str) -> Path:
-    """Path of `<split>-<kind>-idx?-ubyte` in `folder`; kind is "images" or "labels"."""
+    """Return the path of `<split>-<kind>-idx?-ubyte` in `folder`; kind is "images" or "labels".
+
+    Raises FileNotFoundError if there is none.
+    """
     stem = f"{IDX_STEMS[split]}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
     for suffix in ("", ".gz", ".xz"):
         if (folder / (stem + suffix)).exists():
@@ -107,39 +122,46 @@ def _read_idx_folder(
 ) -> ImageData:
     parts = {}
     for split in IDX_STEMS:
-        parts[f"{split}_x"] = to_images("idx images", read_idx(find_idx(folder, split, "images")))
-        parts[f"{split}_y"] = read_idx(find_idx(folder, split, "labels")).long()
+        x, y = (find_idx(folder, split, kind) for kind in ("images", "labels"))
+        parts[f"{split}_x"] = to_images(str(x), read_idx(x))
+        parts[f"{split}_y"] = read_idx(y).long()
+        _check_lengths(str(x), len(parts[f"{split}_x"]), str(y), len(parts[f"{split}_y"]))
     classes = classes or _numbered(parts["train_y"], parts["test_y"])
     return ImageData(name=name or folder.resolve().name, classes=classes, **parts)
 
 
 def _read_cifar10(folder: Path) -> ImageData:
-    train = [_unpickle(folder / f"data_batch_{i}") for i in range(1, 6)]
-    test = _unpickle(folder / "test_batch")
-    classes = _unpickle(folder / "batches.meta")[b"label_names"]
-    return _cifar("cifar10", train, test, b"labels", classes)
+    train = [folder / f"data_batch_{i}" for i in range(1, 6)]
+    names = _unpickle(folder / "batches.meta", b"label_names")
+    return _cifar("cifar10", train, folder / "test_batch", b"labels", names)
 
 
 def _read_cifar100(folder: Path) -> ImageData:
-    classes = _unpickle(folder / "meta")[b"fine_label_names"]
-    train, test = _unpickle(folder / "train"), _unpickle(folder / "test")
-    return _cifar("cifar100", [train], test, b"fine_labels", classes)
+    names = _unpickle(folder / "meta", b"fine_label_names")
+    return _cifar("cifar100", [folder / "train"], folder / "test", b"fine_labels", names)
 
 
-def _cifar(name: str, train: list[dict], test: dict, key: bytes, classes: list) -> ImageData:
-    def split(batches: list[dict]) -> tuple[Tensor, Tensor]:
-        x = np.concatenate([b[b"data"] for b in batches]).reshape(-1, 3, 32, 32)
-        y = [label for b in batches for label in b[key]]
-        return to_images(name, torch.from_numpy(x), "NCHW"), torch.tensor(y)
-
-    train_x, train_y = split(train)
-    test_x, test_y = split([test])
-    classes = tuple(c.decode() if isinstance(c, bytes) else c for c in classes)
+def _cifar(name: str, train: list[Path], test: Path, key: bytes, names: tuple) -> ImageData:
+    train_x, train_y = _cifar_split(train, key)
+    test_x, test_y = _cifar_split([test], key)
+    classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in names[0])
     return ImageData(name, classes, train_x, train_y, test_x, test_y)
 
 
+def _cifar_split(files: list[Path], key: bytes) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for file in files:
+        x, y = _unpickle(file, b"data", key)
+        with _reading(file):
+            x, y = np.asarray(x).reshape(-1, 3, 32, 32), _integers(y)
+        _check_lengths(f"images of {file}", len(x), "its labels", len(y))
+        images.append(to_images(str(file), torch.from_numpy(x), "NCHW"))
+        labels.append(y)
+    return torch.cat(images), torch.cat(labels)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays and builtin containers only: a pickle from the web may run any code."""
+    """An unpickler of arrays and builtin containers alone: any other pickle could run code."""
 
     ALLOWED = frozenset({"_reconstruct", "scalar", "ndarray", "dtype", "encode"})
 
@@ -149,18 +171,40 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not part of a CIFAR batch")
 
 
-def _unpickle(path: Path) -> dict:
-    return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+def _unpickle(path: Path, *keys: bytes) -> tuple:
+    """Return the values of `keys` in the pickled dict at `path`."""
+    with _reading(path):
+        batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        if absent := [key.decode() for key in keys if key not in batch]:
+            raise ValueError(f"it lacks {', '.join(absent)}")
+        return tuple(batch[key] for key in keys)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises on a damaged file into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system names the file and the reason
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read, it may be damaged: {why}") from error
 
 
 def _read_npz(path: Path, layout: str | None) -> ImageData:
-    with np.load(path, allow_pickle=False) as file:
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array without a name; write it with numpy.savez")
         arrays = {key: file[key] for key in file.files}
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         train, test = [(arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in ("train", "test")]
         name = path.stem
     elif {"x", "y"} <= arrays.keys():
         x, y = arrays["x"], arrays["y"]
+        if x.ndim == 0 or y.ndim == 0:
+            raise ValueError(f"x and y of {path.name} must be arrays, got single numbers")
+        _check_lengths(f"x of {path}", len(x), "y", len(y))
         order = np.random.default_rng(0).permutation(len(x))
         cut = len(x) // 5
         train, test = (x[order[cut:]], y[order[cut:]]), (x[order[:cut]], y[order[:cut]])
@@ -169,19 +213,41 @@ def _read_npz(path: Path, layout: str | None) -> ImageData:
         raise ValueError(
             f"{path} must hold x_train, y_train, x_test, y_test, or x, y; it holds {sorted(arrays)}"
         )
-    splits = [
-        (to_images(f"x of {path.name}", torch.from_numpy(x), layout), _labels(path, y))
-        for x, y in (train, test)
-    ]
+    splits = [(_pixels(path, x, layout), _labels(path, y)) for x, y in (train, test)]
+    for part, (x, y) in zip(("training", "test"), splits, strict=True):
+        _check_lengths(f"{part} images of {path}", len(x), "labels", len(y))
     classes = _numbered(splits[0][1], splits[1][1])
     return ImageData(name, classes, *splits[0], *splits[1])
 
 
+def _pixels(path: Path, x: np.ndarray, layout: str | None) -> Tensor:
+    if x.dtype.kind not in "uif":
+        raise ValueError(f"x of {path.name} must be uint8 or floating in [0, 1], got {x.dtype}")
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)  # torch knows the machine's byte order only
+    if x.dtype.itemsize > 8:
+        x = x.astype(np.float64)
+    return to_images(f"x of {path.name}", torch.from_numpy(x), layout)
+
+
 def _labels(path: Path, y: np.ndarray) -> Tensor:
-    y = y.squeeze(-1) if y.ndim == 2 and y.shape[1] == 1 else y  # Keras keeps CIFAR labels (N, 1)
+    y = y.squeeze(-1) if y.ndim == 2 and y.shape[1] == 1 else y  # Keras has CIFAR's as (N, 1)
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(f"y of {path.name} must be integer (N,), got {y.dtype} {y.shape}")
+    return _integers(y)
+
+
+def _integers(y: Any) -> Tensor:
+    """Return labels as int64; raise ValueError for any that are not int64 numbers."""
+    y = np.asarray(y)
+    if y.dtype.kind not in "iu" or (len(y) and int(y.max()) >= 2**63):
+        seen = f"{int(y.max())}" if y.dtype.kind in "iu" else f"{y.dtype}"
+        raise ValueError(f"labels must be class numbers, got {seen}")
     return torch.from_numpy(y.astype(np.int64))
+
+
+def _check_lengths(images: str, n: int, labels: str, m: int) -> None:
+    if n != m:
+        raise ValueError(f"{images} and {labels} must be as many, got {n} and {m}")
 
 
 def _read_torchvision(name: str, root: str = "data") -> ImageData:
@@ -193,7 +259,7 @@ def _read_torchvision(name: str, root: str = "data") -> ImageData:
             "or pass a folder of its files"
         ) from error
     kind = getattr(datasets, TORCHVISION[name])
-    svhn = name == "svhn"  # the one with another argument and another attribute
+    svhn = name == "svhn"  # its class has another argument and another attribute
     splits, sets = [], []
     for train in (True, False):
         split = {"split": "train" if train else "test"} if svhn else {"train": train}
@@ -206,8 +272,13 @@ def _read_torchvision(name: str, root: str = "data") -> ImageData:
 
 
 def _numbered(*labels: Tensor) -> tuple[str, ...]:
-    """Class names for sets that bring none: one past the largest label."""
-    return tuple(str(i) for i in range(max(int(y.max()) for y in labels if len(y)) + 1))
+    """Return class names for a set that has none: the numbers up to its largest label."""
+    largest = max((int(y.max()) for y in labels if len(y)), default=0)
+    if largest >= MAX_CLASSES:
+        raise ValueError(
+            f"labels must lie in [0, {MAX_CLASSES:,}), saw {largest}: number the classes from 0"
+        )
+    return tuple(str(i) for i in range(largest + 1))
 
 
 _FOLDERS = {

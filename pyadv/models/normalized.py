@@ -1,4 +1,4 @@
-"""Input normalisation as part of the model, so that attacks stay in pixel units."""
+"""Input normalisation inside the model, so that attacks work in pixel units."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 
 class Normalized(nn.Module):
-    """`model((x - mean) / std)` for x in pixel units; eps, alpha and the box keep theirs.
+    """A module that computes `model((x - mean) / std)`; x, eps, alpha and the box stay in pixel
+    units.
 
-    `mean` and `std` are floats or one value per channel, std > 0 (ValueError). They are
-    buffers: they follow `.to(...)` and stand in the checkpoint.
+    Args:
+        model: takes normalised images.
+        mean: a float or one value per channel.
+        std: as `mean`, positive.
+
+    Both become buffers: they follow `.to(...)` and are part of the state dict.
+
+    Raises:
+        ValueError: if a value is not finite or `std` is not positive.
     """
 
     def __init__(

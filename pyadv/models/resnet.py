@@ -1,8 +1,8 @@
 """CIFAR ResNet-18, post- and pre-activation, with the parameter names of the usual checkpoints.
 
-A 3x3 stem without pooling, four stages of two basic blocks (64 to 512 channels), global average
-pooling, so any image from 8x8 up fits. Both keep torch's default initialisation, as the codes of
-TRADES, MART, GAIRAT and of Rice et al. (2020) do.
+Each has a 3x3 stem without pooling, four stages of two basic blocks (64 to 512 channels) and global
+average pooling, so images from 8x8 up fit. Both keep torch's default initialisation, as do the
+codes of TRADES, MART, GAIRAT and Rice et al. (2020).
 """
 
 from __future__ import annotations

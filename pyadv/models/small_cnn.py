@@ -1,4 +1,4 @@
-"""The small network of fast experiments."""
+"""A small network for fast experiments."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 class SmallCNN(nn.Sequential):
-    """Two strided convolutions and two linear layers, no batch statistics.
+    """A network of two strided convolutions and two linear layers, without batch statistics.
 
-    The MNIST network of Wong and Kolter (2018), used again by Fast AT (Wong et al. 2020): 166,406
-    parameters at 1x28x28. `image_size` (H, W) fixes the first linear layer.
+    It is the MNIST network of Wong and Kolter (2018) and Fast AT (Wong et al. 2020): 166,406
+    parameters at 1x28x28. `image_size` (H, W) determines the first linear layer.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Wide ResNet (Zagoruyko and Komodakis 2016) as the robustness literature trains it."""
+"""Wide ResNet (Zagoruyko and Komodakis 2016) in the variants of the robustness literature."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _PoolPad(nn.Module):
-    """Parameter-free shortcut: average pooling, then zero channels on both sides."""
+    """A shortcut without parameters: average pooling, then zero channels on both sides."""
 
     def __init__(self, inp: int, out: int, stride: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.leaky_relu(self.bn1(x), self.slope)
         out = F.leaky_relu(self.bn2(self.conv1(active)), self.slope)
-        # Where the width changes, the shortcut starts after the activation.
+        # A shortcut that changes the width starts after the activation.
         return self.conv2(out) + (x if self.convShortcut is None else self.convShortcut(active))
 
 
@@ -51,15 +51,15 @@ class _Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`width`; `depth` must be 6 n + 4.
+    """A Wide ResNet, WRN-`depth`-`width`; `depth` must be 6 n + 4.
 
     The default is the network of TRADES, MART, AWP and RobustBench: ReLU, 1x1 convolutions as
-    shortcuts, normal initialisation with variance 2 / (k k out_channels). What FAT and GAIRAT call
-    WRN-32-10 ("Wide_ResNet_Madry") is this one at depth 34: they count without the shortcuts.
-    `slope=0.1, shortcut="pad"` is Madry et al.'s own (2018), which EMR's code trains:
-    LeakyReLU(0.1) and pooled, channel-padded shortcuts.
-    Parameter names are those of the published checkpoints; the unused `sub_block1` that files of
-    the TRADES lineage carry is dropped on loading.
+    shortcuts, normal initialisation with variance 2 / (k k out_channels). The WRN-32-10 of FAT and
+    GAIRAT ("Wide_ResNet_Madry") is the same network at depth 34: they do not count the shortcuts.
+    With `slope=0.1, shortcut="pad"` it is the network of Madry et al. (2018), which EMR's code
+    trains: LeakyReLU(0.1) and pooled, channel-padded shortcuts.
+    Parameter names are those of the published checkpoints. Loading drops the unused `sub_block1`
+    of the TRADES family's files.
     """
 
     def __init__(

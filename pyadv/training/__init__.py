@@ -1,9 +1,10 @@
-"""The training loop on Accelerate, and the run folder it fills. Needs the extra `train`."""
+"""The training loop on Accelerate and its run folder. It needs the extra `train`."""
 
 from pyadv.training import recipes
 from pyadv.training.checkpoint import Trained, load_model
 from pyadv.training.config import Config
 from pyadv.training.display import Display
+from pyadv.training.lock import FolderInUse
 from pyadv.training.run import resume, train
 from pyadv.training.trainer import Diverged, Interrupted, Trainer
 
@@ -11,6 +12,7 @@ __all__ = [
     "Config",
     "Display",
     "Diverged",
+    "FolderInUse",
     "Interrupted",
     "Trained",
     "Trainer",

@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: objective, model, device."""
+"""Build the parts of a run from its settings: architecture, device, objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyadv.training.schedules import lr_factor
 
 
 def architecture(config: Config, data: ImageData) -> dict[str, Any]:
-    """Arguments of `pyadv.models.create`; they stand in the checkpoint beside the weights."""
+    """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights."""
     channels, *size = data.shape
     return {
         "name": config.model,
@@ -28,9 +28,9 @@ def architecture(config: Config, data: ImageData) -> dict[str, Any]:
 
 
 def device(name: str | None) -> torch.device:
-    """The device called `name` ("cpu", "cuda", "cuda:1"); None: CUDA if it is there.
+    """Return the device called `name` ("cpu", "cuda", "cuda:1"), by default CUDA if available.
 
-    Raises ValueError for another name, or for a CUDA device that is not there.
+    Raises ValueError for another name and for a CUDA device that does not exist.
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cpu"] + ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards)]
@@ -42,11 +42,11 @@ def device(name: str | None) -> torch.device:
 
 
 def objective(config: Config, model: nn.Module, data: ImageData) -> Objective:
-    """What a resolved `config` minimises: its method, and what is added to any method.
+    """Return the objective of a resolved `config`: its method and the terms added to it.
 
     `model` and `data` are those of the run; the norm penalty reads the layers and their shapes.
     """
-    result = METHODS[config.method].build(config)
+    result = METHODS[config.method].build(config.to_dict())
     if config.emr:
         result = result + EMR(lam=_emr_lam(config), temperature=config.emr_temperature)
     if config.norm_penalty:

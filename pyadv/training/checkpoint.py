@@ -1,7 +1,8 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Checkpoints of training: written whole or not at all, read without running code."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ KIND, FORMAT = "checkpoint", 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint of plain values and tensors; the old file stays if this fails."""
     _state.save(path, state, KIND, FORMAT)
 
 
@@ -31,9 +33,13 @@ def load(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint is good for besides resuming: the network in eval mode, on the CPU (the
-    average, if the run has one); the run's settings; and the arguments of `pyadv.models.create`
-    that made the network."""
+    """A trained network with the settings of its run.
+
+    Attributes:
+        model: in eval mode, on the CPU; the average of the weights if the run has one.
+        config: settings of the run.
+        architecture: arguments of `pyadv.models.create` that made the network.
+    """
 
     model: nn.Module
     config: Config
@@ -51,7 +57,7 @@ class Trained:
 
 
 def load_model(path: str | Path) -> Trained:
-    """The trained network of a run folder or checkpoint file."""
+    """Load the trained network of a run folder or a checkpoint file."""
     path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
     model = models.create(**state["architecture"])
@@ -65,12 +71,31 @@ def load_model(path: str | Path) -> Trained:
     return Trained(model.eval(), config, state["architecture"])
 
 
+def newest_state(folder: Path) -> dict[str, Any]:
+    """Read the state from which the run in `folder` continues.
+
+    best.pt is written before checkpoint.pt. If the process died between the two, best.pt holds the
+    later state of the same run, and only that state agrees with it.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if it cannot be read.
+    """
+    state = load(folder / "checkpoint.pt")
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a best.pt is not needed to resume
+        best = load(folder / "best.pt")
+        ahead = (best["epoch"], best["step"]) > (state["epoch"], state["step"])
+        past = best["records"][: len(state["records"])]
+        if ahead and best["config"] == state["config"] and past == state["records"]:
+            return best
+    return state
+
+
 def rng_state() -> dict[str, Any]:
-    """State of torch's generators, the only ones training draws from."""
+    """Return the states of torch's generators, the only ones that training draws from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; other CUDA devices than then keep their states."""
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

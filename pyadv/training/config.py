@@ -1,22 +1,27 @@
-"""What a training run is: every setting, and every default, in one place."""
+"""The settings of a training run, with every default and every rule."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from pyadv import _state
 from pyadv.data import ImageData
 from pyadv.engine.checks import canonical_norm
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import SCHEDULES
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # to Accelerate's names
 
-# What follows from the data set: for Linf, with alpha = eps / 4.
+# Defaults that follow from the data set, for Linf and alpha = eps / 4.
 _GREY = {
     "model": "small-cnn",
     "eps": 0.1,
@@ -25,7 +30,8 @@ _GREY = {
     "schedule": "cyclic",
     "augment": False,
 }
-_DIGITS = {**_GREY, "eps": 0.3, "epochs": 20, "eps_warmup": 5}  # without it the loss stays at ln 10
+# Without the warm-up the loss stays at ln 10.
+_DIGITS = {**_GREY, "eps": 0.3, "epochs": 20, "eps_warmup": 5}
 _COLOUR = {  # Pang et al. (2021), "Bag of Tricks for Adversarial Training"
     "model": "preact-resnet-18",
     "eps": 8 / 255,
@@ -40,9 +46,10 @@ _BY_NAME = {"mnist": _DIGITS, "kmnist": _DIGITS, "svhn": {**_COLOUR, "lr": 0.01,
 
 @dataclass
 class Config:
-    """Settings of a run. Those that are None follow from the data set or the method, see `resolve`.
+    """Settings of a run. Those that are None follow from the data set or the method: see
+    `resolve`.
 
-    Epochs count from 1. `eps`, `alpha` are in units of the pixels, which lie in [0, 1].
+    Epochs count from 1. `eps` and `alpha` are in units of the pixels, which lie in [0, 1].
     """
 
     method: str = "at"  # a key of METHODS, which has the defaults of the methods' own settings
@@ -53,36 +60,35 @@ class Config:
     eps: float | None = None
     alpha: float | None = None  # None: eps / 4
     steps: int = 10
-    start: str = "keyed"  # of the attack: keyed, uniform, normal_small or none
-    attack_loss: str | None = None  # what the attack ascends
-    speed: str = "fast"  # of the attack, see PGD: on a view of the network that computes the same
+    start: str = "keyed"  # start of the attack: keyed, uniform, normal_small or none
+    attack_loss: str | None = None  # loss that the attack increases
+    speed: str = "fast"  # of the attack: exact, fast or bfloat16, see PGD
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None
     batch_size: int = 128
     lr: float | None = None
     schedule: str | None = None
-    milestones: tuple[float, ...] | None = None  # of "piecewise": shares of the run
-    factors: tuple[float, ...] = ()  # of lr from each milestone on; (): 0.1, 0.01, ...
+    milestones: tuple[float, ...] | None = None  # of "piecewise", as shares of the run
+    factors: tuple[float, ...] = ()  # factor of lr from each milestone on; (): 0.1, 0.01, ...
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: bool | None = None  # random crop with a border of 4, and flip
-    val: int = 0  # training images held out; best.pt is then the epoch most robust on them
+    val: int = 0  # training images held out; best.pt is the epoch most robust on them
     seed: int = 0
     precision: str = "fp32"
-    channels_last: bool = (
-        False  # memory order of images and weights, which a GPU's 16-bit units like
-    )
+    channels_last: bool = False  # memory order of images and weights; fast in 16 bits on GPUs
 
-    emr: float = 0.0  # lam of effective margin regularisation (per-sample mean), 0: without
+    # A strength of 0 switches each of these off.
+    emr: float = 0.0  # lam of effective margin regularisation (per-sample mean)
     emr_temperature: float = 40.0
-    emr_milestones: tuple[float, ...] = ()  # shares of the run; after each lam is a tenth of before
-    norm_penalty: float = 0.0  # lam of the log-product of the layers' Frobenius norms, 0: without
-    awp: float = 0.0  # gamma of adversarial weight perturbation, 0: without
+    emr_milestones: tuple[float, ...] = ()  # shares of the run at which lam falls to a tenth
+    norm_penalty: float = 0.0  # lam of the log-product of the layers' Frobenius norms
+    awp: float = 0.0  # gamma of adversarial weight perturbation
     awp_begin_epoch: int = 1
-    ema: float = 0.0  # decay per step of the averaged network that is then evaluated, 0: without
+    ema: float = 0.0  # decay per step of the weight average that is evaluated
 
-    beta: float | None = None  # of the KL term of TRADES, MART and their relatives
+    beta: float | None = None  # weight of the KL term of TRADES, MART and their relatives
     tau: int | None = None  # of friendly attacks; None: the official schedule over the run
     begin_epoch: int | None = None  # first epoch with instance weights
     gairat_lam: float | None = None
@@ -92,18 +98,20 @@ class Config:
     mail_normalize: str | None = None
 
     def resolve(self, data: ImageData) -> Config:
-        """A copy in which nothing is None but settings that the method does not have, and tau for
-        the official schedule; raises ValueError where a setting is wrong.
+        """Return a checked copy with all defaults filled in.
 
-        Sets known by name have their own defaults; others get those of Fashion-MNIST if they are
-        grey, of CIFAR-10 if they have colour. Radii are known for Linf only: with another norm
-        `eps` must be given.
+        Settings that the method does not have stay None, and so does tau for the official schedule.
+        Some data sets have defaults of their own; other grey images get those of Fashion-MNIST,
+        other colour images those of CIFAR-10. The default of `eps` is for Linf: with another norm
+        `eps` must be given. Numbers of NumPy become Python's.
+
+        Raises ValueError if a setting is wrong.
         """
         known = _BY_NAME.get(data.name, _GREY if data.shape[0] == 1 else _COLOUR)
         norm = canonical_norm(self.norm)
         if norm != "Linf" and self.eps is None:
             raise ValueError(f"eps must be given for norm {norm}: the default is for Linf")
-        config = dataclasses.replace(self, norm=norm)
+        config = Config.from_dict({**self.to_dict(), "norm": norm})
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
@@ -116,8 +124,10 @@ class Config:
         return config
 
     def check(self) -> None:
-        """Raise ValueError unless every setting is in range (settings of attacks, models and data
-        are checked where they are used)."""
+        """Raise ValueError if a setting is out of range.
+
+        Building the attack, the model and the batches checks the settings they use.
+        """
         for name, choices in (
             ("method", METHODS),
             ("schedule", SCHEDULES),
@@ -132,22 +142,13 @@ class Config:
             if getattr(self, name) is not None and name not in has:
                 those = ", ".join(m for m, method in METHODS.items() if name in method.settings)
                 raise ValueError(f"{name} is for the methods {those}, got method {self.method!r}")
-        rules = (
-            (("epochs", "batch_size", "begin_epoch", "awp_begin_epoch"), lambda v: v >= 1, ">= 1"),
-            (
-                ("eps_warmup", "val", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
-                lambda v: v >= 0,
-                ">= 0",
-            ),
-            (("lr",), lambda v: v > 0, "> 0"),
-            (("momentum", "ema"), lambda v: 0 <= v < 1, "in [0, 1)"),
-            (("seed",), lambda v: 0 <= v < 2**31, "in [0, 2^31)"),
-        )
-        for names, holds, rule in rules:
+        for names, holds, rule in _RULES:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {rule}, got {value}")
+        for name in ("milestones", "emr_milestones"):
+            _check_milestones(name, getattr(self, name) or ())
         if self.begin_epoch is not None and self.begin_epoch > self.epochs:
             raise ValueError(
                 f"begin_epoch must be <= epochs, or no weight would ever count, got "
@@ -158,33 +159,46 @@ class Config:
                 f"factors must be as many as milestones, got {len(self.factors)} and "
                 f"{len(self.milestones)}"
             )
+        if bad := [f for f in self.factors if not 0 <= f < math.inf]:
+            raise ValueError(f"factors must be finite numbers >= 0, got {bad[0]}")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """From plain values as JSON, TOML and the command line have them; numbers may be fractions
-        ("8/255"). Raises ValueError for a setting that does not exist or has the wrong type."""
+        """Make a Config of plain values, as JSON, TOML and the command line have them.
+
+        Numbers may be fractions in text ("8/255"). Raises ValueError for a setting that does not
+        exist or has the wrong type.
+        """
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         if unknown := set(values) - set(types):
             raise ValueError(f"config has unknown settings {sorted(unknown)}")
         return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the settings as JSON."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        _state.write(path, lambda file: file.write(text.encode()))
 
 
 def number(value: Any) -> float:
-    """A number, also as text or as a fraction: 0.1, "0.1", "8/255"."""
+    """Return a number that is given as such, as text or as a fraction: 0.1, "0.1", "8/255".
+
+    Raises ValueError for anything else.
+    """
     try:
-        return value if isinstance(value, float) else float(Fraction(value))
-    except (ValueError, TypeError, ZeroDivisionError):
+        if isinstance(value, bool):
+            raise TypeError
+        return float(Fraction(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError, RuntimeError):
         raise ValueError(f"{value!r} is not a number or a fraction like 8/255") from None
 
 
 def _read(name: str, value: Any, type_: str) -> Any:
-    """`value` as the type of its field, e.g. "float | None"."""
+    """Return `value` as the type of its field, e.g. "float | None"."""
     kind, *rest = type_.split(" | ")
     if value is None and rest:
         return None
@@ -192,9 +206,43 @@ def _read(name: str, value: Any, type_: str) -> Any:
         if kind == "float":
             return number(value)
         if kind.startswith("tuple"):
+            if isinstance(value, str):  # its characters could be numbers
+                raise ValueError(f"{value!r} is not a list of numbers")
             return tuple(number(v) for v in value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from None
+    if kind == "int" and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # also NumPy's
+    if kind == "str" and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind == "bool" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
     if type(value).__name__ != kind:
         raise ValueError(f"{name} must be of type {kind}, got {value!r}")
     return value
+
+
+# (settings, test of a value, rule in words)
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("epochs", "batch_size", "begin_epoch", "awp_begin_epoch"), lambda v: v >= 1, ">= 1"),
+    (("steps", "eps_warmup", "val", "tau"), lambda v: v >= 0, ">= 0"),
+    (
+        ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
+        lambda v: 0 <= v < math.inf,
+        "finite and >= 0",
+    ),
+    (("lr",), lambda v: 0 < v < math.inf, "finite and > 0"),
+    (("momentum", "ema"), lambda v: 0 <= v < 1, "in [0, 1)"),
+    (("seed",), lambda v: 0 <= v < 2**31, "in [0, 2^31)"),
+)
+
+
+def _check_milestones(name: str, milestones: tuple[float, ...]) -> None:
+    for m in milestones:
+        if not 0 <= m < 1:
+            raise ValueError(
+                f"{name} must be shares of the run in [0, 1), got {m:g}: write 75/100 for the end "
+                "of epoch 75 of 100"
+            )
+    if list(milestones) != sorted(milestones):
+        raise ValueError(f"{name} must rise, got {', '.join(f'{m:g}' for m in milestones)}")

@@ -1,10 +1,13 @@
-"""The table of training methods: what `--method NAME` minimises, and which settings it has."""
+"""The training methods that `--method NAME` names: their objectives, settings and defaults.
+
+This module does not know `Config`: a method takes the settings of a run as a mapping.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyadv.attacks import PGD, FriendlyPGD
 from pyadv.objectives import (
@@ -25,25 +28,24 @@ from pyadv.objectives import (
     gair_fat_tau,
 )
 
-if TYPE_CHECKING:
-    from pyadv.training.config import Config
-
 Tau = int | Callable[[int], int] | None
+Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A training method.
 
     Args:
-        objective: from the attack (None without), the settings, and tau (None unless friendly).
-        defaults: settings of `Config` that not all methods have, with their values.
-        burn_in: share of the run with equal weights; None where no weights begin.
-        tau: of a method with a friendly attack: its schedule, and the epochs this is written for.
+        objective: makes the objective of the attack (None if the method has none), the settings of
+            the run, and tau (None unless the attack is friendly).
+        defaults: settings that not all methods have, with their default values.
+        burn_in: share of the run with equal weights; None if the method never weights.
+        tau: the schedule of a friendly attack, and the number of epochs it was written for.
         omega: noise after each step of the friendly attack.
     """
 
-    objective: Callable[[Any, Config, Tau], Objective]
+    objective: Callable[[Any, Settings, Tau], Objective]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     burn_in: float | None = None
     tau: tuple[Piecewise, int] | None = None
@@ -51,70 +53,67 @@ class Method:
 
     @property
     def settings(self) -> set[str]:
-        """The settings it has of those that not all methods have."""
+        """The names of its settings that not all methods have."""
         own = {"begin_epoch": self.burn_in is not None, "tau": self.tau is not None}
         return {*self.defaults, *(name for name, has in own.items() if has)}
 
     def resolved(self, epochs: int) -> dict[str, Any]:
-        """Values of its settings in a run of `epochs`, where they are not given. tau stays None,
-        which means the schedule."""
+        """Return the defaults of its settings in a run of `epochs` epochs.
+
+        tau is not among them: None means the official schedule.
+        """
         if self.burn_in is None:
             return dict(self.defaults)
         return {**self.defaults, "begin_epoch": int(self.burn_in * epochs) + 1}
 
-    def build(self, config: Config) -> Objective:
-        """The objective of a resolved `config`, without what is added to any method."""
+    def build(self, s: Settings) -> Objective:
+        """Return the objective for the settings `s` of a resolved `Config`.
+
+        Terms that go with any method, such as EMR, are not part of it.
+        """
         if "attack_loss" not in self.defaults:
-            return self.objective(None, config, None)
-        attack = {
-            "norm": config.norm,
-            "eps": config.eps,
-            "alpha": config.alpha,
-            "steps": config.steps,
-            "loss": config.attack_loss,
-            "start": config.start,
-            "speed": _speed(config),
-            "seed": config.seed,
-        }
+            return self.objective(None, s, None)
+        attack = {name: s[name] for name in ("norm", "eps", "alpha", "steps", "start", "seed")}
+        attack |= {"loss": s["attack_loss"], "speed": _speed(s["speed"], s["precision"])}
         if self.tau is None:
-            return self.objective(PGD(**attack), config, None)
-        tau = config.tau if config.tau is not None else _stretched(*self.tau, config.epochs)
-        return self.objective(FriendlyPGD(omega=self.omega, **attack), config, tau)
+            return self.objective(PGD(**attack), s, None)
+        tau = s["tau"] if s["tau"] is not None else _stretched(*self.tau, s["epochs"])
+        return self.objective(FriendlyPGD(omega=self.omega, **attack), s, tau)
 
 
-def _speed(config: Config) -> str:
-    """ "fast" keeps to the arithmetic of the run."""
-    return "bfloat16" if (config.speed, config.precision) == ("fast", "bf16") else config.speed
+def _speed(speed: str, precision: str) -> str:
+    """Return the attack's speed; in a bf16 run "fast" means bfloat16."""
+    return "bfloat16" if (speed, precision) == ("fast", "bf16") else speed
 
 
 def _stretched(schedule: Piecewise, length: int, epochs: int) -> Callable[[int], int]:
-    """A schedule written for `length` epochs, over `epochs`."""
+    """Stretch a schedule for `length` epochs over `epochs` epochs."""
     return lambda epoch: schedule(max(1, round(epoch * length / epochs)))
 
 
-def _trades(attack: PGD, c: Config, tau: Tau) -> Objective:
-    return TRADES(attack, c.beta, tau, any_attack=True)
+def _trades(attack: PGD, s: Settings, tau: Tau) -> Objective:
+    return TRADES(attack, s["beta"], tau, any_attack=True)
 
 
-def _mart(attack: PGD, c: Config, tau: Tau) -> Objective:
-    return MART(attack, c.beta, tau)
+def _mart(attack: PGD, s: Settings, tau: Tau) -> Objective:
+    return MART(attack, s["beta"], tau)
 
 
-def _gairat(attack: PGD, c: Config, tau: Tau) -> Objective:
-    return GAIRAT(attack, c.gairat_lam, begin_epoch=c.begin_epoch, tau=tau)
+def _gairat(attack: PGD, s: Settings, tau: Tau) -> Objective:
+    return GAIRAT(attack, s["gairat_lam"], begin_epoch=s["begin_epoch"], tau=tau)
 
 
-def _mail(base: str) -> Callable[[PGD, Config, Tau], Objective]:
-    return lambda attack, c, tau: MAIL(
+def _mail(base: str) -> Callable[[PGD, Settings, Tau], Objective]:
+    return lambda attack, s, tau: MAIL(
         attack,
         base,
-        c.mail_margin,
-        c.mail_slope,
-        c.mail_bias,
-        normalize=c.mail_normalize,
-        begin_epoch=c.begin_epoch,
+        s["mail_margin"],
+        s["mail_slope"],
+        s["mail_bias"],
+        normalize=s["mail_normalize"],
+        begin_epoch=s["begin_epoch"],
         any_attack=True,
-        **({} if base == "at" else {"beta": c.beta}),
+        **({} if base == "at" else {"beta": s["beta"]}),
     )
 
 
@@ -124,11 +123,11 @@ _MAIL = {"mail_margin": "adv", "mail_slope": 10.0, "mail_bias": -0.5, "mail_norm
 _MAIL_BURN_IN = 75 / 120
 
 METHODS = {
-    "standard": Method(lambda attack, c, tau: Standard()),
-    "at": Method(lambda attack, c, tau: AT(attack), _CE),
+    "standard": Method(lambda attack, s, tau: Standard()),
+    "at": Method(lambda attack, s, tau: AT(attack), _CE),
     "trades": Method(_trades, {**_KL, "beta": 6.0}),
     "mart": Method(_mart, {**_CE, "beta": 5.0}),
-    "fat": Method(lambda attack, c, tau: FAT(attack, tau), _CE, tau=(fat_tau, 120), omega=0.001),
+    "fat": Method(lambda attack, s, tau: FAT(attack, tau), _CE, tau=(fat_tau, 120), omega=0.001),
     "fat-trades": Method(_trades, {**_KL, "beta": 6.0}, tau=(fat_trades_tau, 85)),
     "fat-mart": Method(_mart, {**_CE, "beta": 6.0}, tau=(fat_mart_tau, 90)),
     "mail-at": Method(_mail("at"), {**_CE, **_MAIL}, _MAIL_BURN_IN),
@@ -145,14 +144,16 @@ METHODS = {
     "gairat": Method(_gairat, {**_CE, **_GAIRAT}, 0.3),
     "gair-fat": Method(_gairat, {**_CE, "gairat_lam": 0.0}, 0.3, (gair_fat_tau, 120)),
     "gair-trades": Method(
-        lambda attack, c, tau: GAIRTRADES(
-            attack, c.beta, lam=c.gairat_lam, begin_epoch=c.begin_epoch
+        lambda attack, s, tau: GAIRTRADES(
+            attack, s["beta"], lam=s["gairat_lam"], begin_epoch=s["begin_epoch"]
         ),
         {**_KL, **_GAIRAT, "beta": 6.0},
         0.3,
     ),
     "gair-mart": Method(
-        lambda attack, c, tau: GAIRMART(attack, c.beta, c.gairat_lam, begin_epoch=c.begin_epoch),
+        lambda attack, s, tau: GAIRMART(
+            attack, s["beta"], s["gairat_lam"], begin_epoch=s["begin_epoch"]
+        ),
         {**_CE, **_GAIRAT, "beta": 5.0},
         0.3,
     ),

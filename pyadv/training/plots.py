@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Draw the pictures of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Records = list[dict[str, Any]]
 
 
 def curves(records: Records, path: Path) -> None:
-    """Loss, and clean and robust accuracy, over the epochs."""
+    """Draw the loss and the clean and robust accuracy over the epochs."""
     epochs = [r["epoch"] for r in records]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -40,8 +40,11 @@ def curves(records: Records, path: Path) -> None:
 
 
 def kappa(records: Records, path: Path) -> None:
-    """How many iterates of the training attack each training sample survived: over the epochs, and
-    in the last one. Near the decision boundary kappa is small (GAIRAT, Zhang et al. 2021)."""
+    """Draw how many iterates of the training attack each training sample survived, over the epochs
+    and in the last one.
+
+    Near the decision boundary kappa is small (GAIRAT, Zhang et al. 2021).
+    """
     counts = np.array([r["kappa"] for r in records], float)
     share = 100 * counts / counts.sum(1, keepdims=True)
     epochs = [r["epoch"] for r in records]
@@ -49,7 +52,7 @@ def kappa(records: Records, path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    # Most samples sit at the two ends; a square root keeps the values between them visible.
+    # Most samples sit at both ends; a square-root scale keeps the values between visible.
     image = left.imshow(
         share.T,
         origin="lower",

@@ -7,39 +7,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pyadv import _state
+
 _CURVES = ("lr", "loss", "train_clean", "train_robust", "val_clean", "val_robust")
 
 
 class Records:
-    """A sequence of dicts that is also `folder`/metrics.jsonl and, where TensorBoard is installed,
-    `folder`/tensorboard. Only an `active` one writes files (one process does)."""
+    """A sequence of dicts, written to `folder`/metrics.jsonl and, where TensorBoard is installed,
+    to `folder`/tensorboard.
+
+    Args:
+        folder: the run folder.
+        active: whether this process writes the files; one process of a distributed run does.
+    """
 
     def __init__(self, folder: Path, *, active: bool = True) -> None:
-        self.path, self.active = folder / "metrics.jsonl", active
+        self.folder, self.path, self.active = folder, folder / "metrics.jsonl", active
         self.items: list[dict[str, Any]] = []
-        self.board = _board(folder / "tensorboard") if active else None
+        self._board: Any = None  # opened with the first record, since opening it makes its folder
 
     def append(self, record: dict[str, Any]) -> None:
+        """Add a record and write it to the files."""
         self.items.append(record)
         if self.active:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        if self.board:
-            for name in _CURVES:
-                if record[name] is not None:
-                    self.board.add_scalar(name, record[name], record["epoch"])
-            self.board.flush()
+            self._write()
+            self._draw(record)
 
     def restore(self, items: list[dict[str, Any]]) -> None:
-        """Take the records of a checkpoint; lines of epochs after it leave the file."""
+        """Take the records of a checkpoint; the file loses the lines of later epochs."""
         self.items = list(items)
         if self.active:
-            self.path.write_text("".join(json.dumps(item) + "\n" for item in items))
+            self._write()
 
     def is_best(self, record: dict[str, Any]) -> bool:
-        """Whether `record` is more robust on held-out data than every record so far."""
+        """Return whether `record` is more robust on held-out data than every record so far."""
         value = record["val_robust"]
         return value is not None and all(value > item["val_robust"] for item in self.items)
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(item) + "\n" for item in self.items)
+        _state.write(self.path, lambda file: file.write(lines.encode()))
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        self._board = self._board or _open_board(self.folder / "tensorboard")
+        if self._board:
+            for name in _CURVES:
+                if record[name] is not None:
+                    self._board.add_scalar(name, record[name], record["epoch"])
+            self._board.flush()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -51,9 +66,9 @@ class Records:
         return iter(self.items)
 
 
-def _board(folder: Path) -> Any:
+def _open_board(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra: metrics.jsonl has the same numbers
+    except ImportError:  # TensorBoard is optional: metrics.jsonl has the same numbers
         return None
     return SummaryWriter(folder)

@@ -1,4 +1,4 @@
-"""Learning rates as functions of progress: nothing to save, nothing to step."""
+"""Learning rates as functions of progress: schedules without a state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bisect
 import math
 
 SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
-_PEAK = 0.4  # where the cyclic schedule turns (Rice et al. 2020, "superconverge")
+_PEAK = 0.4  # progress at the peak of the cyclic schedule (Rice et al. 2020, "superconverge")
 
 
 def lr_factor(
@@ -15,11 +15,12 @@ def lr_factor(
     milestones: tuple[float, ...] = (),
     factors: tuple[float, ...] = (),
 ) -> float:
-    """Factor of the peak learning rate at `progress` in [0, 1], the share of steps done.
+    """Return the factor of the peak learning rate at `progress`, the share of steps done.
 
-    - "piecewise": times 0.1 at each of `milestones`, or from each of them on its one of `factors`;
+    - "piecewise": the factor falls to a tenth at each of `milestones`, or takes the matching one of
+      `factors` from each milestone on;
     - "cosine": half a period, from 1 to 0;
-    - "cyclic": linearly 0 to 1 over the first 0.4 of the run, then to 0.
+    - "cyclic": linear from 0 to 1 over the first 0.4 of the run, then linear to 0.
     """
     if schedule == "constant":
         return 1.0

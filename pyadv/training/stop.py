@@ -1,4 +1,4 @@
-"""Stopping a run where its state is whole."""
+"""Stop a run between two steps, where its state is complete."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from accelerate import Accelerator
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a question asked between steps, where the state is
-    whole; the second one does what it always did."""
+    """Context manager that notes the first SIGINT or SIGTERM, for the loop to ask about between
+    steps. The second signal has its usual effect.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +24,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         try:
             self.previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
+        except ValueError:  # only the main thread can handle signals
             self.previous = {}
         return self
 
@@ -40,7 +41,7 @@ class StopSignal:
         self.previous = {}
 
     def requested(self) -> bool:
-        """Whether any process got a signal: they all stop after the same step."""
+        """Return whether any process got a signal; all processes then stop after the same step."""
         if self.accelerator.num_processes == 1:
             return self.received
         flag = torch.tensor(float(self.received), device=self.accelerator.device)

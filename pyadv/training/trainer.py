@@ -29,7 +29,7 @@ _PROBE = 1000  # training images on which clean accuracy is measured after each 
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """A signal stopped the run; its state is saved."""
 
 
 class Diverged(ArithmeticError):
@@ -37,24 +37,25 @@ class Diverged(ArithmeticError):
 
 
 class Trainer:
-    """One run in `folder`: trains, records, saves after every epoch and on a signal, resumes.
+    """A run in `folder`: it trains, records, saves after every epoch and on a signal, and resumes.
 
     A step is `objective(model, x, y, epoch=e, ids=ids)` and an SGD update. Learning rate, data
-    order, augmentation and attack noise are functions of (config, epoch, step); so a checkpoint
-    holds weights, momenta, the attack's draw counter and torch's generators, and a resumed run
-    gives the same bits as one that was never stopped (on one CPU process).
+    order, augmentation and attack noise are functions of (config, epoch, step). A checkpoint
+    therefore holds weights, momenta, the attack's draw counter and the states of torch's
+    generators, and a resumed run gives the same bits as an uninterrupted one (in one process on
+    the CPU).
 
-    On one GPU no step waits for it: the training set lies there, and the totals that are shown and
-    the loss that is checked are those that have arrived, of some steps before.
+    No step waits for the GPU: the training set is stored on it, and the totals that are shown and
+    the loss that is checked may be a few steps old.
 
     Args:
         config: settings resolved for `data`.
         data: the data set.
-        folder: existing run folder; receives checkpoint.pt, metrics.jsonl and, with held-out data,
-            best.pt.
-        device: "cpu", "cuda", "cuda:1"; None: CUDA if it is there, the process's own
-            card when there are several processes.
-        display: where progress is shown.
+        folder: the run folder, which must exist before the first save; receives checkpoint.pt,
+            metrics.jsonl and, with held-out data, best.pt.
+        device: "cpu", "cuda", "cuda:1"; by default CUDA if available, and the process's own card
+            in a distributed run.
+        display: shows progress.
     """
 
     def __init__(
@@ -105,17 +106,23 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.epoch, self.step = 1, 0  # the step that comes next
+        self.epoch, self.step = 1, 0  # of the next step
         self.totals = self._no_totals()
-        self.known: list[float] = []  # of the totals
-        self.underway: dict[str, Callable[[], Tensor | None]] = {}  # from the device to here
+        self.known: list[float] = []  # totals that have reached the host
+        self.underway: dict[str, Callable[[], Tensor | None]] = {}  # copies from the device
         self.records = Records(folder, active=main)
+        self._judge()  # refuses settings of the evaluation before any work
 
     # -- the loop ------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to the end. Raises Interrupted on SIGINT or SIGTERM, after saving; Diverged when
-        the loss is not finite."""
+        """Train to the end.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after saving.
+            Diverged: if the loss is not finite.
+            OSError: if a file cannot be written, with `errno` ENOSPC if the disk is full.
+        """
         with StopSignal(self.accelerator) as stop:
             while self.epoch <= self.config.epochs:
                 started = time.perf_counter()
@@ -152,7 +159,7 @@ class Trainer:
     def _loss(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         try:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
-        except ValueError as error:  # an attack refuses a network whose logits are NaN
+        except ValueError as error:  # attacks raise it for logits that are NaN
             with torch.no_grad():
                 if self.network(x).isfinite().all():
                     raise
@@ -163,8 +170,10 @@ class Trainer:
         return loss
 
     def _arrived(self, name: str, now: Tensor) -> Tensor | None:
-        """The last value called `name` that has reached the host since it was asked for; `now` is
-        sent when none is underway."""
+        """Return the value of the copy called `name` if it has reached the host, else None.
+
+        If no such copy is underway, start one of `now`.
+        """
         if name not in self.underway:
             self.underway[name] = start_host_copy(now.detach())
         value = self.underway[name]()
@@ -177,51 +186,59 @@ class Trainer:
             self._diverged(f"the loss ({loss})")
 
     def _diverged(self, what: str, cause: Exception | None = None) -> None:
-        self.save("diverged.pt", self.totals)
+        try:
+            self.save("diverged.pt", self.totals)
+            saved = f"state saved to {self.folder / 'diverged.pt'}"
+        except OSError as error:
+            saved = f"state not saved: {error}"
         raise Diverged(
             f"{what} is not finite at epoch {self.epoch}, step {self.step + 1} (learning rate "
-            f"{self.lr:.3g}); state saved to {self.folder / 'diverged.pt'}. "
-            "A lower lr or precision fp32 usually helps; checkpoint.pt, if there, is from before."
+            f"{self.lr:.3g}); {saved}. "
+            "A lower lr or precision fp32 usually helps; checkpoint.pt holds an earlier state."
         ) from cause
 
     def _end_epoch(self, seconds: float) -> None:
         record = self._record(seconds)
         best = self.records.is_best(record)
         self.records.append(record)
-        self.display.epoch(record, self.config.epochs)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
         self.known, self.underway = [], {}
-        self.save()
         if best:
+            # First, so that no checkpoint is ahead of it: `newest_state` resumes from either.
             self.save("best.pt", self.totals)
+        self.save()
+        self.display.epoch(record, self.config.epochs)
 
-    # -- what changes with progress ------------------------------------------------------------
+    # -- schedules -----------------------------------------------------------------------------
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """The learning rate of the next step."""
         done = (self.epoch - 1) * len(self.batches) + self.step
         c = self.config
         progress = done / (c.epochs * len(self.batches))
         return c.lr * lr_factor(c.schedule, progress, c.milestones, c.factors)
 
     def _warm_up(self) -> None:
-        """Grow eps and alpha over the first epochs: at once, a large radius stops all learning."""
+        """Set this epoch's eps and alpha, which grow over the first `eps_warmup` epochs.
+
+        With a large radius from the start some networks learn nothing.
+        """
         attack, epochs = self.objective.attack, self.config.eps_warmup
         if attack is not None and epochs:
             share = min(1.0, self.epoch / epochs)
             eps, alpha = share * self.config.eps, share * self.config.alpha
             attack.settings = replace(attack.settings, eps=eps, alpha=alpha)
 
-    # -- what is measured ----------------------------------------------------------------------
+    # -- metrics -------------------------------------------------------------------------------
 
     @property
     def result(self) -> nn.Module:
-        """The network that is evaluated: the average of the trained ones, if there is one."""
+        """The network to evaluate: the average of the weights if the run has one."""
         return self.model if self.average is None else self.average.module
 
     def _no_totals(self) -> Tensor:
-        """[samples, summed loss, correct on x_adv, then the histogram of kappa = 0..steps]."""
+        """Return zeros for [samples, summed loss, correct on x_adv, histogram of kappa]."""
         size = 3 + self.config.steps + 1
         return torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
 
@@ -261,7 +278,7 @@ class Trainer:
             "seconds": seconds,
         }
         if len(self.val_y):
-            report = self._evaluate(self.val_x, self.val_y, {"robust": self._judge})
+            report = self._evaluate(self.val_x, self.val_y, {"robust": self._judge()})
             record["val_clean"] = report["clean"].accuracy
             record["val_robust"] = report["robust"].accuracy
         return record
@@ -272,20 +289,22 @@ class Trainer:
             self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks, progress=None
         )
 
-    @property
     def _judge(self) -> PGD:
-        """Chooses best.pt. The margin loss, because reweighted training can look robust to
-        cross-entropy alone."""
+        """Return the attack that chooses best.pt.
+
+        It ascends the margin, because reweighted training can look robust to cross-entropy alone.
+        """
         c = self.config
         return PGD(norm=c.norm, eps=c.eps, alpha=c.alpha, steps=c.steps, loss="margin", seed=c.seed)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self, name: str = "checkpoint.pt", totals: Tensor | None = None) -> None:
-        """Write the whole state, from the main process.
+        """Write the whole state to the file `name` of the run folder, in the main process.
 
-        All processes call this together, unless `totals` are given: then none waits for another,
-        which matters where they may disagree (on divergence, on the best epoch)."""
+        All processes must call this together, unless `totals` are given: then none waits for
+        another, which matters where they may disagree (on divergence, on the best epoch).
+        """
         if totals is None:
             totals = self.accelerator.reduce(self.totals, "sum")
         if not self.accelerator.is_main_process:
@@ -308,7 +327,7 @@ class Trainer:
         checkpoint.save(self.folder / name, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote. Raises ValueError if it is from other data."""
+        """Continue from a state that `save` wrote. Raise ValueError if its data was another."""
         if state["architecture"] != self.architecture:
             raise ValueError(
                 f"the run's network, {state['architecture']}, does not fit the data: "
@@ -322,15 +341,17 @@ class Trainer:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        if self.accelerator.is_main_process:  # the others count from zero: totals are summed
+        if self.accelerator.is_main_process:  # the totals of all processes are summed
             self.totals.copy_(state["totals"])
         self.records.restore(state["records"])
         checkpoint.set_rng_state(state["rng"])
 
 
 class _Average(AveragedModel):
-    """The exponential moving average of a network, BatchNorm statistics included. The count stays
-    on the host, where PyTorch's own update would wait for the device."""
+    """An exponential moving average of a network's weights and BatchNorm statistics.
+
+    The step count stays on the host: PyTorch's own update would wait for the device.
+    """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
         super().__init__(model, use_buffers=True)

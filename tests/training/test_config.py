@@ -1,4 +1,4 @@
-"""Defaults follow from the data, rules are checked, and what is saved reads back."""
+"""Defaults follow from the data, rules are checked, and saved settings read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,20 +79,33 @@ def test_what_is_given_stays() -> None:
         ({"norm": "L2"}, "eps must be given for norm L2"),
         ({"epochs": 0}, "epochs must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
-        ({"lr": 0.0}, "lr must be > 0"),
-        ({"lr": float("nan")}, "lr must be > 0, got nan"),
+        ({"lr": 0.0}, "lr must be finite and > 0"),
+        ({"lr": float("nan")}, "lr must be finite and > 0, got nan"),
+        ({"lr": float("inf")}, "lr must be finite and > 0, got inf"),
+        ({"eps": -0.1}, "eps must be finite and >= 0, got -0.1"),
+        ({"steps": -1}, "steps must be >= 0, got -1"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"seed": 2**31}, "seed must be in"),
-        ({"emr": -1.0}, "emr must be >= 0"),
+        ({"emr": -1.0}, "emr must be finite and >= 0"),
         ({"val": -1}, "val must be >= 0"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
-        ({"awp": -0.1}, "awp must be >= 0"),
-        ({"method": "trades", "beta": -1.0}, "beta must be >= 0"),
+        ({"awp": -0.1}, "awp must be finite and >= 0"),
+        ({"method": "trades", "beta": -1.0}, "beta must be finite and >= 0"),
         ({"beta": 6.0}, "beta is for the methods trades, mart, .*, got method 'at'"),
         ({"method": "trades", "tau": 1}, "tau is for the methods fat, .*got method 'trades'"),
         ({"method": "standard", "attack_loss": "ce"}, "attack_loss is for the methods at, "),
         ({"method": "gairat", "begin_epoch": 11}, "begin_epoch must be <= epochs.* 11 and 10"),
         ({"factors": (0.1,)}, "factors must be as many as milestones, got 1 and 2"),
+        ({"factors": (0.1, float("nan"))}, "factors must be finite numbers >= 0, got nan"),
+        (
+            {"milestones": [75, 90]},
+            r"milestones must be shares of the run in \[0, 1\), got 75: write 75/100 for the end",
+        ),
+        ({"milestones": [0.9, 0.5]}, "milestones must rise, got 0.9, 0.5"),
+        ({"milestones": [-0.1]}, r"milestones must be shares of the run .*got -0\.1"),
+        ({"emr_milestones": (59,)}, "emr_milestones must be shares of the run .*got 59"),
+        ({"epochs": 2.5}, "epochs must be of type int, got 2.5"),
+        ({"eps": True}, "eps: True is not a number"),
     ],
 )
 def test_rules(settings: dict, message: str) -> None:
@@ -106,6 +120,20 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Config.from_dict(read).resolve(images("x", 3)) == config
     with pytest.raises(ValueError, match=r"unknown settings \['epoch'\]"):
         Config.from_dict({"epoch": 3})
+
+
+def test_settings_of_numpy_and_tensors_become_plain(tmp_path: Path) -> None:
+    """Else neither JSON nor a checkpoint could hold them."""
+    given = {"seed": np.int64(3), "epochs": np.int32(2), "eps": torch.tensor(0.25)}
+    given |= {"lr": np.float64(0.5), "alpha": np.float32(0.125), "augment": np.bool_(True)}
+    config = Config(**given, milestones=np.array([0.25, 0.5]), data=tmp_path).resolve(
+        images("x", 1)
+    )
+    plain = {"seed": 3, "epochs": 2, "eps": 0.25, "lr": 0.5, "alpha": 0.125, "augment": True}
+    plain |= {"milestones": (0.25, 0.5), "data": str(tmp_path)}
+    for name, value in plain.items():
+        assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+    config.save(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +208,7 @@ def test_settings_of_methods_reach_the_objective() -> None:
     data = images("x", 1)
     assert not objective(Config().resolve(data), data).regularisers
     gairat = objective(Config(method="gairat", epochs=100).resolve(data), data).weighting
-    assert gairat.begin_epoch == 31 and gairat.lam == -1  # the paper's
+    assert gairat.begin_epoch == 31 and gairat.lam == -1  # as in the paper
     gair_fat = objective(Config(method="gair-fat", gairat_lam=0.5).resolve(data), data)
     assert gair_fat.weighting.lam == 0.5
     for method in ("trades", "mart"):
@@ -215,6 +243,7 @@ def test_plain_values_are_read_by_the_type_of_the_setting() -> None:
     for values, message in (
         ({"eps": "a/b"}, "eps: 'a/b' is not a number or a fraction"),
         ({"milestones": 3}, "milestones: .*not iterable"),
+        ({"milestones": "59"}, "milestones: '59' is not a list of numbers"),
         ({"epochs": "ten"}, "epochs must be of type int, got 'ten'"),
         ({"steps": 2.5}, "steps must be of type int"),
         ({"method": None}, "method must be of type str, got None"),

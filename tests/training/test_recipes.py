@@ -1,4 +1,4 @@
-"""Every recipe builds and makes a training step; what it says is what the run has."""
+"""Every recipe builds, makes a training step, and gives the run its settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_makes_a_step(name: str, colour: ImageData, grey: ImageData) -> Non
     for key, value in recipe.settings.items():
         if isinstance(value, (str, int, bool)) and "/" not in str(value):
             assert getattr(config, key) == value, key
-    with torch.device("meta"):  # the network exists; a step of it would take too long here
+    with torch.device("meta"):  # a step of the real network would take too long here
         models.create(**build.architecture(config, data))
 
     config = dataclasses.replace(config, steps=2)
@@ -49,13 +49,14 @@ def test_each_makes_a_step(name: str, colour: ImageData, grey: ImageData) -> Non
 
 
 def test_there_is_one_for_each_method_of_the_papers() -> None:
-    """Not for methods that are our definition or have no published settings of their own."""
+    """Methods that we defined, or that have no published settings of their own, have none."""
     covered = {recipes.load(name).config().method for name in recipes.names()}
     assert set(METHODS) - covered == {"standard", "mail-mart", "gair-trades", "gair-mart"}
 
 
 def test_milestones_are_in_epochs(colour: ImageData) -> None:
-    """The rate of FAT and GAIRAT: 0.1, from epoch 60 on 0.01, from 90 0.001, from 110 0.0005."""
+    """FAT and GAIRAT train at rate 0.1, from epoch 60 at 0.01, from 90 at 0.001, from 110 at
+    0.0005."""
     c = recipes.load("gairat-wrn32-10-cifar10").config().resolve(colour)
 
     def lr(epoch: int) -> float:
@@ -66,11 +67,11 @@ def test_milestones_are_in_epochs(colour: ImageData) -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 5e-4, 5e-4])
 
 
-def test_what_is_given_takes_the_place_of_what_is_written() -> None:
+def test_given_settings_override_the_recipe() -> None:
     recipe = recipes.load("gairat-wrn32-10-cifar10")
     config = recipe.config(epochs=200, model="small-cnn")
     assert (config.epochs, config.model, config.begin_epoch) == (200, "small-cnn", 60)
-    # The settings that only GAIRAT has do not stand in the way of another method.
+    # Settings that only GAIRAT has are dropped for another method.
     config = recipe.config(method="at")
     assert (config.begin_epoch, config.gairat_lam, config.eps) == (None, None, 0.031)
     config = recipes.load("trades-emr-wrn34-10-cifar10").config(method="mart")

@@ -1,7 +1,7 @@
-"""Published settings, one TOML file each: the keys are those of `Config`, and `source`.
+"""Published settings, one TOML file each, with the fields of `Config` and `source` as keys.
 
-Numbers may be fractions in quotes: eps = "8/255", or milestones in epochs, "59/120" for a drop
-after epoch 59 of 120.
+Numbers may be fractions in quotes: eps = "8/255". A milestone "59/120" is the end of epoch 59 of
+120.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings by name, and where they are from."""
+    """Settings of a run and their source."""
 
     name: str
     source: str
     settings: dict[str, Any]
 
     def config(self, **given: Any) -> Config:
-        """The settings, with those `given` in their place. Another method leaves behind the
-        settings that only the recipe's has."""
+        """Return the settings, overridden by those `given`.
+
+        Overriding `method` drops the recipe's attack loss and the settings only its method has.
+        """
         kept = dict(self.settings)
         method = given.get("method")
         if method in METHODS:
@@ -44,14 +46,14 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """Of the recipes that come with the package."""
+    """Return the names of the recipes in the package."""
     return sorted(file.stem for file in _FOLDER.glob("*.toml"))
 
 
 def path(name: str) -> Path:
-    """The file of a recipe that comes with the package, or `name` itself if it ends in .toml.
+    """Return the file of the recipe `name`, or `name` itself if it ends in .toml.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is no such file.
     """
     file = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     if not file.is_file():
@@ -62,11 +64,13 @@ def path(name: str) -> Path:
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe, see `path`. Raises ValueError for a file that is not one; the message names
-    unknown keys."""
+    """Read a recipe; see `path` for its name.
+
+    Raises ValueError for a file that is not a recipe; the message names unknown keys.
+    """
     file = path(name)
     try:
-        settings = tomllib.loads(file.read_text())
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
         source = settings.pop("source", "")
         recipe = Recipe(file.stem, source, {"method": Config.method, **settings})
         recipe.config()
