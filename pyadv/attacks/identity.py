@@ -32,8 +32,9 @@ _LONG = 96  # characters of a text that is stored as it is; longer ones are hash
 _DEEP = 8  # levels of nested attributes that are read
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What every module has; those that matter are read by name.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+# Attributes of every module, of which those that matter are read by name, and marks that
+# torch.compile leaves.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _ONLY_SPEED = frozenset({"compact", "validate", "graphs"})  # settings of our attacks
 

@@ -65,6 +65,16 @@ def has_hooks(module: nn.Module) -> bool:
     return everywhere or any(vars(m)[name] for m in module.modules() for name in names)
 
 
+def check_output(output: Output) -> None:
+    """Raise TypeError unless `output` can say where the logits are."""
+    if not (output is None or callable(output) or isinstance(output, (str, int))) or (
+        isinstance(output, bool)
+    ):
+        raise TypeError(
+            f"output must be None, a callable, a key or attribute name, or an index, got {output!r}"
+        )
+
+
 def pick_logits(result: Any, output: Output) -> Tensor:
     """The logits (B, C) in what a model returned.
 
@@ -73,10 +83,16 @@ def pick_logits(result: Any, output: Output) -> Tensor:
     """
     if callable(output):
         logits = output(result)
-    elif isinstance(output, str):
-        logits = result[output] if isinstance(result, dict) else getattr(result, output)
     elif output is not None:
-        logits = result[output]
+        try:
+            by_name = isinstance(output, str) and not isinstance(result, dict)
+            logits = getattr(result, output) if by_name else result[output]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            keys = f"; it has {', '.join(map(str, result))}" if isinstance(result, dict) else ""
+            raise ValueError(
+                f"output={output!r} finds nothing in the {type(result).__name__} that the model "
+                f"returned{keys}"
+            ) from None
     elif isinstance(result, Tensor):
         logits = result
     elif hasattr(result, "logits"):

@@ -200,7 +200,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     assert len(again) == 3 * 12 - 17  # of 12 batches for each row, 17 were done
     for row, other in zip(report.rows, whole.rows, strict=True):
         assert torch.equal(row.correct, other.correct) and torch.equal(row.queries, other.queries)
-    with pytest.raises(ValueError, match="holds an evaluation with another PGD-20"):
+    with pytest.raises(ValueError, match=r"with another PGD-20\.alpha: 0\.0075, now 0\.01; .*eps"):
         evaluate(model, loader, **{**settings, "eps": 0.04})
-    with pytest.raises(ValueError, match="another seed: 0, now 3"):
+    with pytest.raises(ValueError, match=r"another PGD-20\.seed: 0, now 3"):
         evaluate(model, loader, seed=3, **settings)
