@@ -204,3 +204,89 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
         evaluate(model, loader, **{**settings, "eps": 0.04})
     with pytest.raises(ValueError, match=r"another PGD-20\.seed: 0, now 3"):
         evaluate(model, loader, seed=3, **settings)
+
+
+class Blind:
+    """An attack that reports adversarial logits which are not finite."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def run(self, x, y, ids=None, draw=None, model=None):
+        result = PGD(eps=0.1, steps=1, seed=0).run(x, y, ids, draw, model)
+        result.non_finite = torch.arange(len(y)) < self.rows
+        result.correct &= ~result.non_finite
+        return result
+
+    def attempts(self, classes: int) -> int:
+        return 1
+
+    def describe(self) -> str:
+        return "blind"
+
+
+def test_logits_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    model, x, y, _ = linear_problem(20)
+    attacks = {"blind": Blind(3), "PGD": PGD(eps=0.1, steps=1, seed=0)}
+    report = evaluate(model, x, y, eps=0.1, attacks=attacks, state=tmp_path / "s", progress=None)
+    assert [r["non_finite"] for r in report.to_dict()["rows"]] == [0, 3, 0, 3]
+    assert report["blind"].non_finite.tolist() == [True] * 3 + [False] * 17
+    text = "blind reached logits with NaN or +inf on 3 of 20 samples"
+    assert text in str(report) and text in report.to_markdown()
+    again = evaluate(model, x, y, eps=0.1, attacks=attacks, state=tmp_path / "s", progress=None)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_one_attack_is_enough() -> None:
+    model, x, y, distance = linear_problem(20)
+    attack = PGD(eps=0.03, alpha=0.03, loss="margin")
+    report = evaluate(model, x, y, eps=0.03, attacks=attack, progress=None)
+    assert [row.name for row in report.rows] == ["clean", "PGD"]
+    assert torch.equal(report.worst.correct, distance > 0.03)
+    settings = {"eps": 0.03, "version": "custom", "seed": 0, "progress": None}
+    for one in (attack, "apgd-ce"):
+        result = AutoAttack(model, attacks=one, **settings).run(x, y)
+        assert torch.equal(result.correct, distance > 0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"y": [0, 1, 0, 1]}, "y must be an int64 tensor, got list"),
+        ({"y": torch.tensor([0.0, 1, 0, 1])}, "y must be an int64 tensor, got torch.float32"),
+        ({"attacks": [PGD()]}, "attacks must be one of pgd20, .* or one attack, got list"),
+        ({"attacks": {"a": PGD}}, "attacks must hold attack objects, but 'a' is the class"),
+        ({"attacks": {"a": print}}, "'a' is a builtin_function_or_method, which has no run, att"),
+        ({"attacks": {3: PGD()}}, "attacks must have strings as names, got 3"),
+        ({"data": [(torch.rand(2, 12), [0, 1])]}, r"batches \(x, y\) of tensors, got .*'list'"),
+        ({"data": [torch.rand(2, 12)]}, r"batches \(x, y\) of tensors, got Tensor"),
+        ({"data": [{"x": 1}]}, r"batches \(x, y\) of tensors, got dict"),
+    ],
+)
+def test_unusable_arguments_are_named(settings: dict, message: str) -> None:
+    model, x, y, _ = linear_problem(4)
+    given = {"data": x, "y": None if "data" in settings else y, "eps": 0.1, **settings}
+    with pytest.raises(TypeError, match=message):
+        evaluate(model, progress=None, **given)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (3.5, TypeError, "output must be None, a callable, a key or attribute name, or an index"),
+        (True, TypeError, "output must be None"),
+        ("nope", ValueError, "output='nope' finds nothing in the dict .* it has scores, aux"),
+        (4, ValueError, "output=4 finds nothing in the dict"),
+    ],
+)
+def test_an_output_that_finds_no_logits(output: object, error: type, message: str) -> None:
+    model, x, y, _ = linear_problem(4)
+
+    def in_dict(x: Tensor) -> dict[str, Tensor]:
+        return {"scores": model(x), "aux": x}
+
+    with pytest.raises(error, match=message):
+        AutoAttack(in_dict, eps=0.1, output=output, progress=None).run(x, y)
+    if error is TypeError:
+        with pytest.raises(error, match=message):  # before any forward pass
+            AutoAttack(in_dict, eps=0.1, output=output)
