@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -73,6 +75,7 @@ class _Reader:
         self.name = name
         self.found: dict[str, str] = {}
         self.where = ""
+        self.inside = 0  # objects of classes that are neither modules nor attacks
         self.paths: dict[int, str] = {}  # of the modules read so far
         self.texts: dict[int, tuple[Any, str]] = {}  # of objects, which are kept alive
 
@@ -157,9 +160,10 @@ class _Reader:
 
     def _compound(self, value: Any, depth: int) -> str:
         if isinstance(value, nn.Module):
-            inside = _Reader(self.name)
-            inside.add(self.where, value)
-            return f"{_type_name(type(value))} {_digest(map(str, sorted(inside.found.items())))}"
+            part = copy(self)  # with the same modules and objects read so far
+            part.found = {}
+            part.add(self.where, value)
+            return f"{_type_name(type(value))} {_digest(map(str, sorted(part.found.items())))}"
         if isinstance(value, (list, tuple)):
             return f"({', '.join(self._text(v, depth) for v in value)})"
         if isinstance(value, (set, frozenset)):
@@ -205,6 +209,13 @@ class _Reader:
         return self._object(value, depth)
 
     def _named(self, what: str) -> str:
+        """Return the text of a callable without an identity, which needs a name from the user.
+
+        Inside other objects, such as a configuration, it stands for itself: nobody could be asked
+        to name what a library keeps there.
+        """
+        if self.inside:
+            return what
         if self.name is None:
             raise Unnamed(self.where, what)
         return "named by state_name"
@@ -223,8 +234,13 @@ class _Reader:
 
     def _object(self, value: Any, depth: int) -> str:
         kind, attributes = _type_name(type(value)), _attributes(value)
+        if isinstance(value, logging.Logger):  # leads to every logger of the process
+            return kind
         if attributes:
-            return f"{kind}{self._text(attributes, depth)}"
+            self.inside += 1
+            text = f"{kind}{self._text(attributes, depth)}"
+            self.inside -= 1
+            return text
         shown = repr(value)
         return kind if " at 0x" in shown else f"{kind} {shown}"
 
@@ -233,7 +249,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside compiled and data-parallel wrappers."""
     while True:
         wrapped = isinstance(module, _WRAPPERS)
-        inside = module.module if wrapped else module._modules.get("_orig_mod")
+        inside = module.module if wrapped else dict(module._modules.items()).get("_orig_mod")
         if inside is None:
             return module
         module = inside

@@ -1,5 +1,5 @@
-"""Differences of logits that do not change with the scale of the logits: divided by the slope of the
-network at the input, or by a bound on its slope from the norms of its layers."""
+"""Differences of logits that are independent of the scale of the logits: divided by the slope of
+the network at the input, or by a bound on its slope from the norms of its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it says, and that it survives an interruption."""
+"""The folder of an evaluation: its contents, and continuing after an interruption."""
 
 from __future__ import annotations
 

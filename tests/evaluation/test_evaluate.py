@@ -17,8 +17,8 @@ from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
 
 def linear_problem(n: int = 60) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A linear two-class model, samples far from the box's walls, and each sample's exact Linf
-    distance to the boundary (negative when misclassified)."""
+    """Return a linear two-class model, samples far from the box's walls, and each sample's exact
+    Linf distance to the boundary (negative when misclassified)."""
     g = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_batches_are_streamed_and_packed() -> None:
     custom = AutoAttack(model, eps=0.03, version="custom", attacks=["apgd-ce"], progress=None)
     packed = evaluate(sized, loader, attacks=custom, batch_size=16, **settings)
     assert torch.equal(packed.worst.correct, distance > 0.03)
-    assert seen[:4] == [16, 16, 16, 12]  # batches of 7 went through as batches of 16
+    assert seen[:4] == [16, 16, 16, 12]  # batches of 7 were packed into batches of 16
     with pytest.raises(ValueError, match=r"those of attacks, Linf and 0\.03, got L2 and 0\.03"):
         evaluate(model, loader, attacks=custom, norm="L2", **settings)
     rows, x_adv = packed.findings.examples()

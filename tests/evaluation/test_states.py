@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -384,6 +388,40 @@ def test_functions_of_modules_are_known_by_name_and_body() -> None:
     assert one != other and one == identity({"f": plain_loss})["f"]
     bound = functools.partial(plain_loss, y=torch.zeros(2))
     assert identity({"f": bound}) != identity({"f": functools.partial(plain_loss, y=torch.ones(2))})
+
+
+class Odd(Net):
+    """A model with attributes of many kinds, some of which lead back to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.itself, self.method = [self], self.forward
+        self.lock, self.log, self.draws = threading.Lock(), logging.getLogger("x"), random.Random(0)
+        self.device, self.kind, self.table = "cuda:1", nn.ReLU, {"b": {1, 2}, "a": np.eye(2)}
+        self.function, self.layer = torch.relu, functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Odd,
+        lambda: torch.jit.script(nn.Sequential(nn.Identity(), nn.ReLU())),
+        lambda: torch.jit.freeze(torch.jit.script(nn.Sequential(nn.ReLU()).eval())),
+        lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Identity(), nn.ReLU())),
+        lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 3, bias=False)),
+        lambda: nn.LazyLinear(3),
+        lambda: nn.TransformerEncoderLayer(4, 1),
+        lambda: nn.Linear(2, 2, dtype=torch.complex64),
+        lambda: nn.Linear(2, 2, dtype=torch.bfloat16),
+        lambda: nn.Linear(2, 2, device="meta"),
+    ],
+)
+def test_modules_of_every_kind_have_an_identity(make: Callable[[], nn.Module]) -> None:
+    entries = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        entries.append(identity({"model": make()}))
+    assert entries[0] == entries[1]
 
 
 def test_the_names_of_our_classes_hold_no_files() -> None:
