@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils.hooks import RemovableHandle
 
 from pyadv.engine.attack import GradientAttack
 
@@ -38,6 +39,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # torch.compile leaves.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+# A logger leads to every other one, and a handle is numbered by a counter of the process.
+_OF_THE_PROCESS = (logging.Logger, RemovableHandle)
 _ONLY_SPEED = frozenset({"compact", "validate", "graphs"})  # settings of our attacks
 
 
@@ -234,7 +237,7 @@ class _Reader:
 
     def _object(self, value: Any, depth: int) -> str:
         kind, attributes = _type_name(type(value)), _attributes(value)
-        if isinstance(value, logging.Logger):  # leads to every logger of the process
+        if isinstance(value, _OF_THE_PROCESS):
             return kind
         if attributes:
             self.inside += 1
