@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +36,18 @@ net, number = Net(), 3
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model and data."""
-    (tmp_path / "mine.py").write_text(MODULE)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work in a folder with a model and data."""
+    (tmp_path / "own_model.py").write_text(MODULE)
     x = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
     y = np.arange(20) % 3
     np.savez(tmp_path / "few.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("own_model", None)
 
 
-ARGUMENTS = ["mine:Net", "--data", "few.npz", "--eps", "0.1", "--n", "6", "--device", "cpu"]
+ARGUMENTS = ["own_model:Net", "--data", "few.npz", "--eps", "0.1", "--n", "6", "--device", "cpu"]
 
 
 def pyadv(*arguments: object, code: int = 0) -> str:
@@ -103,10 +104,10 @@ def test_states_outlive_a_failure_to_write(place: Path, monkeypatch: pytest.Monk
 
 
 def test_models_as_objects_and_things_that_are_none(place: Path) -> None:
-    pyadv("mine:net", *ARGUMENTS[1:])
+    pyadv("own_model:net", *ARGUMENTS[1:])
     assert written(place)
-    text = pyadv("mine:number", *ARGUMENTS[1:], code=1)
-    assert "mine:number must return a torch.nn.Module, got int" in text
+    text = pyadv("own_model:number", *ARGUMENTS[1:], code=1)
+    assert "own_model:number must return a torch.nn.Module, got int" in text
 
 
 def checkpoint(**changes: object) -> dict:
@@ -165,7 +166,7 @@ def test_files_that_are_no_checkpoints(place: Path) -> None:
 
 
 def test_paths_that_lead_nowhere(place: Path) -> None:
-    assert "pyadv: " in pyadv("mine:Net", "--data", "~nouser/x.npz", "--eps", "0.1", code=1)
+    assert "pyadv: " in pyadv("own_model:Net", "--data", "~nouser/x.npz", "--eps", "0.1", code=1)
     (place / "file").write_text("")
     assert "--out must be a folder, but file is a file" in pyadv(
         *ARGUMENTS, "--out", "file", code=1
