@@ -22,11 +22,6 @@ class DiskFull(OSError):
         return self.strerror
 
 
-def save(path: Path, state: dict[str, Any], kind: str, version: int) -> None:
-    """Write `state` (tensors and plain values) to `path`; see `write`."""
-    write(path, lambda file: torch.save({"kind": kind, "format": version, **state}, file))
-
-
 def write(path: Path, fill: Callable[[Any], None]) -> None:
     """Write the file `path` with `fill(file)`, whole or not at all.
 
@@ -96,6 +91,11 @@ def _disk_full(error: OSError, path: Path, size: int) -> DiskFull:
 
 def _bytes(n: int) -> str:
     return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n:,} bytes"
+
+
+def save(path: Path, state: dict[str, Any], kind: str, version: int) -> None:
+    """Write `state` (tensors and plain values) to `path`; see `write`."""
+    write(path, lambda file: torch.save({"kind": kind, "format": version, **state}, file))
 
 
 def load(

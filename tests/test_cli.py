@@ -1,10 +1,13 @@
-"""The command line: it trains, resumes, evaluates, and turns mistakes into one clear line."""
+"""The command line trains, resumes and evaluates; a mistake gives one clear line."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 from pyadv.cli import app
 from pyadv.data import load
 from pyadv.training import Config, checkpoint
+from pyadv.training.lock import RunLock
 
 FAST = ["--epochs", "2", "--batch-size", "32", "--steps", "2", "--device", "cpu"]
 
@@ -29,7 +33,7 @@ def pyadv(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set as a file."""
+    """Return the file of a small data set."""
     full = load()
     path = tmp_path_factory.mktemp("data") / "few.npz"
     arrays = {"x_train": full.train_x[:80], "y_train": full.train_y[:80]}
@@ -40,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     output = pyadv("train", "--data", source, "--eps", "8/255", *FAST, "--out", folder)
     for row in ("clean", "PGD-20", "margin PGD", "worst case", "30 samples, Linf, eps 0.03137"):
@@ -99,6 +103,8 @@ def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
     [
         (["train", "--method", "foo"], "pyadv: method must be one of standard, at, trades, mart"),
         (["train", "--data", "nowhere"], "pyadv: data: 'nowhere' is neither a path nor one of"),
+        (["train", "--data", "~nouser/x"], "pyadv: data: '~nouser/x' is neither a path nor one of"),
+        (["train", "--lr", "inf"], "pyadv: lr must be finite and > 0, got inf"),
         (["train", "--model", "vgg"], "pyadv: model must be one of small-cnn"),
         (["train", "--device", "gpu"], "pyadv: device must be one of cpu.*, got 'gpu'"),
         (["train", "--device", "cuda:99"], "pyadv: device must be one of cpu.*, got 'cuda:99'"),
@@ -136,7 +142,7 @@ def test_mistakes_about_a_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_help_states_the_defaults_that_hold() -> None:
-    """Help repeats the settings' defaults, since importing them would make it slow."""
+    """The help repeats the defaults of the settings, since importing them would make it slow."""
     text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", pyadv("train", "--help")))
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     stated = re.findall(
@@ -185,7 +191,7 @@ def test_info() -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
-    """In a process of its own, stopped by a real signal."""
+    """A signal stops another process."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "pyadv", "train", "--data", source, *FAST, "--out", folder]
     command += ["--epochs", "100000", "--schedule", "constant"]
@@ -200,3 +206,82 @@ def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert re.search(rf"stopped in epoch \d+ after step \d+; .*train --resume {folder}", output)
     assert checkpoint.load(folder / "checkpoint.pt")["epoch"] >= 2
+
+
+def test_ctrl_c_outside_of_training_says_how_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, arguments = tmp_path / "run", ["train", "--data", source, *FAST, "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pyadv.training.run._draw", interrupt)
+        output = pyadv(*arguments, folder, code=130)
+        assert f"interrupted; continue with: pyadv train --resume {folder}\n" in output
+        patch.setattr("pyadv.training.run.load", interrupt)
+        output = pyadv(*arguments, tmp_path / "other", code=130)
+        assert output == "interrupted\n"
+    pyadv("train", "--resume", folder, "--device", "cpu")
+
+
+def test_a_full_disk_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    output = pyadv("train", "--data", source, *FAST, "--out", tmp_path / "run", code=1)
+    words = r"pyadv: cannot write .*config.json: no space left on device; it needs [\d,]+ bytes and"
+    assert re.fullmatch(words + ".* are free in .*\n", output)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_in_use_is_one_line(run: Path) -> None:
+    with RunLock(run):
+        output = pyadv("train", "--resume", run, code=1)
+    assert output.startswith(f"pyadv: {run} is in use by process {os.getpid()} on ")
+    assert output.count("\n") == 1
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "redirection", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full", "2>err | true", "2>err >out"]
+)
+def test_no_output_stream_takes_the_training_down(
+    source: Path, tmp_path: Path, redirection: str
+) -> None:
+    """Streams that are closed or full, a reader that has gone, an encoding without "±"."""
+    options = shlex.join(["--data", str(source), *FAST, "--epochs", "1", "--out", "run"])
+    command = f"{shlex.quote(sys.executable)} -m pyadv train {options} {redirection}"
+    script = ["bash", "-c", command + '; exit "${PIPESTATUS[0]}"']
+    env = {**os.environ, **(ASCII if "out" in redirection else {})}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == done.stderr == b""
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert rows[0]["name"] == "clean"
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 2
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.png")) == ["curves.png", "kappa.png"]
+    for name in ("err", "out"):
+        if (tmp_path / name).exists():
+            text = (tmp_path / name).read_bytes().decode("ascii")
+            assert "Error" not in text and "Exception" not in text
+    if "out" in redirection:
+        assert re.search(r"clean +\W +\d+\.\d+ \+- \d", (tmp_path / "out").read_text())
+
+
+def test_recipes_in_ascii(tmp_path: Path) -> None:
+    """Sources of recipes hold letters that ASCII lacks."""
+    (tmp_path / "mine.toml").write_bytes('source = "Müller"\n'.encode())
+    code = (
+        "import sys; from pyadv.__main__ import main; sys.argv = ['pyadv', 'recipes', "
+        "'mine.toml']; main()"
+    )
+    env = {**os.environ, **ASCII, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b'source = "M' in done.stdout

@@ -1,4 +1,4 @@
-"""Order and augmentation are functions of (seed, epoch), whatever reads them."""
+"""Order and augmentation are functions of (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -69,6 +69,15 @@ def test_batch_size_must_fit() -> None:
         batches(batch_size=0)
 
 
+def test_data_that_does_not_fit() -> None:
+    x = torch.rand(4, 1, 8, 8)
+    with pytest.raises(ValueError, match="x and y must be as many, got 4 and 3"):
+        Batches(x, torch.arange(3), 2)
+    for ids in ([0, 4], [-1, 2]):
+        with pytest.raises(ValueError, match=r"ids must lie in \[0, 4\), saw"):
+            Batches(x, torch.arange(4), 2, ids=torch.tensor(ids))
+
+
 def test_crop_and_flip_against_slices() -> None:
     x = torch.rand(5, 3, 8, 6)
     offsets = torch.tensor([[4, 4], [0, 8], [8, 0], [3, 5], [4, 4]])
@@ -82,7 +91,7 @@ def test_crop_and_flip_against_slices() -> None:
 
 
 def test_every_offset_and_flip_occurs() -> None:
-    """A white image shows its crop: the columns of border that came in."""
+    """The border that enters a white image shows its offset."""
     b = Batches(torch.ones(2000, 1, 9, 9), torch.zeros(2000).long(), 2000, augment=True)
     x = next(iter(b.epoch(1)))[0]
     rows, cols = x.amax(3).sum(2).flatten(), x.amax(2).sum(2).flatten()

@@ -1,4 +1,4 @@
-"""ImageData refuses what training would trip over, and pixels arrive in one layout."""
+"""ImageData refuses invalid data, and pixels get one layout."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_floating_pixels_stay() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 3), (2, 1, 8, 1), (2, 1, 8, 3)])
-def test_ambiguous_layout_needs_a_word(shape: tuple[int, ...]) -> None:
+def test_ambiguous_layout_must_be_named(shape: tuple[int, ...]) -> None:
     x = torch.rand(shape)
     with pytest.raises(ValueError, match="both axis 1 and axis 3 .* pass layout="):
         to_images("x", x)

@@ -1,8 +1,9 @@
-"""Every reader on files of its own format, and its errors on files that are not."""
+"""Every reader reads files of its format and refuses others with a clear error."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import pickle
 import sys
@@ -51,7 +52,7 @@ def test_embedded_set_is_made_by_its_script(tmp_path: Path) -> None:
         (tmp_path / f"{stem}.gz").write_bytes((FASHION / f"{stem}.gz").read_bytes())
     full = read_idx(FASHION / "t10k-images-idx3-ubyte.gz")
     assert torch.equal(read_idx(TARGET / "t10k-images-idx3-ubyte.xz"), full[: SIZES["test"]])
-    for stem in ("train", "t10k"):  # small stand-ins: compressing the images takes seconds
+    for stem in ("train", "t10k"):  # few images: compressing them all takes seconds
         small = gzip.compress(idx(np.zeros((5, 2, 2))))
         (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(small)
     made = make(tmp_path, tmp_path / "out")
@@ -122,8 +123,141 @@ def test_pickles_cannot_run_code(tmp_path: Path) -> None:
 
     for i in range(1, 6):
         write_pickle(tmp_path / f"data_batch_{i}", {b"data": Evil()})
-    with pytest.raises(pickle.UnpicklingError, match="print is not part of a CIFAR batch"):
+    write_pickle(tmp_path / "batches.meta", {b"label_names": [b"plane"]})
+    with pytest.raises(ValueError, match="data_batch_1 .*print is not part of a CIFAR batch"):
         load(tmp_path)
+
+
+def cifar_folder(folder: Path) -> None:
+    for i in range(1, 6):
+        write_pickle(folder / f"data_batch_{i}", cifar_batch(2, b"labels", i))
+    write_pickle(folder / "test_batch", cifar_batch(3, b"labels"))
+    write_pickle(folder / "batches.meta", {b"label_names": [b"plane", b"car", b"bird"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps(cifar_batch(2, b"labels"))[:-100], "may be damaged"),
+        (b"", "may be damaged"),
+        (pickle.dumps([1, 2]), "may be damaged"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}), "it lacks labels"),
+        (pickle.dumps({**cifar_batch(2, b"labels"), b"labels": [0]}), "as many, got 2 and 1"),
+        (pickle.dumps({**cifar_batch(2, b"labels"), b"labels": [0, 2**62]}), "saw .*461168601842"),
+        (pickle.dumps({**cifar_batch(2, b"labels"), b"labels": [0, 2**64]}), "class numbers"),
+        (pickle.dumps({**cifar_batch(2, b"labels"), b"labels": ["a", "b"]}), "class numbers"),
+        (pickle.dumps({**cifar_batch(2, b"labels"), b"data": b"short"}), "data_batch_3 cannot be"),
+    ],
+)
+def test_broken_cifar_batches(tmp_path: Path, content: bytes, message: str) -> None:
+    cifar_folder(tmp_path)
+    (tmp_path / "data_batch_3").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    (tmp_path / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_3"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ""])
+def test_truncated_idx_files(tmp_path: Path, suffix: str) -> None:
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, "": bytes}[suffix]
+    write_idx_folder(tmp_path, suffix, compress)
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    whole = path.read_bytes()
+    for content in (whole[:-20], whole[: len(whole) // 2], b"no such format"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+            load(tmp_path)
+
+
+def test_idx_files_that_do_not_fit_together(tmp_path: Path) -> None:
+    write_idx_folder(tmp_path, "", bytes)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(4)))
+    with pytest.raises(ValueError, match="t10k-images.* and .*t10k-labels.* as many, got 3 and 4"):
+        load(tmp_path)
+
+
+HUGE = 2**62
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("largest", "dtype", "message"),
+    [
+        (HUGE, np.int64, rf"labels must lie in \[0, 100,000\), saw {HUGE}: number the classes"),
+        (100_000, np.int64, r"labels must lie in \[0, 100,000\), saw 100000"),
+        (2**64 - 1, np.uint64, "labels must be class numbers, got 18446744073709551615"),
+        (-1, np.int64, r"must lie in \[0, 5\), saw \[-1, 4\]"),
+    ],
+)
+def test_labels_that_are_no_class_numbers(
+    tmp_path: Path, split: bool, largest: int, dtype: type, message: str
+) -> None:
+    """Class names up to 2^62 would fill the memory."""
+    x, y = np.zeros((10, 4, 4), np.uint8), np.array([0, 1, 2, 3, 4] * 2, dtype)
+    y[0] = largest
+    arrays = {"x_train": x, "y_train": y, "x_test": x[:2], "y_test": y[1:3]}
+    np.savez(tmp_path / "a.npz", **(arrays if split else {"x": x, "y": y}))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a.npz")
+
+
+def test_as_many_classes_as_the_largest_label_says(tmp_path: Path) -> None:
+    x, y = np.zeros((10, 4, 4), np.uint8), np.arange(10)
+    y[3] = 99_999
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert len(load(tmp_path / "a.npz").classes) == 100_000
+
+
+def npz(path: Path, **changes: np.ndarray) -> Path:
+    x, y = np.zeros((10, 4, 4), np.uint8), np.arange(10)
+    np.savez(path, **{"x_train": x, "y_train": y, "x_test": x, "y_test": y, **changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_train": np.arange(9)}, "training images of .* and labels must be as many.* 10 and 9"),
+        ({"x_test": np.zeros((7, 4, 4), np.uint8)}, "test images of .*as many, got 7 and 10"),
+        ({"x_train": np.zeros((10, 4, 4), complex)}, "x of a.npz must be uint8 or floating"),
+        ({"x_train": np.zeros((10, 4, 4), bool)}, "x of a.npz must be uint8 or floating"),
+        ({"x_train": np.zeros((10, 4, 4), "U1")}, "x of a.npz must be uint8 or floating"),
+        ({"x_train": np.zeros((10, 4, 4), object)}, "cannot be read"),
+        ({"x_train": np.uint8(1)}, "must be"),
+        ({"x_train": np.full((10, 4, 4), np.inf)}, r"must lie in \[0, 1\]"),
+    ],
+)
+def test_npz_files_with_wrong_arrays(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(npz(tmp_path / "a.npz", **changes))
+
+
+def test_npz_without_a_split_must_fit(tmp_path: Path) -> None:
+    for x, y, message in (
+        (np.zeros((10, 4, 4), np.uint8), np.arange(9), "as many, got 10 and 9"),
+        (np.uint8(1), np.arange(9), "must be arrays"),
+    ):
+        np.savez(tmp_path / "a.npz", x=x, y=y)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", "f2", "f8", "longdouble"])
+def test_every_kind_of_float_is_read(tmp_path: Path, dtype: str) -> None:
+    data = load(npz(tmp_path / "a.npz", x_train=np.full((10, 4, 4), 0.5, dtype)))
+    assert data.train_x.dtype == torch.float32 and (data.train_x == 0.5).all()
+
+
+def test_damaged_npz_files(tmp_path: Path) -> None:
+    whole = npz(tmp_path / "a.npz").read_bytes()
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    for content in (whole[:-30], whole[:200], b"", b"text", array.getvalue()):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="a.npz cannot be read"):
+            load(tmp_path / "a.npz")
 
 
 def test_npz_with_a_split(tmp_path: Path) -> None:
@@ -168,6 +302,14 @@ def test_unknown_sources(tmp_path: Path) -> None:
         load("cifar11")
     with pytest.raises(ValueError, match="is not an .npz file or a folder that holds"):
         load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="'~nouser/x.npz' is neither a path nor one of"):
+        load("~nouser/x.npz")
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npz(tmp_path / "a.npz")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/a.npz").name == "a"
 
 
 def test_torchvision_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +319,7 @@ def test_torchvision_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchvision_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two conventions of torchvision's classes, from stand-ins of the same form."""
+    """torchvision's classes have two conventions; these have the same form."""
 
     class CIFAR10:
         classes = ("plane", "car")

@@ -1,4 +1,4 @@
-"""Architectures by what is known of them: parameter counts, names, shapes and initialisation."""
+"""Architectures have the published parameter counts, names, shapes and initialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from pyadv import models
 from pyadv.models import Normalized, PreActResNet18, SmallCNN, WideResNet
 
-# Counts of the published networks at 3 channels, 10 classes.
+# Parameter counts of the published networks at 3 channels and 10 classes.
 PARAMETERS = {
     "resnet-18": 11_173_962,
     "preact-resnet-18": 11_172_170,
@@ -49,7 +49,7 @@ def test_wide_resnet_variants(variant: dict) -> None:
 
 
 def test_padded_shortcut_keeps_the_input_in_the_middle() -> None:
-    """With its convolutions at zero, a widening block is its shortcut."""
+    """A block whose second convolution is zero returns its shortcut."""
     block = WideResNet(10, 1, shortcut="pad").block2.layer[0].eval()
     nn.init.zeros_(block.conv2.weight)
     x = torch.rand(1, 16, 4, 4)  # positive: the activation before the shortcut is BN alone
@@ -69,7 +69,7 @@ def test_wide_resnet_initialisation() -> None:
 
 
 def test_published_names_load() -> None:
-    """Keys as TRADES's checkpoints have them, their unused sub_block1 included, wrapped or not."""
+    """The keys of TRADES's checkpoints load, with their unused sub_block1, wrapped or not."""
     model = WideResNet(10, 1)
     state = model.state_dict()
     for key in ("block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "bn1.bias"):
@@ -91,6 +91,13 @@ def test_depth_rule(depth: int) -> None:
 def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="shortcut must be"):
         WideResNet(10, 1, shortcut="none")
+    for argument, value in (("num_classes", -1), ("in_channels", 0), ("num_classes", 2.5)):
+        with pytest.raises(
+            ValueError, match=f"{argument} must be positive and integer, got {value}"
+        ):
+            models.create("small-cnn", **{argument: value})
+    with pytest.raises(ValueError, match="image_size must be positive and integer"):
+        models.create("small-cnn", image_size=(0, 28))
     with pytest.raises(ValueError, match="model must be one of small-cnn, .*got 'resnet18'"):
         models.create("resnet18")
     with pytest.raises(ValueError, match=r"at least \(4, 4\)"):

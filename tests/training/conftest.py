@@ -1,4 +1,4 @@
-"""Data sets small enough to train on in a test."""
+"""Small data sets to train on in a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyadv.data import ImageData, load
 
 @pytest.fixture(scope="session")
 def subset() -> Callable[[int, int], ImageData]:
-    """The first training and test images of the embedded set, as many as asked for."""
+    """Return a function that cuts the embedded set to its first training and test images."""
     full = load()
 
     def first(train: int, test: int) -> ImageData:
@@ -31,13 +31,13 @@ def subset() -> Callable[[int, int], ImageData]:
 
 @pytest.fixture(scope="session")
 def small(subset: Callable[[int, int], ImageData]) -> ImageData:
-    """Small enough to train on in a test."""
+    """Return a data set small enough to train on in a test."""
     return subset(100, 40)
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state per process; runs of different precision need one each."""
+    """Reset the state that Accelerate keeps per process: precisions differ between runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Two processes train the network that one process trains."""
+"""Two processes train the same network as one process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Training: exact resumption, signals, divergence, what the run folder holds."""
+"""Training: exact resumption, signals, kills, divergence, and the files of the run folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pyadv import training
 from pyadv.data import ImageData
 from pyadv.evaluation import evaluate
 from pyadv.passes import view
-from pyadv.training import Config, Display, Diverged, Interrupted, Trainer, checkpoint, load_model
+from pyadv.training import (
+    Config,
+    Display,
+    Diverged,
+    FolderInUse,
+    Interrupted,
+    Trainer,
+    checkpoint,
+    load_model,
+)
 
 QUIET = Display(quiet=True)
 FAST = {"epochs": 3, "batch_size": 32, "steps": 2, "lr": 0.05}  # 4 batches an epoch
@@ -32,7 +45,7 @@ def resume(data: ImageData, folder: Path):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGINT) -> None:
-    """Send ourselves a signal in the middle of step `steps`."""
+    """Send this process a signal in the middle of step `steps`."""
     original, done = Trainer._count, []
 
     def count(self: Trainer, *args: Any) -> None:
@@ -45,7 +58,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states differ, wall-clock times aside."""
+    """Return the paths at which two nested states differ, apart from wall-clock times."""
     if isinstance(a, dict):
         keys = (a.keys() | b.keys()) - {"seconds"}
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
@@ -85,7 +98,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         stop_after(patch, steps)
         with pytest.raises(Interrupted, match=f"epoch {epoch + 1} after step {step + 1}"):
             train(small, tmp_path / "cut", **settings)
-    torch.manual_seed(99)  # the process that resumes has another past
+    torch.manual_seed(99)  # as in a new process, the generator has another state
     resumed = resume(small, tmp_path / "cut")
 
     states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
@@ -99,31 +112,183 @@ def test_a_crash_costs_at_most_the_epoch(
     small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(small, tmp_path / "whole")
+    save = Trainer.save
 
-    class Crash(Exception):
-        pass
+    def crash(self: Trainer) -> None:
+        """Fail after the record of epoch 2 is written and before its checkpoint is."""
+        if self.epoch > 2:
+            raise Crash
+        save(self)
 
-    def crash(self: Trainer, *_: Any) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crash)
+        train(small, tmp_path / "cut")
+    assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 2
+    resume(small, tmp_path / "cut")
+    epochs = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3]
+    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
+    assert not differences(*states)
+
+
+class Crash(BaseException):
+    """What no part of the library catches."""
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise Crash
+
+
+def test_a_kill_in_the_first_epoch_can_be_resumed(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "_count", crash)
+        train(small, tmp_path / "cut")
+    with pytest.raises(FileExistsError, match="holds a run already; resume it"):
+        train(small, tmp_path / "cut")
+    resume(small, tmp_path / "cut")
+    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
+    assert not differences(*states)
+
+
+def test_a_kill_before_the_first_checkpoint_can_start_again(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "save", crash)
+        train(small, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .* start it again"):
+        resume(small, tmp_path / "run")
+    train(small, tmp_path / "run", epochs=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 1
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_best_is_not_lost_between_the_two_files(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Whether the process dies before or after it wrote the first file, both agree later."""
+    train(small, tmp_path / "whole", val=20, epochs=2)
+    whole = [checkpoint.load(tmp_path / "whole" / f) for f in ("best.pt", "checkpoint.pt")]
+    best = whole[0]["records"][-1]["epoch"]
+    folder, left, save = tmp_path / "cut", [], checkpoint.save
+
+    def interrupted(path: Path, state: dict[str, Any]) -> None:
+        if len(state["records"]) == best and len(left) == written:
+            raise Crash
+        if len(state["records"]) == best:
+            left.append(path.name)
+        save(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(checkpoint, "save", interrupted)
+        train(small, folder, val=20, epochs=2)
+    assert left == ["best.pt"][:written]
+    if written:  # the best network is there even if nobody resumes
+        assert not differences(whole[0], checkpoint.load(folder / "best.pt"))
+        # Resuming must not compute the epoch again: another device could find another result.
+        assert checkpoint.newest_state(folder)["epoch"] == best + 1
+    resume(small, folder)
+    states = [checkpoint.load(folder / f) for f in ("best.pt", "checkpoint.pt")]
+    assert not differences(whole, states)
+
+
+def test_a_strange_best_is_not_resumed_from(small: ImageData, tmp_path: Path) -> None:
+    train(small, tmp_path / "other", val=20, seed=1, epochs=2)
+    train(small, tmp_path / "run", val=20, epochs=1)
+    for other in ((tmp_path / "other" / "checkpoint.pt").read_bytes(), b"damaged"):
+        (tmp_path / "run" / "best.pt").write_bytes(other)
+        assert checkpoint.newest_state(tmp_path / "run")["config"]["seed"] == 0
+
+
+def test_a_folder_in_use_is_refused(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def second(self: Trainer, *_: Any) -> None:
+        (tmp_path / "run" / "checkpoint.pt").unlink()  # as if it were not written yet
+        for start in (train, resume):
+            with pytest.raises((FolderInUse, FileNotFoundError)) as caught:
+                start(small, tmp_path / "run")
+            seen.append(caught.type)
+            self.save()
         raise Crash
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        # After the record of epoch 2 is written and before its checkpoint is.
-        patch.setattr(Display, "epoch", lambda *_: patch.setattr(Trainer, "save", crash))
-        train(small, tmp_path / "cut")
-    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        resume(small, tmp_path / "cut")
+        patch.setattr(Trainer, "_count", second)
+        train(small, tmp_path / "run")
+    assert seen == [FolderInUse, FolderInUse]
+    assert not (tmp_path / "run" / "run.lock").exists()
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        save = Trainer.save
-        patch.setattr(Trainer, "save", lambda self: crash(self) if self.epoch > 2 else save(self))
-        train(small, tmp_path / "cut2")
-    assert len((tmp_path / "cut2" / "metrics.jsonl").read_text().splitlines()) == 2
-    resume(small, tmp_path / "cut2")
-    epochs = (tmp_path / "cut2" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3]
-    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut2")]
+
+def test_a_full_disk_keeps_the_run(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small, tmp_path / "whole")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write .* it needs"):
+        start = Trainer._train_epoch
+
+        def fill(self: Trainer, stop: Any) -> None:
+            start(self, stop)
+            if self.epoch == 2:
+                patch.setattr(os, "fsync", full)
+
+        patch.setattr(Trainer, "_train_epoch", fill)
+        train(small, tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob("*.partial"))
+    resume(small, tmp_path / "cut")
+    states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
     assert not differences(*states)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Trainer, "save", lambda self, name="", *_: full() if name == "diverged.pt" else None
+        )
+        with pytest.raises(Diverged, match="not finite .*state not saved: .*No space left"):
+            train(small, tmp_path / "broken", lr=1e30, schedule="constant")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("closed file"), OSError(5, "EIO")])
+def test_a_console_that_fails_does_not_stop_a_run(
+    small: ImageData, tmp_path: Path, error: Exception
+) -> None:
+    class Closed(io.StringIO):
+        encoding = "utf-8"
+
+        def write(self, text: str) -> int:
+            raise error
+
+    display = Display(Console(file=Closed(), force_terminal=True))
+    config = Config(**FAST)
+    training.train(config, tmp_path / "run", data=small, device="cpu", display=display)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_files_are_written_before_anything_is_shown(
+    small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Display, "epoch", crash)
+    with pytest.raises(Crash):
+        train(small, tmp_path / "run", val=20)
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 2
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_settings_of_the_evaluation_are_checked_before_work(
+    small: ImageData, tmp_path: Path
+) -> None:
+    """Standard training has no attack that could refuse them."""
+    for settings, message in (({"eps": 8.0}, "eps"), ({"norm": "L3"}, "norm")):
+        with pytest.raises(ValueError, match=message):
+            train(small, tmp_path / "run", method="standard", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_needs_the_data_of_the_run(small: ImageData, tmp_path: Path) -> None:
@@ -180,7 +345,8 @@ def test_divergence_stops_the_run(small: ImageData, tmp_path: Path) -> None:
         train(small, tmp_path / "run", lr=1e30, schedule="constant")
     broken = checkpoint.load(tmp_path / "run" / "diverged.pt")
     assert broken["epoch"] == 1
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    kept = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert (kept["epoch"], kept["step"]) == (1, 0)
 
 
 def test_eps_grows_over_the_warm_up(
@@ -223,7 +389,7 @@ def test_the_average_is_what_is_evaluated(small: ImageData, tmp_path: Path) -> N
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     train(small, tmp_path / "plain", **settings)
     plain = checkpoint.load(tmp_path / "plain" / "checkpoint.pt")
-    assert not differences(state["model"], plain["model"])  # averaging changes no training
+    assert not differences(state["model"], plain["model"])  # averaging does not change training
     run = load_model(tmp_path / "run")
     averaged = run.model.state_dict()
     assert any(not torch.equal(w, averaged[name]) for name, w in state["model"].items())
@@ -232,7 +398,7 @@ def test_the_average_is_what_is_evaluated(small: ImageData, tmp_path: Path) -> N
 
 
 def test_the_average_over_steps(small: ImageData, tmp_path: Path) -> None:
-    """decay * average + (1 - decay) * weights after each step, from the first step's weights on."""
+    """It starts at the first step's weights; then decay * average + (1 - decay) * weights."""
     config = Config(**{**FAST, "epochs": 1}, method="standard", ema=0.75).resolve(small)
     trainer = Trainer(config, small, tmp_path, device="cpu", display=QUIET)
     expected = None
@@ -248,7 +414,7 @@ def test_the_average_over_steps(small: ImageData, tmp_path: Path) -> None:
 
 
 def test_bf16_attacks_a_view_in_bf16(small: ImageData, tmp_path: Path) -> None:
-    """Although Accelerate has put autocast around the network's forward."""
+    """Accelerate's autocast around the network's forward does not prevent it."""
     config = Config(**{**FAST, "epochs": 1}, precision="bf16", channels_last=True).resolve(small)
     (tmp_path / "run").mkdir()
     trainer = Trainer(config, small, tmp_path / "run", device="cpu", display=QUIET)
@@ -268,14 +434,14 @@ def test_bf16_trains(small: ImageData, tmp_path: Path) -> None:
 def test_what_arrives_late_changes_nothing(
     small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the host hears of losses and totals some steps after they were there."""
+    """As on a GPU, losses and totals reach the host a few steps late."""
     train(small, tmp_path / "at once", epochs=2)
 
-    def sent(t: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+    def late_copy(t: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         copy, vain = t.clone(), iter(range(2))
         return lambda: copy if next(vain, None) is None else None
 
-    monkeypatch.setattr("pyadv.training.trainer.sent", sent)
+    monkeypatch.setattr("pyadv.training.trainer.start_host_copy", late_copy)
     train(small, tmp_path / "late", epochs=2)
     one, other = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("at once", "late"))
     assert not differences(one, other)
@@ -293,7 +459,7 @@ def test_channels_last_trains(small: ImageData, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adversarial_training_pays(subset: Callable[[int, int], ImageData], tmp_path: Path) -> None:
-    """On 2,000 images AT is ahead of standard training under PGD by far more than noise."""
+    """On 2,000 images AT beats standard training under PGD by far more than noise."""
     data, robust = subset(2000, 500), {}
     for method in ("standard", "at"):
         config = Config(method=method, epochs=8)
