@@ -98,11 +98,21 @@ def save(path: Path, state: dict[str, Any], kind: str, version: int) -> None:
     write(path, lambda file: torch.save({"kind": kind, "format": version, **state}, file))
 
 
-def load(path: Path, kind: str, version: int) -> dict[str, Any]:
+def load(
+    path: Path, kind: str, version: int, retired: dict[int, str] | None = None
+) -> dict[str, Any]:
     """Read what `save` wrote, onto the CPU; tensors and plain values only, so a file cannot run
     code.
 
-    Raises FileNotFoundError, or ValueError for a file that `save` did not write for this `kind`.
+    Args:
+        path: the file.
+        kind: the kind of state that the caller can use.
+        version: the format that the caller can use.
+        retired: earlier format -> why it cannot be used.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged, or holds another kind or format.
     """
     if not path.exists():
         raise FileNotFoundError(f"no {kind} at {path}")
@@ -112,6 +122,11 @@ def load(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a saved {kind}: {error}") from error
     # Checkpoints written before there were kinds have none.
     known = isinstance(state, dict) and state.get("kind", kind) == kind
-    if not known or state.get("format") != version:
+    found = state.get("format") if known else None
+    if retired and isinstance(found, int) and found in retired:
+        raise ValueError(
+            f"{path} is a pyadv {kind} of the earlier format {found}: {retired[found]}"
+        )
+    if found != version:
         raise ValueError(f"{path} is not a pyadv {kind} of format {version}")
     return state

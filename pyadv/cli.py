@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -289,7 +291,7 @@ def evaluate(
 ) -> None:
     """Measure how robust a network is, and write a report with pictures.
 
-    Ctrl-C keeps what was found: the same command goes on from there.
+    Ctrl-C keeps what was found: the same command continues from there.
     """
     with _errors_as_messages():
         _evaluate(target, suite, data, eps, norm, n, bs, seed, surrogate, device, out)
@@ -317,11 +319,15 @@ def _evaluate(
 
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, but {out} is a file")
     model, run = _load_target(target)
     if run is None:
         absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
         if absent:
-            raise ValueError(f"{target} does not say its data and radius: give {', '.join(absent)}")
+            raise ValueError(
+                f"{target} does not come with data and a radius: give {', '.join(absent)}"
+            )
         images, norm, folder = load(data), norm or "Linf", Path()
     else:
         config, folder = run.config, Path(target)
@@ -336,7 +342,8 @@ def _evaluate(
     place, out = build.device(device), folder / "evaluation" if out is None else out
     x, y = images.test_x[:n], images.test_y[:n]
     console = Console()
-    with training.Display(console).progress() as bar:
+    display = training.Display(console)
+    with display.progress() as bar:
         task = bar.add_task(suite, total=None, text="")
 
         def show(name: str, done: int, total: int, standing: int) -> None:
@@ -355,31 +362,45 @@ def _evaluate(
                 seed=seed,
                 surrogate=None if surrogate is None else _load_target(surrogate)[0].to(place),
                 state=out,
+                state_name=target if run is None else None,
                 progress=show,
                 title=f"{target} on {images.name}",
-                command=" ".join(["pyadv", *sys.argv[1:]]),
+                command=shlex.join(["pyadv", *sys.argv[1:]]),
             )
         except KeyboardInterrupt:
             bar.stop()
-            typer.echo("pyadv: interrupted; the same command goes on from here", err=True)
+            _to_stderr("pyadv: interrupted; the same command continues from here")
             raise typer.Exit(130) from None
+    # The files come first, so that no trouble with the terminal loses results, and the states are
+    # removed last.
+    missing = document.write(out, model, x, y, images.classes)
     for name, report in document.reports.items():
         console.print(report_table(report, f"{document.title}: {name}"))
+        for remark in report.remarks:
+            display.message(remark)
     for part in (document.masking, document.margins):
         if part is not None:
-            console.print(str(part), highlight=False, markup=False, soft_wrap=True)
-    for line in document.write(out, model, x, y, images.classes):
-        console.print(line, highlight=False)
-    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+            display.message(str(part))
+    for line in (*missing, f"written to {out}"):
+        display.message(line)
+    _finish_stdout()
+    document.remove_states()
 
 
 def _load_target(target: str) -> tuple[Any, Any]:
-    """The model in eval mode, and what its run says of it, if it comes from one."""
+    """Return the model in eval mode, and its run if it comes from one, else None."""
+    import torch
+
     from pyadv import training
 
     module, colon, name = target.partition(":")
     if not colon or Path(target).exists():
-        run = training.load_model(target)
+        try:
+            run = training.load_model(target)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            # The file was read, but its weights, settings or architecture do not fit together.
+            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{target} is no complete checkpoint of a run: {why}") from None
         return run.model, run
     sys.path.insert(0, "")  # as `python -m` finds modules
     try:
@@ -390,10 +411,28 @@ def _load_target(target: str) -> tuple[Any, Any]:
         raise ValueError(f"{target} is neither a run nor an importable callable: {error}") from None
     finally:
         sys.path.remove("")
-    model = make()
-    if not hasattr(model, "parameters"):
+    model = make if isinstance(make, torch.nn.Module) or not callable(make) else make()
+    if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{target} must return a torch.nn.Module, got {type(model).__name__}")
     return model.eval(), None
+
+
+def _to_stderr(text: str) -> None:
+    """Print a line to stderr, which may be closed."""
+    with contextlib.suppress(OSError, ValueError):
+        typer.echo(text, err=True)
+
+
+def _finish_stdout() -> None:
+    """Flush stdout. If its reader has gone, point it to nowhere: Python would flush it again at
+    exit and end with an error."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):  # AttributeError: there is no stdout
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 @app.command()
@@ -446,8 +485,7 @@ def _errors_as_messages() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         extra = "; pip install 'pyadv[train]'" if isinstance(error, ModuleNotFoundError) else ""
-        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-            typer.echo(f"pyadv: {error}{extra}", err=True)
+        _to_stderr(f"pyadv: {error}{extra}")
         raise typer.Exit(1) from None
 
 

@@ -1,10 +1,9 @@
 """AutoAttack (Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
-Diverse Parameter-free Attacks", ICML 2020): one attack after the other on the samples that still
-stand."""
+Diverse FloatOrTensor-free Attacks", ICML 2020): several attacks in turn, each on the samples that no
+earlier one has broken."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -12,17 +11,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyadv.attacks.apgd import APGD, TargetedAPGD
-from pyadv.attacks.ensemble import Attack, Ensemble, Findings, Progress
+from pyadv.attacks.ensemble import Attack, Ensemble, Findings, check_attack
 from pyadv.attacks.fab import FAB, TargetedFAB
 from pyadv.attacks.pgd import PGD
+from pyadv.attacks.progress import Lines, Progress
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, Model
-from pyadv.engine.task import FloatOrTensor as Parameter
+from pyadv.engine.task import FloatOrTensor
 from pyadv.passes.borrow import Output
 
 VERSIONS = {
@@ -30,27 +29,26 @@ VERSIONS = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-_DLR_CLASSES = 3  # that the difference of logits ratio compares
-_ENOUGH_CLASSES = 2**31  # for every member, while the model's number is not known
-_SUSPICIOUS = 0.002  # share of samples that Square alone breaks (the authors' threshold)
+_DLR_CLASSES = 3  # the difference of logits ratio compares this many
+_ENOUGH_CLASSES = 2**31  # for every member, until the model's number of classes is known
+_SUSPICIOUS = 0.002  # share of samples that only Square breaks (the authors' threshold)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What the authors' code does that this one mends, to repeat published numbers. Each is off by
-    default; `Parity.all()` has all of them.
+    """Faults of the authors' code to repeat, for comparison with published numbers. Each is off by
+    default; `Parity.all()` turns all of them on.
 
     Attributes:
         zero_first_check: APGD compares its first loss with 0 instead of the loss at the start.
-        reseed: `torch.manual_seed(seed)` before each batch of each attack, and all noise from
-            torch's generator, Square's positions shared by the batch. The generator is not put
-            back, and results depend on the batches.
-        autograd: losses as plain expressions, with their rounding: at margins beyond 17 half of the
-            float32 gradient of the cross-entropy is gone.
-        keep_modes: a model in train mode is attacked in train mode, and its BatchNorm statistics
-            move.
-        few_classes: refuse models with fewer classes than an attack has targets (there an
-            IndexError), and two classes with the difference of logits ratio.
+        reseed: call `torch.manual_seed(seed)` before each batch of each attack, and draw all noise
+            from torch's generator; Square's positions are then shared by the batch. The generator
+            is not put back, and results depend on the batches.
+        autograd: compute losses as plain expressions, with their rounding: at margins beyond 17
+            half of the float32 gradient of the cross-entropy is lost.
+        keep_modes: attack a model in train mode as it is, so that its BatchNorm statistics move.
+        few_classes: refuse models with fewer classes than an attack has targets (the authors' code
+            raises an IndexError), and two classes with the difference of logits ratio.
     """
 
     zero_first_check: bool = False
@@ -66,9 +64,9 @@ class Parity:
 
 @dataclass
 class Member:
-    """How a member of AutoAttack searches; each member reads what its attack knows."""
+    """Settings of one member of AutoAttack; each attack reads the ones it has."""
 
-    steps: int = 100  # queries, of Square
+    steps: int = 100  # for Square, queries
     restarts: int = 1
     targets: int = 9
     eot: int = 1
@@ -78,7 +76,7 @@ class Member:
 
 
 def plan(version: str, norm: str) -> dict[str, Member]:
-    """The settings of the members; the L1 ones are those of "Mind the Box" (ICML 2021)."""
+    """Return the settings of the members; those for L1 come from "Mind the Box" (ICML 2021)."""
     plus, rand = version == "plus", version == "rand"
     l1 = norm == "L1" and not plus and not rand
     apgd = Member(restarts=5 if plus or l1 else 1, eot=20 if rand else 1, multi_eps=l1)
@@ -94,12 +92,17 @@ def plan(version: str, norm: str) -> dict[str, Member]:
 
 @dataclass
 class EnsembleResult:
-    """What the attacks found, a row for each sample.
+    """What AutoAttack found, one row per sample.
 
-    `x_adv` is x where no attack succeeded; `correct` (B,) bool says where that is so and the model
-    classifies x as y; `prediction` (B,) is the class of x_adv; `broken_by` (B,) the position in
-    `names` of what broke the sample, 0 for the clean prediction, -1 for nothing; `queries` and
-    `gradients` (B, len(names)) count forward and backward passes.
+    Attributes:
+        x_adv: adversarial examples; x itself where no attack succeeded.
+        correct: (B,) bool: the model classifies x as y and no attack succeeded.
+        prediction: (B,) class of x_adv.
+        broken_by: (B,) position in `names` of the first attack that broke the sample, 0 for the
+            clean prediction, -1 for none.
+        queries, gradients: (B, len(names)) forward and backward passes.
+        names: "clean" and the attacks' names.
+        notes: remarks that a reader of the numbers needs.
     """
 
     x_adv: Tensor
@@ -109,26 +112,30 @@ class EnsembleResult:
     queries: Tensor
     gradients: Tensor
     names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def robust_accuracy(self) -> float:
+        """The share of samples that no attack broke."""
         return self.correct.float().mean().item()
 
 
 class AutoAttack:
-    """AutoAttack, with the attacks, step counts, restarts and targets of the authors' package.
+    """AutoAttack with the attacks, step counts, restarts and targets of the authors' package.
 
     - "standard": APGD-CE, APGD-T with 9 targets, FAB-T with 9 targets, Square with 5000 queries. In
       L1 APGD-CE has 5 restarts, APGD-T 5 targets, and both the schedule of radii.
     - "plus": APGD-CE, APGD-DLR and FAB with 5 restarts, Square, APGD-T, FAB-T.
-    - "rand": APGD-CE and APGD-DLR with 20 gradients a step, for random models.
-    - "custom": the members named in `attacks`, as "standard" has them, or attacks of your own.
+    - "rand": APGD-CE and APGD-DLR with 20 gradients per step, for random models.
+    - "custom": the members named in `attacks`, with the settings of "standard", or your own
+      attacks.
 
     `plan`, name -> `Member`, holds the settings of the members and may be changed before a run.
 
-    Each attack gets the samples that those before it left standing, packed into full batches; a
-    sample leaves a batch as soon as it is broken. Random numbers are a function of seed and sample,
-    so verdicts do not depend on batches, order or processes.
+    Each attack gets the samples that no earlier one has broken, packed into full batches; a sample
+    leaves a batch as soon as it is broken. Random numbers are a function of seed and sample, so
+    verdicts do not depend on batches, order or processes. Samples with equal values and equal
+    labels are attacked once.
 
     Args:
         model: anything that maps x to logits (B, C).
@@ -136,11 +143,12 @@ class AutoAttack:
         eps: radius of the ball around x, in units of x.
         version: "standard", "plus", "rand" or "custom".
         attacks: with "custom" only: names out of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, in
-            the order they run; or a mapping from names to attacks (`PGD(...)`, ...).
-        seed: of the keyed noise; torch.initial_seed() by default.
-        lo, hi: the box inputs lie in.
-        progress: "auto" writes to stderr, a line for each attack, on a terminal also the batches;
-            None is silent; or a callable (attack, samples done, samples it has, samples standing).
+            the order they run; a mapping from names to attacks (`PGD(...)`, ...); or one name or
+            attack.
+        seed: seed of the keyed noise; torch.initial_seed() by default.
+        lo, hi: bounds of the box that inputs lie in.
+        progress: "auto" prints one line per attack to stderr, and on a terminal one per batch;
+            None is silent; or a callable (attack, samples done, samples it gets, samples standing).
         parity: faults of the authors' code to repeat; see `Parity`.
         compact, output, validate, speed: as in `PGD`.
 
@@ -156,10 +164,10 @@ class AutoAttack:
         norm: str | float = "Linf",
         eps: float = 8 / 255,
         version: str = "standard",
-        attacks: Sequence[str] | Mapping[str, Attack] | None = None,
+        attacks: Sequence[str] | Mapping[str, Attack] | Attack | None = None,
         seed: int | None = None,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         compact: bool = True,
         output: Output = None,
         validate: bool | str = "auto",
@@ -184,10 +192,21 @@ class AutoAttack:
         self._clean = self._as_is(PGD(steps=0, start="none", **common))
         common["speed"] = speed
         common["compact"] = compact and not self.parity.keep_modes
+        if isinstance(attacks, str):
+            attacks = (attacks,)
+        elif hasattr(attacks, "run"):
+            attacks = {type(attacks).__name__: attacks}
         self._own = dict(attacks) if isinstance(attacks, Mapping) else None
+        if not isinstance(attacks, (Sequence, Mapping, type(None))):
+            raise TypeError(
+                "attacks must be names, a mapping from names to attacks, or one attack, got "
+                f"{type(attacks).__name__}"
+            )
         self.names = tuple(VERSIONS[version] if attacks is None else attacks)
         if not self.names:
             raise ValueError("attacks must name at least one attack")
+        for name, attack in (self._own or {}).items():
+            check_attack(name, attack)
         if self._own is None:
             for name in self.names:
                 checks.choice("attacks", name, tuple(plan(version, self.norm)))
@@ -195,21 +214,33 @@ class AutoAttack:
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adversarial examples for x (B, ...) with labels y (B,); x itself where none was found."""
+        """Return adversarial examples for x (B, ...) with labels y (B,); x itself where none was
+        found."""
         return self.run(x, y).x_adv
 
     def run(
-        self, x: Tensor, y: Tensor, *, batch_size: int = 250, state: str | Path | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        batch_size: int = 250,
+        state: str | Path | None = None,
+        state_name: str | None = None,
     ) -> EnsembleResult:
-        """All attacks on x (N, ...) in [lo, hi] with labels y (N,).
+        """Run all attacks on x (N, ...) in [lo, hi] with labels y (N,).
 
         Args:
             batch_size: rows that go through the model at once; batches move to the device of its
                 parameters.
-            state: a file that keeps what was found after each attack and at an interruption; a
-                call with the same file goes on from there.
+            state: a file that keeps what was found after each attack and at an interruption. A call
+                with the same file continues from there, also with other samples or another order;
+                another model or other settings are refused.
+            state_name: a name for the model and the losses where these are lambdas or local
+                functions, which have no identity that the state can be compared by.
         """
-        ensemble = self.ensemble(self.model, batch_size=batch_size, state=state)
+        ensemble = self.ensemble(
+            self.model, batch_size=batch_size, state=state, state_name=state_name
+        )
         ensemble.attack(x, y)
         found = ensemble.findings
         warn_about(found)
@@ -218,7 +249,8 @@ class AutoAttack:
         if len(rows):
             x_adv[rows.to(x.device)] = examples.to(x.device)
         tables = found.standing, found.prediction, found.broken_by, found.queries, found.gradients
-        return EnsembleResult(x_adv, *(t.to(x.device) for t in tables), found.names)
+        moved = (t.to(x.device) for t in tables)
+        return EnsembleResult(x_adv, *moved, found.names, tuple(ensemble.notes))
 
     def run_standard_evaluation(
         self,
@@ -227,41 +259,42 @@ class AutoAttack:
         bs: int = 250,
         return_labels: bool = False,
         state_path: str | Path | None = None,
+        state_name: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As the authors' package has it: x_adv for x_orig, and with `return_labels` also the
-        predicted classes. `state_path` is `state` of `run`."""
-        result = self.run(x_orig, y_orig, batch_size=bs, state=state_path)
+        """Return what the authors' package returns: x_adv for x_orig, and with `return_labels` also
+        the predicted classes. `state_path` and `state_name` are `state` and `state_name` of
+        `run`."""
+        result = self.run(x_orig, y_orig, batch_size=bs, state=state_path, state_name=state_name)
         return (result.x_adv, result.prediction) if return_labels else result.x_adv
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
-        """Each attack by itself on all samples that the model classifies correctly: name -> what
-        `run_standard_evaluation` returns."""
+        """Run each attack by itself on all samples that the model classifies correctly; return what
+        `run_standard_evaluation` returns, by name."""
         return {
             name: self._only(name).run_standard_evaluation(x_orig, y_orig, bs, return_labels)
             for name in self.names
         }
 
     def members(self, classes: int) -> dict[str, Attack]:
-        """The attacks on a model with so many classes, by name, in the order they run."""
+        """Return the attacks on a model with this many classes, by name, in the order they run."""
         if self._own is not None:
             return dict(self._own)
         return {name: self._member(name, classes, self._common) for name in self.names}
 
     def ensemble(self, model: Model, **settings: Any) -> Ensemble:
-        """The attacks at work on `model`; `settings` as in `Ensemble`."""
-        identity = {name: a.describe() for name, a in self.members(_ENOUGH_CLASSES).items()}
-        identity["seed"] = str(torch.initial_seed() if self.seed is None else self.seed)
-        identity["box"] = f"{self._common['lo']}, {self._common['hi']}"
+        """Return the ensemble that attacks `model`; `settings` as in `Ensemble`."""
         return Ensemble(
             model,
             self.names,
             self.members,
             self._clean,
             survivors=True,
-            identity={**identity, "parity": str(self.parity)},
+            identity={"parity": self.parity},
+            described=self.members(_ENOUGH_CLASSES),
             reseed=self.seed if self.parity.reseed else None,
+            as_is=self.parity.keep_modes,
             **{"progress": self.progress, **settings},
         )
 
@@ -291,7 +324,7 @@ class AutoAttack:
             attack = APGD(**gradient)
         elif name == "apgd-dlr":
             few = classes < _DLR_CLASSES and not parity.few_classes
-            # Of two classes the margin is what is left of the ratio.
+            # With two classes the margin is all that remains of the ratio.
             attack = APGD(**gradient, loss="margin" if few else "dlr")
         elif name == "apgd-t":
             attack = TargetedAPGD(**gradient, targets=m.targets)
@@ -311,7 +344,7 @@ class AutoAttack:
 
 
 def warn_about(found: Findings) -> None:
-    """What makes the numbers doubtful, as far as the attacks have seen it."""
+    """Warn if Square broke samples that the attacks by gradient could not."""
     if "square" in found.names and len(found.y):
         alone = (found.broken_by == found.names.index("square")).double().mean().item()
         white_box = any(name != "square" for name in found.names[1:])
@@ -322,21 +355,3 @@ def warn_about(found: Findings) -> None:
                 "(pyadv.evaluation has checks for that)",
                 stacklevel=3,
             )
-
-
-class Lines:
-    """Progress on stderr: one line for each attack, rewritten batch by batch on a terminal; and in
-    the file `log`, if there is one."""
-
-    def __init__(self, log: str | Path | None = None):
-        self.log = log
-
-    def __call__(self, name: str, done: int, total: int, standing: int) -> None:
-        live, last = sys.stderr.isatty(), done == total
-        if live or last:
-            text = f"{name:<10}{done:>7} / {total}   not broken so far: {standing}"
-            end = "\n" if last else ""
-            print(("\r" if live else "") + text, end=end, file=sys.stderr, flush=True)
-            if last and self.log is not None:
-                with open(self.log, "a") as file:
-                    print(text, file=file)

@@ -1,4 +1,4 @@
-"""AutoAttack as the authors' package has it: its arguments, its members' attributes, its methods.
+"""AutoAttack with the interface of the authors' package: arguments, attributes and methods.
 
 adversary = AutoAttack(model, norm="Linf", eps=8/255, version="standard")
 x_adv = adversary.run_standard_evaluation(x, y, bs=250)
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyadv import attacks
 from pyadv.attacks import Parity
-from pyadv.attacks.autoattack import VERSIONS, Lines, Member, plan
+from pyadv.attacks.autoattack import VERSIONS, Member, plan
+from pyadv.attacks.progress import Lines
 from pyadv.engine import checks
 from pyadv.engine.loop import predict
 
@@ -33,36 +34,39 @@ _OURS = {
 
 
 class _Part:
-    """What scripts set on a part of AutoAttack, under its names there."""
+    """The settings of one part of AutoAttack, under the names of the authors' package."""
 
     def __init__(self, **settings: Any):
         self.__dict__.update(settings)
 
     def take(self, member: Member) -> None:
+        """Copy the settings of `member`."""
         for name in vars(self):
             setattr(self, name, getattr(member, _OURS[name]))
 
     def member(self) -> Member:
+        """Return the settings as ours."""
         return Member(**{_OURS[name]: value for name, value in vars(self).items()})
 
 
 class AutoAttack:
-    """Scripts written for the authors' package run with this class instead.
+    """AutoAttack for scripts written for the authors' package.
 
     Args:
         model: maps x in [0, 1] to logits.
         norm: "Linf", "L2" or "L1".
         eps: the radius.
-        seed: None takes the time, as there.
-        verbose: a line for each attack on stderr, and in the file `log_path`.
+        seed: seed of the noise; None takes the time, as in the authors' package.
+        verbose: print one line per attack to stderr, and to the file `log_path`.
         attacks_to_run: names, with version="custom"; may be set later.
         version: "standard", "plus", "rand" or "custom".
         is_tf_model: must be False.
-        device: where batches are sent; where the data is by default (there "cuda").
-        parity: faults to repeat, see `pyadv.attacks.Parity`; None by default, so that random
-            numbers are keyed and torch's generator stays as it is.
+        device: where batches are sent; the device of the data by default (the authors' default is
+            "cuda").
+        parity: faults to repeat, see `pyadv.attacks.Parity`. With None, the default, random numbers
+            are keyed and torch's generator stays as it is.
 
-    `apgd`, `apgd_targeted`, `fab` and `square` carry the attributes that scripts set: n_restarts,
+    `apgd`, `apgd_targeted`, `fab` and `square` have the attributes that scripts set: n_restarts,
     n_iter, n_target_classes, eot_iter, rho, use_largereps; n_queries and p_init.
     """
 
@@ -96,7 +100,7 @@ class AutoAttack:
             self.set_version(version)
 
     def set_version(self, version: str = "standard") -> None:
-        """The members of a version, with its settings."""
+        """Choose the members of a version, with its settings."""
         checks.choice("version", version, tuple(VERSIONS))
         self.version, self.attacks_to_run = version, list(VERSIONS[version])
         for name, member in plan(version, checks.canonical_norm(self.norm)).items():
@@ -110,12 +114,20 @@ class AutoAttack:
         bs: int = 250,
         return_labels: bool = False,
         state_path: str | Path | None = None,
+        state_name: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x_adv, and with `return_labels` the predicted classes. An evaluation with the same
-        `state_path` goes on from there, with the examples found before."""
+        """Return x_adv, and with `return_labels` the predicted classes.
+
+        A call with the same `state_path` continues from there, with the examples found before; give
+        a `seed` for that, since the time is another seed at every call. `state_name` names a model
+        that is a lambda or a local function.
+        """
         native = self._native()
+        checks.batch(x_orig, y_orig, None)
         x, y = (t.to(self.device or t.device) for t in (x_orig, y_orig))
-        found = native.run_standard_evaluation(x, y, bs, return_labels, state_path)
+        found = native.run_standard_evaluation(
+            x, y, bs, return_labels, state_path, state_name=state_name
+        )
         if return_labels:
             return found[0].to(x_orig.device), found[1].to(x_orig.device)
         return found.to(x_orig.device)
@@ -123,7 +135,7 @@ class AutoAttack:
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
-        """Each attack by itself: name -> what `run_standard_evaluation` returns."""
+        """Run each attack by itself; return what `run_standard_evaluation` returns, by name."""
         chosen, found = self.attacks_to_run, {}
         try:
             for name in chosen:
@@ -134,7 +146,8 @@ class AutoAttack:
         return found
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """The share of samples that the model classifies as y."""
+        """Return the share of samples that the model classifies as y."""
+        checks.batch(x_orig, y_orig, None)
         settings, correct = attacks.PGD().settings, 0
         for x, y in zip(x_orig.split(bs), y_orig.split(bs), strict=True):
             predicted = predict(self.model, x.to(self.device or x.device), settings).argmax(1)
@@ -159,5 +172,5 @@ class AutoAttack:
         for name in self.attacks_to_run:
             native.plan[name] = self._part(name).member()
         if "fab-t" in self.attacks_to_run:
-            native.plan["fab-t"].restarts = 1  # as there
+            native.plan["fab-t"].restarts = 1  # the authors' FAB-T ignores its n_restarts
         return native

@@ -16,6 +16,7 @@ from pyadv.engine.loop import judge, search
 from pyadv.engine.results import AttackResult, Perturbed
 from pyadv.engine.starts import Noise
 from pyadv.engine.task import LoopSettings, Model, Settings, Task
+from pyadv.passes.borrow import check_output
 from pyadv.passes.view import SPEEDS, FastView, attacked
 
 
@@ -92,6 +93,7 @@ class GradientAttack:
         checks.choice("validate", s.validate, ("auto", True, False))
         checks.choice("speed", s.speed, tuple(SPEEDS))
         checks.choice("graph", graph, GRAPHS)
+        check_output(s.output)
         self.model = model
         self.settings = settings
         self.restarts = checks.count("restarts", restarts, 1)

@@ -1,4 +1,4 @@
-"""Robust accuracy and the report that states it, signs of masking, and margins."""
+"""Robust accuracy and its report, checks for gradient masking, and margins."""
 
 from pyadv.evaluation.bisection import Bisection
 from pyadv.evaluation.curves import accuracy_curves
@@ -6,7 +6,8 @@ from pyadv.evaluation.document import Document, run_suite
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate, standard_attacks
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.margins import Margins, margin_attacks, measure_margins
-from pyadv.evaluation.masking import Check, MaskingReport, check_masking
+from pyadv.evaluation.masking import check_masking
+from pyadv.evaluation.masking_report import Check, MaskingReport
 from pyadv.evaluation.normalized_margins import effective_margin, spectrally_normalized_margin
 from pyadv.evaluation.report import Report, Row
 

@@ -12,40 +12,41 @@ from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, Model
 from pyadv.engine.norms import ORDER, distance, row_norm
-from pyadv.engine.task import FloatOrTensor as Parameter
+from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.normalized_margins import effective_margin
 from pyadv.passes.borrow import Output, owned
 from pyadv.tensors import parameter, widen
 
-_LEAST = 1e-4  # first radius at least, as a share of the radius that holds the whole box
+_LEAST = 1e-4  # least first radius, as a share of the radius that holds the whole box
 
 
 class Bisection:
-    """The smallest radius at which an attack fools the model, for each sample its own.
+    """A search for the smallest radius at which an attack fools the model, per sample.
 
     The first radius is the sample's effective margin. It doubles until the attack succeeds; then
-    the bracket between the largest radius that failed and the smallest distance of a point that
-    fooled the model is halved. All samples are attacked as one batch, with a radius each. The point
-    is kept, so the distance found is an upper bound of the true one; that smaller radii failed
-    proves nothing.
+    the search halves the bracket between the largest radius that failed and the smallest distance
+    of a point that fooled the model. All samples are attacked as one batch, each with its own
+    radius. The point is kept, so the distance found is an upper bound of the true one. Smaller
+    radii that failed prove nothing.
 
-    `run(x, y)` gives a `MinimumNormResult`, as the minimum-norm attacks do: `distances` is 0 where
-    x is not classified as y, and inf where the attack failed at every radius, up to the one that
-    holds the whole box.
+    `run(x, y)` returns a `MinimumNormResult`, as the minimum-norm attacks do: `distances` is 0
+    where x is not classified as y, and inf where the attack failed at every radius up to the one
+    that holds the whole box.
 
     Args:
         model: anything that maps x to logits (B, C); may be None when every call names a model.
         norm: "Linf", "L2" or "L1".
         attack: makes the attack for radii (B,), in the same norm and box; by default 20 steps of
             APGD towards each of 3 classes, whose loss does not change with the scale of the logits.
-        rounds: how often it runs, at most, >= 1. Each round after the first success halves the
+        rounds: largest number of rounds, >= 1. Each round after the first success halves the
             bracket.
-        lo, hi: the box inputs lie in; None for no bound; float, or tensor that broadcasts to x.
-        seed: of the keyed noise of the default attack; torch.initial_seed() by default.
+        lo, hi: bounds of the box that inputs lie in; None for no bound; float, or tensor that
+            broadcasts to x.
+        seed: seed of the default attack's keyed noise; torch.initial_seed() by default.
         output: as in `PGD`.
 
     Raises:
-        ValueError, TypeError: for settings, and at the call for what `attack` refuses.
+        ValueError, TypeError: for settings; at the call for arguments that `attack` refuses.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class Bisection:
         norm: str | float = "Linf",
         attack: Callable[[Tensor], GradientAttack] | None = None,
         rounds: int = 10,
-        lo: Parameter | None = 0.0,
-        hi: Parameter | None = 1.0,
+        lo: FloatOrTensor | None = 0.0,
+        hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
         output: Output = None,
     ):
@@ -72,7 +73,7 @@ class Bisection:
         self.draw = 0
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The nearest points found, x itself where there is none."""
+        """Return the nearest points found; x itself where none was found."""
         return self.run(x, y, ids).x_adv
 
     def run(
@@ -83,13 +84,13 @@ class Bisection:
         draw: int | None = None,
         model: Model | None = None,
     ) -> MinimumNormResult:
-        """The search and how it ended. Arguments as in `PGD.run`."""
+        """Search, and return how it ended. Arguments as in `PGD.run`."""
         model = self.model if model is None else model
         if draw is None:
             draw = self.draw
             self.draw += 1
         x, y = owned(x), owned(y)
-        found = self.clean.run(x, y, model=model)  # and the checks of x and y
+        found = self.clean.run(x, y, model=model)  # checks x and y
         found = MinimumNormResult(**vars(found), distances=torch.where(found.correct, torch.inf, 0))
         ids = ops.row_hash(x) if ids is None else ids
         right, most = found.correct.clone(), self._radius_of_the_box(x)
@@ -97,7 +98,7 @@ class Bisection:
         found.queries += 1
         found.gradients += found.logits.shape[1] - 1
         eps = torch.minimum(eps, most)
-        eps = torch.where(eps.isfinite(), eps, 1.0)  # flat, and no box: no scale to begin with
+        eps = torch.where(eps.isfinite(), eps, 1.0)  # a flat model without a box has no scale
         eps = torch.maximum(eps, _LEAST * torch.where(most.isfinite(), most, 1.0))
         failed, nearest = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
         for _ in range(self.rounds):
@@ -110,7 +111,7 @@ class Bisection:
             hits = rows[nearer]
             nearest[hits] = length[nearer]
             failed[rows] = torch.where(result.correct, eps[rows], failed[rows])
-            failed = torch.where(failed < nearest, failed, 0.0)  # a larger radius failed: no proof
+            failed = torch.where(failed < nearest, failed, 0.0)  # a larger radius failed, by chance
             eps = torch.where(
                 nearest.isfinite(), (failed + nearest) / 2, torch.minimum(2 * eps, most)
             )
@@ -122,11 +123,11 @@ class Bisection:
         return found
 
     def describe(self) -> str:
-        """One line that lets a reader repeat the search."""
+        """Return one line that lets a reader repeat the search."""
         return f"{self.attack(torch.ones(1)).describe()}, chosen in {self.rounds} rounds"
 
     def _radius_of_the_box(self, x: Tensor) -> Tensor:
-        """(B,): from x to the corner of the box farthest from it; inf without a box."""
+        """Return (B,) distances from x to the farthest corner of the box; inf without a box."""
         wide = widen(x)
         if self.lo is None or self.hi is None:
             return torch.full_like(wide.flatten(1)[:, 0], torch.inf)

@@ -1,4 +1,4 @@
-"""Robust accuracy against the radius and against the steps of the attack."""
+"""Robust accuracy as a function of the radius and of the number of steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from pyadv.attacks import PGD
-from pyadv.attacks.ensemble import CLEAN, Progress
+from pyadv.attacks.ensemble import CLEAN
+from pyadv.attacks.progress import Progress
 from pyadv.evaluation.evaluate import evaluate
 
-FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # of eps
+FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # radii, as multiples of eps
 STEPS = (1, 2, 5, 10, 20, 50)
-_USUAL = 20  # steps where the radius changes
+_USUAL = 20  # steps at every radius
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -29,15 +30,16 @@ def accuracy_curves(
     batch_size: int = 500,
     seed: int | None = 0,
     state: str | Path | None = None,
+    state_name: str | None = None,
     progress: Progress | str | None = "auto",
 ) -> Curves:
-    """Accuracy under PGD on the margin loss, with steps of eps / 4 from a random start.
+    """Measure accuracy under PGD on the margin loss, with steps of eps / 4 from a random start.
+
+    Arguments and errors are those of `evaluate`. The cost is 188 steps per sample.
 
     Returns:
         "eps": (radius, accuracy in [0, 1]) for radii from 0 to 2 eps and 20 steps; "steps": (steps,
-        accuracy) from 0 to 50 steps of radius eps. The first is the clean accuracy.
-
-    Arguments and errors as of `evaluate`. Cost per sample: 188 steps.
+        accuracy) for 0 to 50 steps at radius eps. The first pair of each is the clean accuracy.
     """
 
     def attack(radius: float, steps: int) -> PGD:
@@ -57,6 +59,7 @@ def accuracy_curves(
         batch_size=batch_size,
         seed=seed,
         state=state,
+        state_name=state_name,
         progress=progress,
     )
     accuracy = {row.name: row.accuracy for row in report.rows}

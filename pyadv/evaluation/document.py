@@ -1,7 +1,7 @@
-"""The folder an evaluation leaves behind:
+"""The folder that an evaluation writes:
 
 report.json       every number
-report.md         the same to read, with the pictures
+report.md         the numbers as text, with the pictures
 *.png             accuracy against eps and steps, worst examples, margins
 adversarial.npz   x_adv, with the samples' index, y, prediction, and the attack that found it
 margins.csv       the margins of each sample
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from pyadv._version import __version__
 from pyadv.attacks import PGD
+from pyadv.attacks.progress import Progress
 from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
-from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, Progress, evaluate
+from pyadv.evaluation.escaping import code, markdown
+from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate
 from pyadv.evaluation.margins import Margins, measure_margins
-from pyadv.evaluation.masking import MaskingReport, check_masking
+from pyadv.evaluation.masking import check_masking
+from pyadv.evaluation.masking_report import MaskingReport
 from pyadv.evaluation.report import Report
 from pyadv.passes.borrow import device_of
 
@@ -35,7 +38,17 @@ _EXAMPLES = 8  # in the picture
 
 @dataclass(frozen=True)
 class Document:
-    """What was measured of one model: accuracy by suite, and whatever else was asked for."""
+    """The measurements of one model.
+
+    Attributes:
+        title: a line that names model and data.
+        command: the command that made it.
+        reports: suite -> accuracy.
+        curves: accuracy against radius and steps.
+        masking: the checks for gradient masking, if they ran.
+        margins: distances to the decision boundary, if they were measured.
+        states: the files that would let the measurement continue after an interruption.
+    """
 
     title: str
     command: str
@@ -43,6 +56,7 @@ class Document:
     curves: Curves = field(default_factory=dict)
     masking: MaskingReport | None = None
     margins: Margins | None = None
+    states: tuple[Path, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,26 +81,39 @@ class Document:
         y: Tensor,
         classes: Sequence[str],
     ) -> list[str]:
-        """Everything into `folder`, which is made; x (N, C, H, W) and y are the samples. Returns
-        what could not be written, and why."""
+        """Write everything into `folder`, which is created. Return what could not be written, and
+        why.
+
+        Args:
+            folder: where to write.
+            model: the model, for the logits of the examples that are drawn.
+            x, y: the samples, (N, C, H, W) and (N,).
+            classes: names of the classes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        _write(folder / "report.json", json.dumps(self.to_dict(), indent=2))
         missing: list[str] = []
+        pictures: dict[str, str] = {}
         examples = self._examples(x, y)
         np.savez_compressed(folder / "adversarial.npz", **examples)
         if self.margins is not None:
             self.margins.to_csv(folder / "margins.csv")
         try:
-            pictures = self._draw(folder, model, x, examples, classes)
+            self._draw(folder, model, x, examples, classes, pictures)
         except ImportError:
-            pictures = {}
             missing.append("no pictures: they need matplotlib (pip install matplotlib)")
-        (folder / "report.md").write_text(self.to_markdown(pictures))
+        finally:  # a picture that fails must not take the report with it
+            _write(folder / "report.md", self.to_markdown(pictures))
         return missing
 
+    def remove_states(self) -> None:
+        """Remove the files that would let the measurement continue, once its results are safe."""
+        for file in self.states:
+            file.unlink(missing_ok=True)
+
     def to_markdown(self, pictures: Mapping[str, str]) -> str:
-        """`pictures`: caption -> file name."""
-        lines = [f"# {self.title}", "", f"`{self.command}`, pyadv {__version__}", ""]
+        """Return the document as Markdown; `pictures` maps captions to file names."""
+        lines = [f"# {markdown(self.title)}", "", f"{code(self.command)}, pyadv {__version__}", ""]
         for name, report in self.reports.items():
             lines += [f"## Accuracy: {name}", "", report.to_markdown(), ""]
         if self.masking is not None:
@@ -98,8 +125,8 @@ class Document:
         return "\n".join(lines)
 
     def _examples(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
-        """Of each sample that an attack broke, the first example found, by the strongest suite (the
-        last of equals)."""
+        """Return the first example found for each sample that an attack broke, from the strongest
+        suite (the last one of equals)."""
         report = min(reversed(self.reports.values()), key=lambda r: r.worst.accuracy)
         rows, x_adv = report.findings.examples()
         found = report.findings
@@ -118,17 +145,17 @@ class Document:
         x: Tensor,
         examples: Mapping[str, np.ndarray],
         classes: Sequence[str],
-    ) -> dict[str, str]:
+        drawn: dict[str, str],
+    ) -> None:
+        """Draw the pictures and enter each that is there into `drawn`, caption -> file name."""
         from pyadv.evaluation import plots
 
-        drawn: dict[str, str] = {}
         if self.curves:
-            drawn["Accuracy against the attack"] = "curves.png"
             plots.accuracy_against(self.curves, folder / "curves.png")
+            drawn["Accuracy against the attack"] = "curves.png"
         if len(examples["index"]) and x.dim() == 4:
             chosen = _most_wrong(model, examples)
             rows = torch.from_numpy(examples["index"][chosen])
-            drawn["Worst examples"] = "examples.png"
             plots.worst_examples(
                 x[rows],
                 torch.from_numpy(examples["x_adv"][chosen]),
@@ -137,10 +164,10 @@ class Document:
                 classes,
                 folder / "examples.png",
             )
+            drawn["Worst examples"] = "examples.png"
         if self.margins is not None and self.margins.correct.any():
-            drawn["Distribution of the margins"] = "margins.png"
             plots.margin_distributions(self.margins, folder / "margins.png")
-        return drawn
+            drawn["Distribution of the margins"] = "margins.png"
 
 
 SUITE_PARTS: dict[str, tuple[str, ...]] = {
@@ -166,19 +193,21 @@ def run_suite(
     seed: int = 0,
     surrogate: Callable[..., Any] | None = None,
     state: str | Path | None = None,
+    state_name: str | None = None,
     progress: Progress | str | None = "auto",
     title: str = "Evaluation",
     command: str = "",
 ) -> Document:
-    """All that `pyadv evaluate --suite` measures.
+    """Measure what `pyadv evaluate --suite` measures.
 
     Args:
         suite: "pgd20", "pgdplus" or "autoattack" (see `evaluate`), "masking" (`check_masking`),
-            "margins" (`measure_margins`), "all". Each also has accuracy against eps and steps, of
-            the first 500 samples.
-        surrogate: for the transfer check.
-        state: a folder for what an interrupted call has found; the files are removed at the end.
-        title, command: of the document.
+            "margins" (`measure_margins`), "all". Each also measures accuracy against eps and steps
+            on the first 500 samples.
+        surrogate: another model, for the transfer check.
+        state: a folder for the findings of an interrupted call. The files stay there until
+            `remove_states()` of the result is called.
+        title, command: title of the document, and the command line in it.
 
     The other arguments and errors are those of `evaluate`.
     """
@@ -187,25 +216,30 @@ def run_suite(
     parts = SUITE_PARTS[suite]
     files = {} if state is None else {k: Path(state) / f"{k}.state" for k in (*parts, "curves")}
     common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
+    kept = {name: {"state": file, "state_name": state_name} for name, file in files.items()}
     reports = {
-        name: evaluate(model, x, y, eps=eps, attacks=name, state=files.get(name), **common)
+        name: evaluate(model, x, y, eps=eps, attacks=name, **kept.get(name, {}), **common)
         for name in parts
         if name in SUITES | AUTOATTACKS
     }
     few = x[:_CURVE_SAMPLES], y[:_CURVE_SAMPLES]
-    curves = accuracy_curves(model, *few, eps=eps, state=files.get("curves"), **common)
+    curves = accuracy_curves(model, *few, eps=eps, **kept.get("curves", {}), **common)
     masking = margins = None
     if "masking" in parts:
         masking = check_masking(model, x, y, eps=eps, surrogate=surrogate, **common)
     if "margins" in parts:
         margins = measure_margins(model, x, y, **common)
-    for file in files.values():
-        file.unlink(missing_ok=True)
-    return Document(title, command, reports, curves, masking, margins)
+    states = tuple(files.values())
+    return Document(title, command, reports, curves, masking, margins, states)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a line of text; what a file name holds that is no text is written as an escape."""
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _most_wrong(model: Callable[..., Any], examples: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The examples whose wrong class leads by most."""
+    """Return which examples the model is most sure of, the surest first."""
     settings, gaps = PGD().settings, []
     x_adv, y = (torch.from_numpy(examples[name]) for name in ("x_adv", "y"))
     device = device_of(model, x_adv)

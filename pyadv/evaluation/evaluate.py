@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pyadv.attacks import PGD, AutoAttack, PGDPlus
-from pyadv.attacks.autoattack import Lines, warn_about
-from pyadv.attacks.ensemble import Attack, Ensemble, Progress
+from pyadv.attacks.autoattack import warn_about
+from pyadv.attacks.ensemble import Attack, Ensemble, check_attack
+from pyadv.attacks.progress import Lines, Progress
+from pyadv.engine import checks
 from pyadv.evaluation.report import Report, Row
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -20,13 +22,13 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def standard_attacks(
     eps: float, norm: str | float = "Linf", *, seed: int | None = 0
 ) -> dict[str, PGD]:
-    """The attacks that papers on adversarial training tabulate, by the name of their row.
+    """Return the attacks that papers on adversarial training tabulate, by the name of their row.
 
     - "PGD-20": 20 steps of eps / 4 on the cross-entropy from a random start (the setting of
       GAIRAT, Zhang et al. 2021).
     - "margin PGD": 40 steps of eps / 4 on max_{j != y} z_j - z_y from a random start. FAT and
       GAIRAT call PGD on this loss "CW"; it is not the attack of Carlini and Wagner (2017). It
-      breaks models whose cross-entropy gradient misleads, reweighted training among them.
+      breaks models whose cross-entropy gradient misleads, such as those of reweighted training.
     """
     settings = {"norm": norm, "eps": eps, "alpha": eps / 4, "seed": seed}
     return {
@@ -53,46 +55,51 @@ def evaluate(
     *,
     eps: float,
     norm: str | float = "Linf",
-    attacks: str | Mapping[str, Attack] | AutoAttack = "pgd20",
+    attacks: str | Mapping[str, Attack] | AutoAttack | Attack = "pgd20",
     batch_size: int = 500,
     seed: int | None = 0,
     chunk: int = 4096,
     state: str | Path | None = None,
+    state_name: str | None = None,
     progress: Progress | str | None = "auto",
 ) -> Report:
-    """Accuracy of `model` on the samples, clean and under each attack.
+    """Measure the accuracy of `model` on the samples, clean and under each attack.
 
     The model is evaluated in eval mode and gets its modes back; batches move to the device of its
     parameters. Random starts are keyed by the sample's values, so the result depends neither on
-    `batch_size` nor on the order of the samples.
+    `batch_size` nor on the order of the samples. Samples with equal values and equal labels are
+    attacked once and counted as often as they are given.
 
     Args:
         model: maps (B, ...) to logits (B, C).
-        data: (N, ...) inputs in [0, 1], with `y`; or batches (x, y), a DataLoader say, in an order
-            that does not change.
+        data: (N, ...) inputs in [0, 1], with `y`; or batches (x, y), from a DataLoader for example.
         y: (N,) int64 labels of `data`.
         eps: radius of the ball, in units of x.
         norm: "Linf", "L2" or "L1".
         attacks: "pgd20" (`standard_attacks`), "pgdplus" (PGD+: 5 restarts of 40 steps),
-            "autoattack", "autoattack-plus", "autoattack-rand"; row name -> attack; or an
-            `AutoAttack`. AutoAttack gives each attack what those before it left standing; the
-            attacks of the others get all samples.
+            "autoattack", "autoattack-plus", "autoattack-rand"; row name -> attack; an `AutoAttack`;
+            or one attack. AutoAttack gives each attack the samples that no earlier one has broken;
+            otherwise each attack gets all samples.
         batch_size: rows that go through the model at once, >= 1.
-        seed: of the random starts of the named attacks.
+        seed: seed of the random starts of the named attacks.
         chunk: samples of `data` batches held in memory at a time; survivors are packed within it.
-        state: a file that keeps what was found after each attack and at an interruption; the same
-            call with the same file goes on from there.
-        progress: "auto" writes to stderr; None is silent; or a callable (row name, samples done,
-            samples the attack has, samples no attack has broken so far).
+        state: a file that keeps what was found after each attack and at an interruption. A call
+            with the same file continues from there, also with more, fewer or reordered samples; the
+            report covers exactly the samples given. Another model or other attacks are refused.
+        state_name: a name for the model and the losses where these are lambdas or local functions,
+            which have no identity that the state can be compared by.
+        progress: "auto" prints to stderr; None is silent; or a callable (row name, samples done,
+            samples the attack gets, samples no attack has broken so far).
 
     Raises:
-        ValueError: for an empty or mismatched (x, y), for settings, for a state made with other
-            samples, weights or attacks; and whatever an attack refuses (labels out of range, NaN,
-            inputs outside the box).
+        ValueError, TypeError: for an empty or mismatched (x, y), for settings, for a state made
+            with another model or other attacks; and whatever an attack refuses (labels out of
+            range, NaN, inputs outside the box).
     """
     settings = {
         "batch_size": batch_size,
         "state": state,
+        "state_name": state_name,
         "progress": Lines() if progress == "auto" else progress,
     }
     if isinstance(attacks, str):
@@ -105,7 +112,7 @@ def evaluate(
         else:
             attacks = SUITES[attacks](eps, norm, seed=seed)
     # No steps from no start: the clean prediction, under the same rules and by the same code.
-    clean = PGD(norm=norm, eps=eps, steps=0, start="none")
+    clean = PGD(norm=norm, eps=eps, steps=0, start="none", seed=0)
     if isinstance(attacks, AutoAttack):
         theirs, ours = (attacks.norm, attacks.eps), (clean.settings.norm, eps)
         if theirs != ours:
@@ -116,15 +123,13 @@ def evaluate(
         members = attacks.members
         ensemble = attacks.ensemble(model, **settings)
     else:
-        own = dict(attacks)
-        identity = {name: attack.describe() for name, attack in own.items()}
-        identity["seed"] = str(torch.initial_seed() if seed is None else seed)
+        own = _by_name(attacks)
 
         def members(classes: int) -> dict[str, Attack]:
             return own
 
         ensemble = Ensemble(
-            model, tuple(own), members, clean, survivors=False, identity=identity, **settings
+            model, tuple(own), members, clean, survivors=False, described=own, **settings
         )
     for x, labels in _chunks(data, y, chunk):
         ensemble.attack(x, labels)
@@ -140,17 +145,42 @@ def evaluate(
             ~(found.broken[:, : k + 1].any(1) if ensemble.survivors else found.broken[:, k]),
             found.queries[:, k],
             found.gradients[:, k],
+            found.non_finite[:, k],
         )
         for k, name in enumerate(found.names)
     )
-    return Report(len(found.y), clean.settings.norm, float(eps), rows, found)
+    notes = tuple(ensemble.notes)
+    return Report(len(found.y), clean.settings.norm, float(eps), rows, found, notes)
+
+
+def _by_name(attacks: Mapping[str, Attack] | Attack) -> dict[str, Attack]:
+    """Return the attacks of one's own by name; a single one has the name of its class."""
+    if isinstance(attacks, Mapping):
+        named = dict(attacks)
+    elif hasattr(attacks, "run"):
+        named = {type(attacks).__name__: attacks}
+    else:
+        raise TypeError(
+            f"attacks must be one of {', '.join(SUITES | AUTOATTACKS)}, a mapping from names to "
+            f"attacks, an AutoAttack or one attack, got {type(attacks).__name__}"
+        )
+    for name, attack in named.items():
+        if not isinstance(name, str):
+            raise TypeError(f"attacks must have strings as names, got {name!r}")
+        check_attack(name, attack)
+    return named
 
 
 def _chunks(data: Tensor | Batches, y: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the samples in chunks of at least `size`, the last one excepted; a tensor is one
+    chunk."""
     if isinstance(data, Tensor):
-        if y is None or len(data) == 0 or y.shape != data.shape[:1]:
+        if y is not None and not isinstance(y, Tensor):
+            raise TypeError(f"y must be an int64 tensor, got {type(y).__name__}")
+        if y is None or data.dim() == 0 or len(data) == 0 or y.shape != data.shape[:1]:
+            n = len(data) if data.dim() else 0
             raise ValueError(
-                f"y must be (N,) for N = {len(data)} >= 1 samples of data, got "
+                f"y must be (N,) for N = {n} >= 1 samples of data, got "
                 f"{None if y is None else list(y.shape)}"
             )
         yield data, y
@@ -161,6 +191,11 @@ def _chunks(data: Tensor | Batches, y: Tensor | None, size: int) -> Iterator[tup
         raise ValueError(f"chunk must be >= 1, got {size}")
     held: list[tuple[Tensor, Tensor]] = []
     for batch in data:
+        pair = isinstance(batch, (tuple, list)) and len(batch) >= 2
+        if not pair or not all(isinstance(part, Tensor) for part in batch[:2]):
+            kinds = [type(part).__name__ for part in batch[:2]] if pair else type(batch).__name__
+            raise TypeError(f"data must be a tensor or give batches (x, y) of tensors, got {kinds}")
+        checks.batch(*batch[:2], None)
         held.append((batch[0], batch[1]))
         if sum(len(labels) for _, labels in held) >= size:
             yield _joined(held)

@@ -1,7 +1,7 @@
-"""How fast a network's logits can change with its input, at most: what a certificate needs.
+"""Upper bounds on how fast a network's logits change with its input, for certificates.
 
-Power iteration, and with it `ops.NormProduct`, comes to a layer's norm from below. Here every
-number is an upper bound, which takes a chain of known modules: their constants multiply.
+Power iteration, and with it `ops.NormProduct`, approaches a layer's norm from below. Here every
+number is an upper bound. That takes a chain of known modules, whose Lipschitz constants multiply.
 """
 
 from __future__ import annotations
@@ -16,36 +16,39 @@ from torch import Tensor, nn
 from pyadv.models.normalized import Normalized
 from pyadv.passes.borrow import borrowed, uncompiled
 
-_ROUNDING = 1 + 1e-9  # far more than float64 loses in the norm of a layer
-_DIRECT = "donot_use_mm_for_euclid_dist"  # whose differences do not cancel
+_ROUNDING = 1 + 1e-9  # far above the rounding error of a layer's norm in float64
+_DIRECT = "donot_use_mm_for_euclid_dist"  # avoids cancellation
 _CHUNK = 2**22  # complex numbers of a convolution's transform held at a time
 
 
 class NotCovered(ValueError):
-    """A model that `lipschitz_bound` knows no bound for."""
+    """Raised for a model that `lipschitz_bound` knows no bound for."""
 
 
 @dataclass(frozen=True)
 class LipschitzBound:
-    """Upper bounds from L2 to L2: `body` on what comes before the last layer, if that is linear
-    with weight `head` (C, n); on the logits themselves if `head` is None."""
+    """Upper bounds on Lipschitz constants from L2 to L2.
+
+    If the last layer is linear, `head` (C, n) is its weight and `body` bounds the layers before it.
+    Otherwise `head` is None and `body` bounds the logits.
+    """
 
     body: float
     head: Tensor | None
 
     @property
     def logits(self) -> float:
-        """A Lipschitz constant of the logits."""
+        """An upper bound on the Lipschitz constant of the logits."""
         return self.body if self.head is None else self.body * _largest_singular_value(self.head)
 
     def certified_radius(self, logits: Tensor, y: Tensor) -> Tensor:
-        """(B,) float64: within this L2 distance of an input with these logits (B, C) no point is
-        classified otherwise than y. 0 where the input itself is.
+        """Return (B,) float64: within this L2 distance of an input with these logits (B, C), every
+        point is classified as y. It is 0 where the input itself is not.
 
         min_j (z_y - z_j) / L_yj, where L_yj bounds the difference of the two logits: ||w_y - w_j||
         times the bound of the body, or sqrt(2) times that of the logits (Tsuzuku et al. 2018,
-        sections 4.1 and 4.2). In exact arithmetic: the rounding of the network's own forward pass
-        is not bounded.
+        sections 4.1 and 4.2). It holds in exact arithmetic: the rounding error of the network's
+        forward pass is not bounded.
         """
         z = logits.double()
         gap = z.gather(1, y[:, None]) - z
@@ -54,23 +57,24 @@ class LipschitzBound:
         else:
             head = self.head.to(z)
             bound = self.body * _ROUNDING * torch.cdist(head[y], head, compute_mode=_DIRECT)
-        # Two logits that cannot move apart: 0 / 0 is a tie, and no certificate.
+        # If two logits cannot move apart, 0 / 0 is a tie, which gives no certificate.
         radius = (gap / bound).nan_to_num(nan=0.0, posinf=torch.inf)
         return radius.scatter(1, y[:, None], torch.inf).amin(1).clamp(min=0)
 
 
 def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBound:
-    """An upper bound on the Lipschitz constant of `model` in eval mode, from L2 to L2.
+    """Return an upper bound on the Lipschitz constant of `model` in eval mode, from L2 to L2.
 
-    The product over a chain: `nn.Sequential`, nested at will and inside `Normalized`, of linear
-    layers, convolutions with zero padding, batch normalisation, pooling and activations. A linear
-    layer counts with its largest singular value. A convolution counts with that of the periodic
-    convolution on the smallest torus its padded input fits into; it is a part of that one, and
-    little smaller. Neither is iterated for: both are eigenvalues in float64.
+    The bound is the product over a chain: `nn.Sequential`, nested and inside `Normalized`, of
+    linear layers, convolutions with zero padding, batch normalisation, pooling and activations. A
+    linear layer contributes its largest singular value. A convolution contributes that of the
+    periodic convolution on the smallest torus that its padded input fits into, of which it is a
+    part; the two differ little. Both come from eigenvalues in float64, without iteration.
 
     Args:
-        model: is left as it was. Its weights are read once; the bound does not follow them.
-        input_shape: of one input, without the batch dimension.
+        model: the network, which is not changed. Its weights are read once; later changes of them
+            do not change the bound.
+        input_shape: shape of one input, without the batch dimension.
 
     Raises:
         NotCovered: for a module that is not on the list or has no bound, with its name.
@@ -90,22 +94,22 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
                 head = module.weight.detach().double()
             else:
                 body *= _constant(name, module, x)
-            if not _is(module, Normalized):  # the modules inside it follow in the chain
+            if not _is(module, Normalized):  # its inner modules follow in the chain
                 x = module(x)
     return LipschitzBound(body, head)
 
 
 def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it computes what `kind` does; a subclass may have another forward."""
+    """Return whether the module has the forward of `kind`; a subclass may have another."""
     return type(module).forward is kind.forward
 
 
 def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are applied one after the other."""
+    """Yield the modules that are applied one after the other, with their names."""
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotCovered(f"lipschitz_bound: {name or 'the model'} has forward hooks")
     if _is(module, nn.Sequential):
-        for child, inside in module._modules.items():  # named_children leaves repetitions out
+        for child, inside in module._modules.items():  # named_children omits repeated modules
             yield from _chain(inside, f"{name}.{child}".lstrip("."))
     else:
         yield name, module
@@ -114,6 +118,7 @@ def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _constant(name: str, module: nn.Module, x: Tensor) -> float:
+    """Return the Lipschitz constant of one module on inputs like x."""
     bound = _BOUNDS.get(type(module).forward)
     value = None if bound is None else bound(module, x)
     if value is None:
@@ -123,10 +128,10 @@ def _constant(name: str, module: nn.Module, x: Tensor) -> float:
 
 
 def _convolution(layer: nn.Module, x: Tensor) -> float | None:
-    """The largest singular value over the frequencies of the torus.
+    """Return the largest singular value over the frequencies of the torus.
 
-    With stride s, s input frequencies per dimension fall on each output frequency: their transforms
-    of the kernel stand side by side, divided by sqrt(s).
+    With stride s, s input frequencies per dimension are aliased to each output frequency; the
+    matrix of an output frequency holds the kernel's transforms at all of them, divided by sqrt(s).
     """
     if layer.padding_mode != "zeros":
         return None
@@ -143,7 +148,7 @@ def _convolution(layer: nn.Module, x: Tensor) -> float | None:
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
     n, stride, dilation = (grid([1]).new_tensor(v) for v in (outputs, s, d))
-    # The other half of the frequencies has the complex conjugates.
+    # The other half of the frequencies gives the complex conjugates.
     frequencies, aliases = grid([*outputs[:-1], outputs[-1] // 2 + 1]), grid(s)
     kernel = layer.weight.detach().flatten(2).unflatten(0, (layer.groups, -1)).to(torch.complex128)
     largest = 0.0
@@ -156,7 +161,7 @@ def _convolution(layer: nn.Module, x: Tensor) -> float | None:
 
 
 def _largest_singular_value(matrices: Tensor) -> float:
-    """Of a batch of matrices in double precision, not below the true value."""
+    """Return an upper bound on the largest singular value in a batch of float64 matrices."""
     if not matrices.numel():
         return 0.0
     if matrices.shape[-2] > matrices.shape[-1]:
@@ -165,7 +170,7 @@ def _largest_singular_value(matrices: Tensor) -> float:
 
 
 def _normalization(layer: nn.Module, x: Tensor) -> float | None:
-    """Of batch normalisation with running statistics."""
+    """Return the constant of batch normalisation with running statistics."""
     if layer.running_var is None:
         return None
     slope = (layer.running_var.double() + layer.eps).rsqrt()
@@ -173,8 +178,10 @@ def _normalization(layer: nn.Module, x: Tensor) -> float | None:
 
 
 def _pool(layer: nn.Module, x: Tensor) -> float | None:
-    """The root of in how many windows an input can stand. An average changes by less, but by how
-    much less depends on what the layer divides by at the border."""
+    """Return the square root of the largest number of windows that contain one input element.
+
+    An average changes by less, but how much less depends on the divisor at the border.
+    """
     if getattr(layer, "divisor_override", None):
         return None
     window, stride, dilation = (
@@ -186,7 +193,7 @@ def _pool(layer: nn.Module, x: Tensor) -> float | None:
 
 
 def _global_pool(layer: nn.Module, x: Tensor) -> float | None:
-    """Of an average over the whole image."""
+    """Return the constant of an average over the whole image."""
     outputs = layer(x).shape[2:].numel()
     return 1 / math.sqrt(x.shape[2:].numel()) if outputs == 1 else None
 
@@ -195,8 +202,8 @@ def _always(value: float) -> Callable[[nn.Module, Tensor], float]:
     return lambda layer, x: value
 
 
-# By what computes them: a subclass with a forward of its own is none of these. GELU and SiLU are
-# steeper than 1 where they come out of their dip.
+# The keys are the forward functions, so that a subclass with its own forward is not matched. GELU
+# and SiLU are steeper than 1 to the right of their minimum.
 _BOUNDS: dict[Callable[..., Tensor], Callable[[nn.Module, Tensor], float | None]] = {
     kind.forward: bound
     for kinds, bound in (

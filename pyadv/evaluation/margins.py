@@ -1,5 +1,5 @@
-"""How far the samples are from the decision boundary: estimates, upper bounds by attacks, and a
-lower bound by proof."""
+"""Distances of samples to the decision boundary: estimates, upper bounds found by attacks, and
+proven lower bounds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import DeepFool, MinimumNormResult, TargetedFAB
-from pyadv.attacks.autoattack import Lines
-from pyadv.attacks.ensemble import Progress
+from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Model
-from pyadv.engine.task import FloatOrTensor as Parameter
+from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.bisection import Bisection
+from pyadv.evaluation.escaping import markdown, one_line
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.normalized_margins import logits_and_margin
 from pyadv.passes.borrow import Output, device_of, unwrap
@@ -29,7 +29,7 @@ _QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 
 
 class NearestPoint(Protocol):
-    """What a margin is measured with: `FAB`, `DeepFool`, `Bisection` and their like."""
+    """A search for the nearest adversarial point, such as `FAB`, `DeepFool` or `Bisection`."""
 
     def run(
         self,
@@ -46,14 +46,16 @@ class NearestPoint(Protocol):
 def margin_attacks(
     norm: str | float = "Linf",
     *,
-    lo: Parameter | None = 0.0,
-    hi: Parameter | None = 1.0,
+    lo: FloatOrTensor | None = 0.0,
+    hi: FloatOrTensor | None = 1.0,
     seed: int | None = 0,
     output: Output = None,
 ) -> dict[str, NearestPoint]:
-    """The searches for the nearest adversarial point, by the name of their column: "DeepFool", in
-    Linf and L2, which costs least; "FAB-T", which costs most and finds the nearest points; and
-    "bisection" of the radius of an attack that knows only one."""
+    """Return the searches for the nearest adversarial point, by the name of their column.
+
+    "DeepFool", in Linf and L2, costs least. "FAB-T" costs most and finds the nearest points.
+    "bisection" searches for the radius at which an attack of fixed radius succeeds.
+    """
     norm = checks.canonical_norm(norm)
     box = {"norm": norm, "lo": lo, "hi": hi, "output": output}
     return {
@@ -65,20 +67,20 @@ def margin_attacks(
 
 @dataclass(frozen=True)
 class Margins:
-    """How far N samples are from the decision boundary, in `norm` and units of x, on the CPU.
+    """Distances of N samples to the decision boundary, in `norm` and units of x, on the CPU.
 
     Attributes:
         label, prediction: (N,) int64.
-        effective: (N,) `effective_margin`: a first-order estimate, negative where the prediction is
+        effective: (N,) first-order estimate by `effective_margin`, negative where the prediction is
             not the label.
         distances: attack name -> (N,) distance of the nearest point it found: an upper bound; 0
             where the prediction is not the label, inf where nothing was found.
-        certified: (N,) radius within which no point changes the class; a lower bound; None if there
+        certified: (N,) radius within which no point changes the class, a lower bound; None if there
             is no certificate.
-        uncertified: why there is none.
+        uncertified: why there is no certificate.
         x_adv: (N, ...) the nearest point that any attack found, x where there is none.
-        queries, gradients: (N,) int64: forward and backward passes spent.
-        descriptions: attack name -> what a reader needs to repeat it.
+        queries, gradients: (N,) int64 forward and backward passes.
+        descriptions: attack name -> one line that lets a reader repeat it.
     """
 
     norm: str
@@ -98,30 +100,30 @@ class Margins:
 
     @property
     def correct(self) -> Tensor:
-        """(N,) bool."""
+        """(N,) bool: the prediction is the label."""
         return self.prediction == self.label
 
     @property
     def nearest(self) -> Tensor:
-        """(N,): the least of the distances, the best upper bound there is; inf without attacks."""
+        """(N,) the least of the distances, which is the best upper bound; inf without attacks."""
         none = torch.where(self.correct, torch.inf, torch.zeros_like(self.effective))
         return torch.stack([none, *self.distances.values()]).amin(0)
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """All that was measured, by name."""
+        """All measures, by name."""
         certified = {} if self.certified is None else {"certified": self.certified}
         nearest = {"nearest": self.nearest} if len(self.distances) > 1 else {}
         return {**certified, "effective": self.effective, **self.distances, **nearest}
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """For each column its quantiles over the correctly classified samples, from "q05" to "q95"
-        and the "median" among them, and "found", the share of those samples with a finite value.
-        NaN where no sample is classified correctly."""
+        """Return the quantiles of each column over the correctly classified samples, "q05" to "q95"
+        with the "median", and "found", the share of those samples with a finite value. All are NaN
+        if no sample is classified correctly."""
         return {name: _summary(values[self.correct]) for name, values in self.columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, which knows no infinity: None stands for it, and for NaN."""
+        """Return plain values for JSON; None stands for infinity and NaN, which JSON lacks."""
         summary = {
             name: {k: v if math.isfinite(v) else None for k, v in row.items()}
             for name, row in self.summary().items()
@@ -138,25 +140,29 @@ class Margins:
         }
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per sample: id (its place in the data), label, prediction and the columns."""
+        """Write one row per sample: id (its place in the data), label, prediction, all columns."""
         columns = self.columns
         values = (self.label, self.prediction, *columns.values())
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "label", "prediction", *columns])
             for i, row in enumerate(zip(*(v.tolist() for v in values), strict=True)):
                 writer.writerow([i, *(f"{v:.6g}" if isinstance(v, float) else v for v in row)])
 
     def to_markdown(self) -> str:
-        """The quantiles as a table, and what was measured with."""
+        """Return the quantiles as a table, and a list of the attacks."""
         head, *rows = self._table()
+        rows = [[markdown(name), *cells] for name, *cells in rows]
         lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-        attacks = [f"- {name}: {text}" for name, text in self.descriptions.items()]
-        return "\n".join([f"{self._title()}.", "", *lines, "", *attacks, *self._reason()])
+        named = self.descriptions.items()
+        attacks = [f"- {markdown(name)}: {markdown(text)}" for name, text in named]
+        reason = map(markdown, self._reason())
+        return "\n".join([f"{self._title()}.", "", *lines, "", *attacks, *reason])
 
     def __str__(self) -> str:
         lines = (
-            f"{name:<12}{''.join(f'{c:>10}' for c in cells)}" for name, *cells in self._table()
+            f"{one_line(name):<12}{''.join(f'{c:>10}' for c in cells)}"
+            for name, *cells in self._table()
         )
         return "\n".join([self._title(), *lines, *self._reason()])
 
@@ -181,24 +187,25 @@ def measure_margins(
     y: Tensor,
     *,
     norm: str | float = "Linf",
-    attacks: Mapping[str, NearestPoint] | None = None,
+    attacks: Mapping[str, NearestPoint] | NearestPoint | None = None,
     certificate: bool = True,
-    lo: Parameter | None = 0.0,
-    hi: Parameter | None = 1.0,
+    lo: FloatOrTensor | None = 0.0,
+    hi: FloatOrTensor | None = 1.0,
     batch_size: int = 500,
     seed: int | None = 0,
     output: Output = None,
     progress: Progress | str | None = "auto",
 ) -> Margins:
-    """The distance of each sample to the decision boundary, measured in several ways.
+    """Measure the distance of each sample to the decision boundary in several ways.
 
-    For a true distance d, `certified` <= d <= each of `distances`; `effective` is an estimate
-    without a side. Where the attacks agree and the certificate is far below them, the certificate
-    is loose; where one attack is far above the others, that attack is weak on this model.
+    The true distance is at least `certified` and at most each of `distances`; `effective` is an
+    estimate that may err on either side. Where the attacks agree and the certificate is far below
+    them, the certificate is loose; where one attack is far above the others, that attack is weak on
+    this model.
 
-    The model is asked in eval mode and left as it was; batches move to the device of its
-    parameters. Nothing depends on `batch_size` or the order of the samples. The scale of the logits
-    changes nothing either.
+    The model is evaluated in eval mode and gets its modes back; batches move to the device of its
+    parameters. The result depends neither on `batch_size` nor on the order of the samples nor on
+    the scale of the logits.
 
     Args:
         model: maps (B, ...) to logits (B, C), C >= 2.
@@ -206,14 +213,15 @@ def measure_margins(
         y: (N,) int64 labels.
         norm: "Linf", "L2" or "L1".
         attacks: name -> search for the nearest point; `margin_attacks` by default, which costs
-            a few thousand passes per sample; {} for none. Samples that are wrong from the start are
-            not attacked.
-        certificate: whether to look for one by `lipschitz_bound`. It bounds L2 distances; those in
-            L1 are no smaller, those in Linf no smaller than a sqrt(d)-th for d numbers in x.
+            a few thousand passes per sample; {} for none. Samples that are misclassified without an
+            attack are not attacked.
+        certificate: whether to compute one by `lipschitz_bound`. It bounds L2 distances; L1
+            distances are no smaller, and Linf distances are at least 1 / sqrt(d) times as large for
+            d numbers in x.
         lo, hi: the box of the default attacks; None for no bound.
         batch_size: samples per batch, >= 1.
-        seed: of the default attacks.
-        output: as in `PGD`, of the default attacks too.
+        seed: seed of the default attacks.
+        output: as in `PGD`; the default attacks use it too.
         progress: as in `evaluate`, by column; the last number counts the samples for which no
             adversarial point is known yet.
 
@@ -227,6 +235,13 @@ def measure_margins(
         raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
     if attacks is None:
         attacks = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
+    elif hasattr(attacks, "run"):
+        attacks = {type(attacks).__name__: attacks}
+    elif not isinstance(attacks, Mapping):
+        raise TypeError(
+            "attacks must be a mapping from names to searches such as FAB(...), or one search, got "
+            f"{type(attacks).__name__}"
+        )
     for name, attack in attacks.items():
         measured = getattr(getattr(attack, "settings", attack), "norm", norm)
         if measured != norm:
@@ -289,11 +304,11 @@ def measure_margins(
 def _bound(
     model: Model, x: Tensor, output: Output
 ) -> tuple[LipschitzBound, None] | tuple[None, str]:
-    """What certificates rest on, or why there are none."""
+    """Return the bound that certificates follow from, or the reason why there is none."""
     if not isinstance(model, nn.Module):
-        return None, "the model is no Module"
+        return None, "the model is not an nn.Module"
     if output is not None:
-        return None, "output= may do anything to the logits"
+        return None, "output= may change the logits in any way"
     try:
         return lipschitz_bound(model, x.shape[1:]), None
     except NotCovered as error:
@@ -301,7 +316,7 @@ def _bound(
 
 
 def _summary(values: Tensor) -> dict[str, float]:
-    """Quantiles are values that occur: between a number and infinity there is no mean."""
+    """Return quantiles that are values of the sample: infinity cannot be interpolated."""
     values = values.double().sort().values
     last = len(values) - 1
     row = {

@@ -1,16 +1,16 @@
-"""Is it really robust? Signs that an attack was misled and not withstood.
+"""The checks for gradient masking: signs that attacks were misled rather than withstood.
 
 Sources: Athalye, Carlini and Wagner, "Obfuscated Gradients Give a False Sense of Security" (ICML
 2018); Carlini et al., "On Evaluating Adversarial Robustness" (2019), section 5; Hitaj et al.,
 "Evaluating the Robustness of Geometry-Aware Instance-Reweighted Adversarial Training" (2021) for
-the scale of the logits; the warnings of AutoAttack (Croce and Hein, ICML 2020) for the last four.
+the scale of the logits; the warnings of AutoAttack (Croce and Hein, ICML 2020) for the last four
+checks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyadv.attacks import PGD, AttackResult, Square
-from pyadv.attacks.autoattack import Lines
-from pyadv.attacks.ensemble import CLEAN, Progress
+from pyadv.attacks.ensemble import CLEAN
+from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import GradientAttack, Model
 from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss
+from pyadv.evaluation.masking_report import Check, MaskingReport, judged, not_run
+from pyadv.evaluation.masking_statistics import (
+    HIDDEN,
+    OTHER_LOSS,
+    STEADY,
+    difference,
+    percent,
+    share,
+)
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -35,111 +44,12 @@ from pyadv.passes.borrow import (
     unwrap,
 )
 
-# A check is suspicious when the lower end of the interval of `difference` is above its constant.
-SURE = 2.0  # standard errors that the interval reaches down: 1 honest model in 40 at the threshold
-# What another loss or another scale of the logits may gain. On CIFAR-10, adversarial training and
-# TRADES lose at most 4 points from PGD-20 to AutoAttack, GAIRAT 14 to the margin loss alone.
-OTHER_LOSS = 0.04
-# What more steps, other starts and a larger radius may change: less than 1 point on honest models.
-STEADY = 0.02
-# Share of samples broken only without the model's gradients, or that have none. AutoAttack warns
-# at 0.2 %, but after attacks of thousands of passes.
-HIDDEN = 0.01
-
 STEPS = (10, 20, 50, 100)
-USUAL_STEPS = 20  # of "PGD-20"
+USUAL_STEPS = 20  # steps of "PGD-20"
 SCALES = (10.0, 0.1)
 STARTS = 5
 EPS_FACTORS = (0.5, 1.5, 2.0, 4.0)
 PLAIN = {"loss": "ce", "grad_mode": "autograd"}  # the cross-entropy as other libraries attack it
-
-OK, SUSPICIOUS, NOT_RUN = "ok", "suspicious", "not run"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison.
-
-    `verdict` is "ok", "suspicious" or "not run"; `text` says in a sentence what was compared, and
-    why it was not or what that means; `fault` is its end, what it means, if suspicious, else empty.
-    `numbers` holds what was compared: shares of all samples, in [0, 1].
-    """
-
-    name: str
-    verdict: str
-    text: str
-    fault: str
-    numbers: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class MaskingReport:
-    """The checks of `n` samples at radius `eps` of `norm`.
-
-    `curves` holds robust accuracy in [0, 1] as (value, accuracy) pairs: "steps" and "eps", each
-    from 0, the clean accuracy. `queries` and `gradients` are forward and backward passes, on
-    average over the samples.
-    """
-
-    n: int
-    norm: str
-    eps: float
-    checks: tuple[Check, ...]
-    curves: dict[str, list[tuple[float, float]]]
-    queries: float
-    gradients: float
-
-    def __getitem__(self, name: str) -> Check:
-        for check in self.checks:
-            if check.name == name:
-                return check
-        names = ", ".join(check.name for check in self.checks)
-        raise KeyError(f"no check {name!r}; there are {names}")
-
-    @property
-    def masked(self) -> bool:
-        """Whether a check found something."""
-        return any(check.verdict == SUSPICIOUS for check in self.checks)
-
-    @property
-    def summary(self) -> str:
-        """One line: what looks masked and why."""
-        ran = [check for check in self.checks if check.verdict != NOT_RUN]
-        found = [check for check in ran if check.verdict == SUSPICIOUS]
-        if not found:
-            seen = f"{100 * smallest_difference(self.n, OTHER_LOSS):.0f} points"
-            return (
-                f"Nothing looks masked: {len(ran)} of {len(self.checks)} checks ran, all ok; with "
-                f"{self.n:,} samples another loss would have to break {seen} more to be noticed."
-            )
-        why = "; ".join(f"{check.fault} ({check.name})" for check in found)
-        return f"Looks masked, by {len(found)} of {len(ran)} checks: {why}."
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "norm": self.norm,
-            "eps": self.eps,
-            "masked": self.masked,
-            "summary": self.summary,
-            "checks": [check.to_dict() for check in self.checks],
-            "curves": {k: [list(point) for point in v] for k, v in self.curves.items()},
-            "queries": self.queries,
-            "gradients": self.gradients,
-        }
-
-    def to_markdown(self) -> str:
-        """The summary and a table of the checks."""
-        rows = (f"| {c.name} | {c.verdict} | {c.text} |" for c in self.checks)
-        head = "| check | verdict | what was compared |", "|---|---|---|"
-        return "\n".join((self.summary, "", *head, *rows))
-
-    def __str__(self) -> str:
-        lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}", self.summary]
-        return "\n".join(lines + [f"{c.name:<14}{c.verdict:<12}{c.text}" for c in self.checks])
 
 
 def check_masking(
@@ -160,28 +70,29 @@ def check_masking(
 ) -> MaskingReport:
     """Look for signs that the accuracy of `model` under attack is not robustness.
 
-    The attack looked at is PGD-20 on the plain cross-entropy: steps of eps / 4 from a random start,
-    differentiated by autograd as other libraries do. The checks, by name:
+    The attack under examination is PGD-20 on the plain cross-entropy: steps of eps / 4 from a
+    random start, differentiated by autograd as in other libraries. A check is suspicious if:
 
-    - "loss": the margin loss instead breaks far more.
-    - "logit scale": so does the cross-entropy of 10 or 0.1 times the logits.
+    - "loss": the margin loss breaks far more samples than the cross-entropy.
+    - "logit scale": the cross-entropy of 10 or 0.1 times the logits breaks far more.
     - "steps": 100 steps break far more than 20, or fewer.
-    - "starts": so do 5 random starts; how far apart single ones end is in the numbers.
-    - "radius": a larger ball is no harder, and one as large as the box leaves nothing.
+    - "starts": 5 random starts break far more than one. The numbers hold how far apart single
+      starts end.
+    - "radius": a larger ball leaves more samples, or a ball as large as the box leaves any.
     - "square": Square Attack breaks samples that withstood all gradient attacks above.
-    - "transfer": so do adversarial examples of `surrogate`.
+    - "transfer": adversarial examples of `surrogate` break such samples.
     - "gradients": the input gradient of the cross-entropy at x is exactly zero, or not finite.
     - "randomised": two forward passes on the same batch differ.
     - "dynamic": logits depend on whether gradients are on, or on the rest of the batch; or
-      parameters or buffers change by predicting in eval mode.
+      predicting in eval mode changes parameters or buffers.
     - "probabilities": the logits are not negative and sum to 1.
 
-    Differences are paired: of the same samples from the same starts, less twice their standard
-    error, so that few samples do not raise an alarm by chance. An alarm is a reason to attack in
-    another way, not a proof; that all are silent is none either: then run AutoAttack.
+    Differences are paired, over the same samples from the same starts, and reduced by twice their
+    standard error, so that few samples raise no alarm by chance. An alarm is a reason to attack in
+    another way, not a proof. Silence is no proof either: run AutoAttack then.
 
-    Cost per correctly classified sample: up to 340 gradient steps, 100 of them for "steps"; and
-    `queries` forward passes for those that no gradient attack broke. 500 to 2,000 samples are
+    The cost per correctly classified sample is up to 340 gradient steps, 100 of them for "steps",
+    and `queries` forward passes for samples that no gradient attack broke. 500 to 2,000 samples are
     enough. The model is attacked in eval mode and gets its modes back; starts are keyed by the
     sample's values, so the result does not depend on `batch_size`.
 
@@ -191,15 +102,15 @@ def check_masking(
         y: (N,) int64 labels.
         eps: radius of the ball, in units of x, > 0.
         norm: "Linf", "L2" or "L1".
-        lo, hi: the box; None for no bound, and then the largest radius is the range of x.
+        lo, hi: the box; None for no bound, in which case the largest radius is the range of x.
         surrogate: another model for the same task, trained independently and on the same device;
             without one "transfer" is not run.
-        queries: of Square Attack, which needs images (B, C, H, W).
-        seed: of the random starts.
+        queries: number of queries of Square Attack, which needs images (B, C, H, W).
+        seed: seed of the random starts.
         batch_size: samples per batch, >= 1.
         output: how to find the logits in what the model returns, as in `PGD`.
-        progress: "auto" writes to stderr; None is silent; or a callable (check, samples done,
-            samples it has, samples that no gradient attack has broken so far).
+        progress: "auto" prints to stderr; None is silent; or a callable (check, samples done,
+            samples it gets, samples that no gradient attack has broken so far).
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), eps, batch_size, and whatever the
@@ -210,7 +121,7 @@ def check_masking(
     always = s.without_attack()
     if s.no_gradient_attack:
         names = ("loss", "logit scale", "steps", "starts", "radius")
-        by_gradient = [_not_run(name, s.no_gradient_attack) for name in names]
+        by_gradient = [not_run(name, s.no_gradient_attack) for name in names]
     else:
         plain, steps = s.steps()
         by_gradient = [s.loss(plain), s.scale(plain), steps, s.starts(plain), s.radius(plain)]
@@ -220,7 +131,7 @@ def check_masking(
 
 
 class _Study:
-    """The model, the samples, and which of them every attack so far has left standing."""
+    """The model, the samples, and which samples have withstood every attack so far."""
 
     def __init__(
         self,
@@ -267,8 +178,10 @@ class _Study:
     def each(
         self, name: str, rows: Tensor, look: Callable[[Tensor, Tensor], list[Tensor]]
     ) -> list[Tensor]:
-        """What `look` (x, y) says about each batch of `rows`, in (B,) bools; as (N,) bools that are
-        False elsewhere."""
+        """Return what `look(x, y)` says about the samples in `rows`, batch by batch.
+
+        `look` returns lists of (B,) bools; the result is a list of (N,) bools, False elsewhere.
+        """
         total, done, parts = int(rows.sum()), 0, []
         for at in rows.nonzero()[:, 0].split(self.batch_size):
             at = at.to(self.x.device)
@@ -283,65 +196,69 @@ class _Study:
         return list(everywhere)
 
     def correct(self, name: str, attack: GradientAttack, draw: int = 0) -> Tensor:
-        """Under the attack; samples that never were correct are not attacked."""
+        """Return (N,) bool: correct under the attack. Misclassified samples are not attacked."""
         return self.each(name, self.clean, lambda x, y: [self.run(attack, x, y, draw).correct])[0]
 
     def white_box(self, name: str, draw: int = 0, **settings: Any) -> Tensor:
-        """The same, by gradients within eps."""
+        """Return `correct` under PGD within eps, and remember what it leaves standing."""
         correct = self.correct(name, self.pgd(**settings), draw)
         self.standing = self.standing & correct
         return correct
 
     @property
     def no_attack(self) -> str:
-        """Why attacks make no sense; empty if they do."""
+        """Why attacks make no sense here; empty if they do."""
         return "" if self.clean.any() else "No sample is classified correctly"
 
     @property
     def no_gradient_attack(self) -> str:
+        """Why attacks by gradient make no sense here; empty if they do."""
         return self.no_attack or ("" if self.differentiable else "The model passes no gradient")
 
     # --- The checks that need no attack.
 
     def without_attack(self) -> list[Check]:
+        """Look at the model without attacking it."""
         state = self.state()
         self.clean, dead, random, mode, batch, sums = self.each(CLEAN, self.clean, self.probe)
         self.standing = self.clean
         changed = [k for k, v in self.state().items() if not torch.equal(v, state[k])]
         if random.any():
-            mode = batch = torch.zeros_like(random)  # differences that chance makes
+            mode = batch = torch.zeros_like(random)  # chance explains these differences
         return [
             self.input_gradients(dead),
-            _check(
+            judged(
                 "randomised",
-                f"Two forward passes on one batch differ at {_percent(random)} of the samples",
+                f"Two forward passes on one batch differ at {percent(random)} of the samples",
                 "every step sees another model; attacks must average over several (eot)",
                 random.any(),
-                {"differ": _share(random)},
+                {"differ": share(random)},
             ),
-            _check(
+            judged(
                 "dynamic",
-                f"Logits change at {_percent(mode)} of the samples when gradients are on, and at "
-                f"{_percent(batch)} with the rest of the batch; predicting changes {len(changed)} "
+                f"Logits change at {percent(mode)} of the samples when gradients are on, and at "
+                f"{percent(batch)} with the rest of the batch; predicting changes {len(changed)} "
                 "parameters and buffers",
                 "what is attacked is not what predicts",
                 mode.any() or batch.any() or changed,
-                {"mode": _share(mode), "batch": _share(batch), "changed": float(len(changed))},
+                {"mode": share(mode), "batch": share(batch), "changed": float(len(changed))},
             ),
-            _check(
+            judged(
                 "probabilities",
-                f"The logits are not negative and sum to 1 at {_percent(sums)} of the samples",
+                f"The logits are not negative and sum to 1 at {percent(sums)} of the samples",
                 "attacks need what goes into the softmax, not what comes out",
                 sums.all(),
-                {"sum_to_1": _share(sums)},
+                {"sum_to_1": share(sums)},
             ),
         ]
 
     def probe(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Return, for one batch: correct, no gradient, differs from pass to pass, with gradients
+        on, in other company; outputs are probabilities."""
         first = self.run(self.only_look, x, y)
         z = first.logits
         checks.logits(z, y)
-        others = x.clone()  # every second sample gives its place to another
+        others = x.clone()  # every second sample is replaced by another one
         others[1::2] = x[::2][: len(x) // 2]
         again, mixed = (predict(self.model, b, self.only_look.settings) for b in (x, others))
         with gradients_on(), borrowed(self.model):
@@ -362,7 +279,7 @@ class _Study:
         ]
 
     def dead(self, leaf: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-        """(B,): the input gradient of the plain cross-entropy is zero or not finite."""
+        """Return (B,): the input gradient of the plain cross-entropy is zero or not finite."""
         grad = None
         if logits.requires_grad:
             _, start, _ = Loss("ce", False, "autograd", "exact").at(logits, y, None)
@@ -374,6 +291,7 @@ class _Study:
         return (rows == 0).all(1) | ~rows.isfinite().all(1)
 
     def state(self) -> dict[str, Tensor]:
+        """Return copies of the model's parameters and buffers, by name."""
         if not isinstance(self.model, torch.nn.Module):
             return {}
         named = (*self.model.named_parameters(), *self.model.named_buffers())
@@ -383,19 +301,19 @@ class _Study:
         fault = "the cross-entropy gives no direction, so that plain attacks do not move"
         if not self.differentiable:
             fault = "the model passes none to its input, so that only search and transfer attack it"
-        return _check(
+        return judged(
             "gradients",
-            f"The input gradient of the cross-entropy is zero or not finite at {_percent(dead)} "
+            f"The input gradient of the cross-entropy is zero or not finite at {percent(dead)} "
             "of the samples",
             fault,
             not self.differentiable or difference(dead) > HIDDEN,
-            {"dead": _share(dead)},
+            {"dead": share(dead)},
         )
 
     # --- Attacks by gradient.
 
     def steps(self) -> tuple[Tensor, Check]:
-        """One attack of the most steps, looked at on its way."""
+        """Run one attack of the most steps and look at it on its way."""
 
         def climb(x: Tensor, y: Tensor) -> list[Tensor]:
             start, before, correct = "keyed", 0, []
@@ -413,38 +331,38 @@ class _Study:
 
     def loss(self, plain: Tensor) -> Check:
         margin = self.white_box("loss", loss="margin")
-        return _check(
+        return judged(
             "loss",
-            f"PGD-20 leaves {_percent(plain)} with the cross-entropy and {_percent(margin)} with "
+            f"PGD-20 leaves {percent(plain)} with the cross-entropy and {percent(margin)} with "
             "the margin loss",
             "the cross-entropy misleads, as on models of reweighted training",
             difference(plain, margin) > OTHER_LOSS,
-            {"cross_entropy": _share(plain), "margin": _share(margin)},
+            {"cross_entropy": share(plain), "margin": share(margin)},
         )
 
     def scale(self, plain: Tensor) -> Check:
         scaled = {k: self.white_box("logit scale", loss=_scaled_cross_entropy(k)) for k in SCALES}
-        found = " and ".join(f"{_percent(v)} at {k:g} times" for k, v in scaled.items())
-        return _check(
+        found = " and ".join(f"{percent(v)} at {k:g} times" for k, v in scaled.items())
+        return judged(
             "logit scale",
-            f"PGD-20 leaves {_percent(plain)} with the logits as they are, {found}",
+            f"PGD-20 leaves {percent(plain)} with the logits as they are, {found}",
             "the scale of the logits hides samples from the cross-entropy",
             max(difference(plain, correct) for correct in scaled.values()) > OTHER_LOSS,
-            {"1": _share(plain), **{f"{k:g}": _share(v) for k, v in scaled.items()}},
+            {"1": share(plain), **{f"{k:g}": share(v) for k, v in scaled.items()}},
         )
 
     def starts(self, plain: Tensor) -> Check:
         others = (self.white_box("starts", draw, **PLAIN) for draw in range(1, STARTS))
         single = torch.stack([plain, *others])
-        worst, shares = single.all(0), [_share(correct) for correct in single]
+        worst, shares = single.all(0), [share(correct) for correct in single]
         spread = max(shares) - min(shares)
-        return _check(
+        return judged(
             "starts",
-            f"PGD-20 leaves {_percent(plain)} from one random start and {_percent(worst)} from "
+            f"PGD-20 leaves {percent(plain)} from one random start and {percent(worst)} from "
             f"{STARTS}, single ones {100 * spread:.1f} points apart",
             "where the attack begins decides how it ends",
             difference(plain, worst) > STEADY,
-            {"one": shares[0], "all": _share(worst), "spread": spread},
+            {"one": shares[0], "all": share(worst), "spread": spread},
         )
 
     def radius(self, plain: Tensor) -> Check:
@@ -457,9 +375,9 @@ class _Study:
         self.curves["eps"] = curve = _curve(at, ordered)
         left = difference(ordered[-1]) > STEADY
         rises = any(difference(b, a) > STEADY for a, b in pairwise(ordered))
-        return _check(
+        return judged(
             "radius",
-            f"PGD-20 leaves {_percent(ordered[-1])} at radius {full:.4g}, the largest that matters",
+            f"PGD-20 leaves {percent(ordered[-1])} at radius {full:.4g}, the largest that matters",
             "points of every class lie within the largest radius, yet samples are left"
             if left
             else "more is left at some radius than at a smaller one",
@@ -468,7 +386,7 @@ class _Study:
         )
 
     def full_radius(self) -> float:
-        """Of a ball around any sample that holds all others."""
+        """Return the radius of a ball that holds the whole box, whichever sample is its centre."""
         x, lo, hi = self.x, self.common["lo"], self.common["hi"]
         low = x.min().cpu() if lo is None else torch.as_tensor(lo).cpu()
         high = x.max().cpu() if hi is None else torch.as_tensor(hi).cpu()
@@ -481,7 +399,7 @@ class _Study:
         attack = Square(eps=self.eps, queries=queries, **self.common)
         needs = "" if self.x.dim() == 4 else "Square Attack needs images"
         if self.no_attack or needs:
-            return _not_run("square", self.no_attack or needs)
+            return not_run("square", self.no_attack or needs)
         return self.hidden(
             "square",
             f"{queries} queries of Square Attack",
@@ -492,7 +410,7 @@ class _Study:
     def transfer(self, surrogate: Model | None) -> Check:
         needs = "No surrogate model was given" if surrogate is None else ""
         if self.no_attack or needs:
-            return _not_run("transfer", self.no_attack or needs)
+            return not_run("transfer", self.no_attack or needs)
         attack = self.pgd(loss="margin")
 
         def look(x: Tensor, y: Tensor) -> list[Tensor]:
@@ -509,73 +427,42 @@ class _Study:
     def hidden(
         self, name: str, what: str, fault: str, look: Callable[[Tensor, Tensor], list[Tensor]]
     ) -> Check:
-        """What breaks samples that withstood all attacks by the model's own gradients."""
+        """Look for samples that `look` breaks although they withstood all attacks by the model's
+        own gradients."""
         correct = self.each(name, self.standing, look)[0] if self.standing.any() else self.standing
         broken = self.standing & ~correct
-        return _check(
+        return judged(
             name,
-            f"{_percent(self.standing)} withstood the attacks by gradient; {what} then broke "
-            f"{_percent(broken)} of all samples",
+            f"{percent(self.standing)} withstood the attacks by gradient; {what} then broke "
+            f"{percent(broken)} of all samples",
             fault,
             difference(broken) > HIDDEN,
-            {"withstood": _share(self.standing), "broken": _share(broken)},
+            {"withstood": share(self.standing), "broken": share(broken)},
         )
 
 
-def difference(more: Tensor, fewer: Tensor | None = None) -> float:
-    """The lower end of the interval of share(more) - share(fewer), two (N,) bools of the same
-    samples, `SURE` standard errors down. Without `fewer`, of share(more).
-
-    Half a sample is added to each of the four counts, without which small and one-sided samples
-    would seem certain (Agresti and Min, "Simple improved confidence intervals for comparing matched
-    proportions", Statistics in Medicine 2005).
-    """
-    fewer = torch.zeros_like(more) if fewer is None else fewer
-    n = len(more) + 2
-    up, down = ((int((a & ~b).sum()) + 0.5) / n for a, b in ((more, fewer), (fewer, more)))
-    return (up - down) - SURE * math.sqrt((up + down - (up - down) ** 2) / n)
-
-
-def smallest_difference(n: int, threshold: float) -> float:
-    """The least share of n samples that `difference`, all in one direction, finds above the
-    threshold; 1 where even all would not do."""
-    for k in range(1, n + 1):
-        if difference(torch.arange(n) < k) > threshold:
-            return k / n
-    return 1.0
-
-
-def _check(name: str, compared: str, fault: str, wrong: Any, numbers: dict[str, float]) -> Check:
-    if wrong:
-        return Check(name, SUSPICIOUS, f"{compared}: {fault}.", fault, numbers)
-    return Check(name, OK, f"{compared}.", "", numbers)
-
-
-def _not_run(name: str, reason: str) -> Check:
-    return Check(name, NOT_RUN, f"{reason}.", "", {})
-
-
 def _flat(outcomes: list[Tensor]) -> Check:
+    """Return the check of whether more steps still change the outcome."""
     usual, most = outcomes[STEPS.index(USUAL_STEPS)], outcomes[-1]
     falls, rises = difference(usual, most) > STEADY, difference(most, usual) > STEADY
-    return _check(
+    return judged(
         "steps",
-        f"PGD leaves {', '.join(map(_percent, outcomes))} after {', '.join(map(str, STEPS))} steps",
+        f"PGD leaves {', '.join(map(percent, outcomes))} after {', '.join(map(str, STEPS))} steps",
         f"{USUAL_STEPS} steps are too few to tell" if falls else "more steps leave more",
         falls or rises,
-        {str(k): _share(correct) for k, correct in zip(STEPS, outcomes, strict=True)},
+        {str(k): share(correct) for k, correct in zip(STEPS, outcomes, strict=True)},
     )
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
-    """(B,): which rows differ by more than rounding."""
+    """Return (B,): the rows differ by more than rounding."""
     scale = torch.where(b.isfinite(), b, 0.0).abs().amax(1, keepdim=True)
     same = (a == b) | ((a - b).abs() <= _rounding(b) * scale)
     return ~same.all(1)
 
 
 def _rounding(t: Tensor) -> float:
-    """Sums in another order end far nearer than the square root of the dtype's precision."""
+    """Return a relative tolerance far above what sums in another order differ by."""
     return math.sqrt(torch.finfo(t.dtype).eps)
 
 
@@ -591,12 +478,4 @@ def _at(x_adv: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _curve(at: tuple[float, ...], outcomes: tuple[Tensor, ...]) -> list[tuple[float, float]]:
-    return [(float(v), _share(o)) for v, o in zip(at, outcomes, strict=True)]
-
-
-def _share(rows: Tensor) -> float:
-    return rows.double().mean().item()
-
-
-def _percent(rows: Tensor) -> str:
-    return f"{100 * _share(rows):.1f} %"
+    return [(float(v), share(o)) for v, o in zip(at, outcomes, strict=True)]

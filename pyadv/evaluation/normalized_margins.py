@@ -1,5 +1,5 @@
-"""Differences of logits in units that the scale of the logits does not change: divided by how steep
-the network is at the input, or by how steep its layers make it at most."""
+"""Differences of logits that are independent of the scale of the logits: divided by the slope of
+the network at the input, or by a bound on its slope from the norms of its layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyadv.passes.borrow import (
 )
 from pyadv.tensors import compute_dtype
 
-_POWER_ITERATIONS = 100  # for a number that is reported
+_POWER_ITERATIONS = 100  # many, since the number is reported
 
 
 def effective_margin(
@@ -34,20 +34,21 @@ def effective_margin(
     norm: str | float = "Linf",
     output: Output = None,
 ) -> Tensor:
-    """min over j != y of (z_y - z_j) / ||grad_x (z_y - z_j)||_q: (B,), in units of x.
+    """Return min over j != y of (z_y - z_j) / ||grad_x (z_y - z_j)||_q: (B,), in units of x.
 
-    The distance to the decision boundary while the network stays linear: a first-order estimate,
-    neither upper nor lower bound. Where x is not classified as y it is negative: minus the distance
-    to the farthest of the boundaries that x is on the wrong side of. A gradient of zeros is an
-    infinite distance; one that is not finite is no boundary.
+    This is the distance to the decision boundary of the linearised network: a first-order estimate,
+    neither an upper nor a lower bound. Where x is not classified as y it is negative: minus the
+    distance to the farthest boundary that x is on the wrong side of. A zero gradient gives an
+    infinite distance; a gradient that is not finite gives no boundary.
 
-    All classes count, one input gradient each, one at a time.
+    The cost is one forward pass and one input gradient per class, computed one at a time.
 
     Args:
-        model: maps x to logits (B, C), C >= 2. It is asked in eval mode and left as it was.
+        model: maps x to logits (B, C), C >= 2. It is evaluated in eval mode and gets its modes
+            back.
         x: (B, ...) floating point.
         y: (B,) int64 labels.
-        norm: of the distance, "Linf", "L2" or "L1", for q = 1, 2 or inf.
+        norm: norm of the distance, "Linf", "L2" or "L1", for q = 1, 2 or inf.
         output: as in `PGD`.
 
     Raises:
@@ -62,7 +63,7 @@ def effective_margin(
 def logits_and_margin(
     model: Model, x: Tensor, y: Tensor, norm: str | float, output: Output
 ) -> tuple[Tensor, Tensor]:
-    """The effective margin and the logits (B, C) it was computed from, both detached."""
+    """Return the logits (B, C) and the effective margin computed from them, both detached."""
     norm = checks.canonical_norm(norm)
     checks.batch(x, y, None)
     model, x, y = unwrap(model), owned(x), owned(y)
@@ -71,7 +72,7 @@ def logits_and_margin(
         logits = pick_logits(model(leaf), output)
         check_first(logits, y, validate=x.device.type == "cpu", differentiate=True)
         check_classes(logits)
-        known = y.clamp(0, logits.shape[1] - 1)  # others are refused where values are read
+        known = y.clamp(0, logits.shape[1] - 1)  # other labels are refused where values are read
         least = torch.full_like(y, torch.inf, dtype=compute_dtype(x.dtype))
         others = other_classes(logits, known)
         for difference, _, slope in boundaries(logits, leaf, known, others, norm):
@@ -88,16 +89,16 @@ def spectrally_normalized_margin(
     batch_size: int = 500,
     output: Output = None,
 ) -> Tensor:
-    """(z_y - max over j != y of z_j) / prod_l ||W_l||, with the spectral norms of the linear maps
-    of all linear and convolution layers: (N,) float64 on the CPU.
+    """Return (z_y - max over j != y of z_j) / prod_l ||W_l||, with the spectral norms of the linear
+    maps of all linear and convolution layers: (N,) float64 on the CPU.
 
-    It compares networks of one architecture, and the same network over training, whatever the scale
-    of their weights. It is no distance: normalisation layers and shortcuts do not count, see
-    `ops.NormProduct`; `lipschitz_bound` is for certificates. The spectral complexity of Bartlett et
-    al. has another factor, with the (2,1) norms of the layers, which is left out here.
+    The value compares networks of one architecture, or one network over training, independently of
+    the scale of their weights. It is not a distance: normalisation layers and shortcuts do not
+    count, see `ops.NormProduct`; `lipschitz_bound` gives certificates. The spectral complexity of
+    Bartlett et al. has another factor, with the (2,1) norms of the layers, which is omitted here.
 
     Args:
-        model: maps x to logits (B, C). It is asked in eval mode and left as it was.
+        model: maps x to logits (B, C). It is evaluated in eval mode and gets its modes back.
         x: (N, ...) floating point; batches move to the device of the model.
         y: (N,) int64 labels.
         batch_size: samples per batch, >= 1.

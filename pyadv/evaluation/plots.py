@@ -1,4 +1,4 @@
-"""The pictures of an evaluation. Needs matplotlib."""
+"""Pictures of an evaluation; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarForm
 from torch import Tensor
 
 from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
+from pyadv.evaluation.escaping import in_picture
 from pyadv.evaluation.margins import Margins
 
 Points = Sequence[tuple[float, float]]
 
-_COLOURS = (RED, GREEN, PURPLE)  # of attacks and other lines
+_COLOURS = (RED, GREEN, PURPLE)  # for attacks and other lines
 _BINS = 40
-_COLUMNS = 10  # of examples
+_COLUMNS = 10  # examples in a picture
 
 
 def margin_distributions(margins: Margins, path: str | Path) -> None:
-    """How the margins are spread, and the share of all samples whose margin exceeds a radius, which
-    is robust accuracy as each measure has it: the true one lies between the certificate's and that
-    of the nearest points found.
+    """Draw how the margins are spread, and the share of all samples whose margin exceeds a radius.
+
+    That share is robust accuracy according to each measure: the true one lies between the
+    certificate's and that of the nearest points found.
 
     Args:
-        margins: with a correctly classified sample.
-        path: of the picture; the ending says the format.
+        margins: margins that include a correctly classified sample.
+        path: file of the picture; its ending selects the format.
 
     Raises:
         ValueError: no sample is classified correctly.
@@ -76,15 +78,15 @@ def margin_distributions(margins: Margins, path: str | Path) -> None:
 
 
 def accuracy_against(curves: Mapping[str, Points | Mapping[str, Points]], path: str | Path) -> None:
-    """Accuracy against whatever was varied, a panel each.
+    """Draw accuracy against each varied setting, one panel per setting.
 
     Args:
-        curves: what was varied ("eps", "steps") -> (value, accuracy in [0, 1]) pairs; or -> name of
+        curves: setting ("eps", "steps") -> (value, accuracy in [0, 1]) pairs; or setting -> name of
             a line -> such pairs.
-        path: of the picture; the ending says the format.
+        path: file of the picture; its ending selects the format.
 
     Raises:
-        ValueError: there is no curve or one without points.
+        ValueError: there is no curve, or one has no points.
     """
     panels = {x: c if isinstance(c, Mapping) else {"": c} for x, c in curves.items()}
     if not panels or not all(points for lines in panels.values() for points in lines.values()):
@@ -97,14 +99,15 @@ def accuracy_against(curves: Mapping[str, Points | Mapping[str, Points]], path: 
             lines.items(), (BLUE, *_COLOURS) * len(lines), strict=False
         ):
             values, shares = zip(*sorted(points), strict=True)
-            axes.plot(values, [100 * s for s in shares], color=colour, marker=".", label=name)
-        axes.set(xlabel=varied, ylabel="accuracy (%)", ylim=(0, 100))
+            percent = [100 * s for s in shares]
+            axes.plot(values, percent, color=colour, marker=".", label=in_picture(name))
+        axes.set(xlabel=in_picture(varied), ylabel="accuracy (%)", ylim=(0, 100))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if varied == "steps":
             _in_steps(axes, sorted({v for points in lines.values() for v, _ in points}))
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize="small")
-        axes.set_title(f"Accuracy against {varied}")
+        axes.set_title(f"Accuracy against {in_picture(varied)}")
         plain(axes)
     figure.savefig(path, dpi=150)
 
@@ -117,17 +120,18 @@ def worst_examples(
     classes: Sequence[str],
     path: str | Path,
 ) -> None:
-    """A column for each example, in the order given, at most 10: the clean image, the adversarial
-    one, and their difference, magnified until its largest entry is black or white; grey is none.
+    """Draw one column per example, in the order given, at most 10: the clean image, the adversarial
+    one, and their difference. The difference is magnified until its largest entry is black or
+    white; grey stands for zero.
 
     Args:
         x, x_adv: (B, 1, H, W) grey or (B, 3, H, W) colour images in [0, 1].
         y, y_adv: (B,) int64 labels and predictions.
-        classes: names by number.
-        path: of the picture; the ending says the format.
+        classes: names of the classes.
+        path: file of the picture; its ending selects the format.
 
     Raises:
-        ValueError: no examples, shapes that do not fit, or images of other channels.
+        ValueError: no examples, shapes that do not fit, or images with other numbers of channels.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"x must be (B, 1, H, W) or (B, 3, H, W) with B >= 1, got {[*x.shape]}")
@@ -160,15 +164,12 @@ def worst_examples(
 
 
 def _label(name: str) -> str:
-    return {
-        "certified": "certified",
-        "effective": "effective (estimate)",
-        "nearest": "nearest found",
-    }.get(name, name)
+    known = {"effective": "effective (estimate)", "nearest": "nearest found"}
+    return known.get(name) or in_picture(name)
 
 
 def _styles(columns: Mapping[str, np.ndarray], best: str) -> dict[str, dict]:
-    """How each column is drawn: bounds solid, the estimate dashed, the best bound thick."""
+    """Return line styles: bounds solid, the estimate dashed, the best bound thick."""
     attacks = [name for name in columns if name not in ("certified", "effective", best)]
     styles = {
         name: {"color": _COLOURS[i % len(_COLOURS)], "lw": 1} for i, name in enumerate(attacks)
@@ -179,7 +180,7 @@ def _styles(columns: Mapping[str, np.ndarray], best: str) -> dict[str, dict]:
 
 
 def _in_steps(axes: Axes, values: Sequence[float]) -> None:
-    """Numbers of steps double rather than add up: their logarithm, with room for 0."""
+    """Give the axis a logarithmic scale with room for 0."""
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(min(values) - 0.1, 1.15 * max(values))
     axes.xaxis.set_major_locator(FixedLocator(values))
@@ -188,4 +189,4 @@ def _in_steps(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _name(classes: Sequence[str], k: int) -> str:
-    return classes[k] if 0 <= k < len(classes) else str(k)
+    return in_picture(classes[k]) if 0 <= k < len(classes) else str(k)

@@ -1,4 +1,4 @@
-"""What an evaluation found: one row per attack, and the worst case over all of them."""
+"""The report of an evaluation: one row per attack, and the worst case over all of them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ import torch
 from torch import Tensor
 
 from pyadv.attacks.ensemble import Findings
+from pyadv.evaluation.escaping import markdown, one_line
 
 
 @dataclass(frozen=True)
 class Row:
-    """One attack's outcome: which samples it left correctly classified, (N,) bool, and how many
-    forward passes (`queries`) and backward passes (`gradients`) each cost, (N,) int64. Of attacks
-    that got only what the rows above left standing, the outcome of all so far."""
+    """The outcome of one attack. If attacks get only what the rows above left standing, it is the
+    outcome of all attacks so far.
+
+    Attributes:
+        name: the attack's name.
+        description: one line that lets a reader repeat the attack.
+        correct: (N,) bool: the sample is still classified correctly.
+        queries, gradients: (N,) int64 forward and backward passes.
+        non_finite: (N,) bool: the attack reached logits with NaN or +inf, which counts as
+            misclassified; None for none.
+    """
 
     name: str
     description: str
     correct: Tensor = field(repr=False)
     queries: Tensor = field(repr=False)
     gradients: Tensor = field(repr=False)
+    non_finite: Tensor | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -33,9 +43,14 @@ class Row:
 
     @property
     def standard_error(self) -> float:
-        """Of `accuracy` as an estimate from N samples: sqrt(a (1 - a) / N)."""
+        """Standard error of `accuracy` as an estimate from N samples: sqrt(a (1 - a) / N)."""
         a = self.accuracy
         return math.sqrt(a * (1 - a) / len(self.correct))
+
+    @property
+    def non_finite_count(self) -> int:
+        """Number of samples for which the attack reached logits with NaN or +inf."""
+        return 0 if self.non_finite is None else int(self.non_finite.sum())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -45,19 +60,24 @@ class Row:
             "standard_error": self.standard_error,
             "forward_passes_per_sample": self.queries.double().mean().item(),
             "backward_passes_per_sample": self.gradients.double().mean().item(),
+            "non_finite": self.non_finite_count,
         }
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of an evaluation of `n` samples at radius `eps` of `norm`, clean accuracy first;
-    `findings` has what is known of each sample, the adversarial examples among it."""
+    """Rows of an evaluation of `n` samples at radius `eps` of `norm`, clean accuracy first.
+
+    `findings` holds what is known of each sample, adversarial examples included; `notes` holds
+    remarks that a reader of the numbers needs.
+    """
 
     n: int
     norm: str
     eps: float
     rows: tuple[Row, ...]
     findings: Findings = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -67,24 +87,38 @@ class Report:
 
     @property
     def worst(self) -> Row:
-        """Samples that nothing here broke: the figure to report as robust accuracy."""
+        """The samples that no attack broke: the figure to report as robust accuracy."""
         correct = torch.stack([row.correct for row in self.rows]).all(0)
         passes = (
             torch.stack([getattr(row, name) for row in self.rows]).sum(0)
             for name in ("queries", "gradients")
         )
-        return Row("worst case", "correct under every row above", correct, *passes)
+        found = [row.non_finite for row in self.rows if row.non_finite is not None]
+        non_finite = torch.stack(found).any(0) if found else None
+        return Row("worst case", "correct under every row above", correct, *passes, non_finite)
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and which attacks reached logits that are not finite."""
+        counts = ((row.name, row.non_finite_count) for row in self.rows)
+        return list(self.notes) + [
+            f"{name} reached logits with NaN or +inf on {count:,} of {self.n:,} samples; they "
+            "count as misclassified."
+            for name, count in counts
+            if count
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         rows = [row.to_dict() for row in (*self.rows, self.worst)]
-        return {"n": self.n, "norm": self.norm, "eps": self.eps, "rows": rows}
+        notes = list(self.notes)
+        return {"n": self.n, "norm": self.norm, "eps": self.eps, "rows": rows, "notes": notes}
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_markdown(self) -> str:
-        """A table, the worst case last."""
+        """Return a table, the worst case last."""
         lines = [
             f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}; passes per sample.",
             "",
@@ -94,15 +128,17 @@ class Report:
         for row in (*self.rows, self.worst):
             passes = (t.double().mean().item() for t in (row.queries, row.gradients))
             accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
-            cells = (row.name, accuracy, row.description, *(f"{v:,.1f}" for v in passes))
-            lines.append(f"| {' | '.join(cells)} |")
+            words = markdown(row.name), accuracy, markdown(row.description)
+            lines.append(f"| {' | '.join((*words, *(f'{v:,.1f}' for v in passes)))} |")
+        for remark in self.remarks:
+            lines += ["", markdown(remark)]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}"]
         for row in (*self.rows, self.worst):
             lines.append(
-                f"{row.name:<12}{100 * row.accuracy:6.2f} +- {100 * row.standard_error:.2f} %"
-                f"   {row.description}"
+                f"{one_line(row.name):<12}{100 * row.accuracy:6.2f} +- "
+                f"{100 * row.standard_error:.2f} %   {one_line(row.description)}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self.remarks)

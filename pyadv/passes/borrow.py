@@ -191,6 +191,16 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
             np.random.set_state(legacy)
 
 
+def check_output(output: Output) -> None:
+    """Raise TypeError unless `output` can say where the logits are."""
+    if not (output is None or callable(output) or isinstance(output, (str, int))) or (
+        isinstance(output, bool)
+    ):
+        raise TypeError(
+            f"output must be None, a callable, a key or attribute name, or an index, got {output!r}"
+        )
+
+
 def pick_logits(result: Any, output: Output) -> Tensor:
     """Return the logits (B, C) in what a model returned.
 
@@ -203,10 +213,16 @@ def pick_logits(result: Any, output: Output) -> Tensor:
     """
     if callable(output):
         logits = output(result)
-    elif isinstance(output, str):
-        logits = result[output] if isinstance(result, dict) else getattr(result, output)
     elif output is not None:
-        logits = result[output]
+        try:
+            by_name = isinstance(output, str) and not isinstance(result, dict)
+            logits = getattr(result, output) if by_name else result[output]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            keys = f"; it has {', '.join(map(str, result))}" if isinstance(result, dict) else ""
+            raise ValueError(
+                f"output={output!r} finds nothing in the {type(result).__name__} that the model "
+                f"returned{keys}"
+            ) from None
     elif isinstance(result, Tensor):
         logits = result
     elif hasattr(result, "logits"):

@@ -7,10 +7,12 @@ import sys
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pyadv.evaluation import Report
+from pyadv.evaluation.escaping import one_line
 
 
 def percent(value: float | None) -> str:
@@ -128,7 +130,7 @@ class _SafeStream(io.TextIOBase):
 def report_table(report: Report, title: str) -> Table:
     """Return the table of accuracies that ends a run."""
     table = Table(
-        title=title,
+        title=escape(title),
         caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; ± standard error",
         title_justify="left",
     )
@@ -138,9 +140,9 @@ def report_table(report: Report, title: str) -> Table:
     for row in (*report.rows, report.worst):
         style = "bold" if row.name == report.worst.name else None
         table.add_row(
-            row.name,
+            escape(one_line(row.name)),
             f"{100 * row.accuracy:6.2f} ± {100 * row.standard_error:.2f}",
-            row.description,
+            escape(one_line(row.description)),
             style=style,
         )
     return table

@@ -1,4 +1,4 @@
-"""AutoAttack: verdicts known in closed form, independence of batches, interruption, the ledger."""
+"""AutoAttack: verdicts known in closed form, independence of batches, interruption, pass counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHITE_BOX = ("apgd-ce", "apgd-t", "fab-t")
 
 
 class Images(RowLinear):
-    """Classes of 3x4x4 images that are nearer to each other than to the walls of the box."""
+    """A model of 3x4x4 images whose classes are nearer to each other than to the box's walls."""
 
     def __init__(self, classes: int = 3, seed: int = 0):
         super().__init__(48, classes, seed)
@@ -31,7 +31,7 @@ class Images(RowLinear):
         return x, torch.where(wrong, (y + 1) % len(self.weight), y)
 
     def distances(self, x, y, norm):
-        """To the nearest boundary; 0 where x is misclassified."""
+        """Return distances to the nearest boundary; 0 where x is misclassified."""
         with torch.no_grad():
             z = self(x)
             gaps = z.gather(1, y[:, None]) - z
@@ -108,7 +108,7 @@ def test_members_against_the_package(norm, version):
         )
         steps = theirs.n_queries if name == "square" else theirs.n_iter
         assert attack.settings.steps == steps
-        # Their FAB-T sets its restarts to 1 when it runs.
+        # The authors' FAB-T sets its restarts to 1 when it runs.
         assert attack.restarts == (1 if name == "fab-t" else theirs.n_restarts)
         if name in ("apgd-t", "fab-t"):
             assert attack.targets == theirs.n_target_classes
@@ -134,7 +134,7 @@ def test_nothing_depends_on_the_batches():
 
 
 class Counted(nn.Module):
-    """Counts the rows that go through forward and backward."""
+    """A model that counts the rows of its forward and backward passes."""
 
     def __init__(self, net):
         super().__init__()
@@ -158,12 +158,12 @@ def test_the_ledger_is_what_the_model_was_asked():
     counted = Counted(model)
     result = silent(counted, eps=eps, version="custom").run(x, y, batch_size=40)
     forward, backward = int(result.queries.sum()), int(result.gradients.sum())
-    # Rows leave when enough of them are done, so a few more go through than were needed.
+    # Rows leave once enough of them are done, so a few more pass through than needed.
     assert forward <= counted.forward_rows <= 1.1 * forward
     assert backward <= counted.backward_rows <= 1.1 * backward
     robust = result.correct.nonzero()[0]
     assert result.queries[robust, 0] == 1 and result.queries[robust, 1] == 102
-    # What an attack broke, the next ones never saw.
+    # Later attacks never see what an earlier one broke.
     by_first = (result.broken_by == 1).nonzero()[:, 0]
     assert len(by_first) and (result.queries[by_first, 2:] == 0).all()
     assert (result.queries[result.broken_by == 0, 1:] == 0).all()
@@ -189,18 +189,28 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     state = tmp_path / "deep" / "state.pt"
     with pytest.raises(Stop):
         silent(model, progress=interrupt, **settings).run(x, y, batch_size=5, state=state)
-    counted = Counted(model)
-    counted.state_dict = model.state_dict  # the same weights under the same names
     seen = []
-    again = silent(counted, progress=lambda *now: seen.append(now), **settings)
+    again = silent(model, progress=lambda *now: seen.append(now), **settings)
     result = again.run(x, y, batch_size=5, state=state)
     for name in ("x_adv", "correct", "prediction", "broken_by", "queries", "gradients"):
         assert torch.equal(getattr(whole, name), getattr(result, name)), name
-    assert seen[0][0] == "apgd-ce"  # the clean predictions were there
+    assert seen[0][0] == "apgd-ce"  # the state held the clean predictions
     assert seen[0][2] == calls[0][2] - int((~(model(x).argmax(1) == y)).sum()) - calls[-1][1]
-    rows = counted.forward_rows
+    seen.clear()
     assert torch.equal(again.run(x, y, state=state).x_adv, whole.x_adv)
-    assert counted.forward_rows == rows  # nothing is done twice
+    assert not seen  # nothing is done twice
+
+
+def test_a_finished_state_costs_one_comparison(tmp_path):
+    model = Counted(Images())
+    x, y = model.net.problem(30)
+    attack = silent(model, version="custom", attacks=["apgd-ce"])
+    first = attack.run(x, y, state=tmp_path / "state.pt")
+    before = model.forward_rows, model.backward_rows
+    assert torch.equal(attack.run(x, y, state=tmp_path / "state.pt").x_adv, first.x_adv)
+    # Each sample is compared once; a few pass through to see which counters of the model move.
+    assert model.forward_rows - before[0] == 30 + 8
+    assert model.backward_rows - before[1] == 8
 
 
 def test_a_state_of_something_else_is_refused(tmp_path):
@@ -209,18 +219,16 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     state = tmp_path / "state.pt"
     settings = dict(version="custom", attacks=["apgd-ce"])
     silent(model, **settings).run(x, y, state=state)
-    with pytest.raises(ValueError, match=r"with another apgd-ce: Linf 0\.02.*now Linf 0\.03"):
+    with pytest.raises(ValueError, match=r"another apgd-ce\.alpha: 0\.04, now 0\.06; .*eps: 0\.02"):
         silent(model, **{**settings, "eps": 0.03}).run(x, y, state=state)
-    with pytest.raises(ValueError, match="another seed: 0, now 1"):
+    with pytest.raises(ValueError, match=r"another apgd-ce\.seed: 0, now 1"):
         silent(model, **{**settings, "seed": 1}).run(x, y, state=state)
-    with pytest.raises(ValueError, match=r"another box: 0\.0, 1\.0, now 0\.0, 0\.9"):
+    with pytest.raises(ValueError, match=r"another apgd-ce\.hi: 1\.0, now 0\.9"):
         silent(model, hi=0.9, **settings).run(x, y, state=state)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match=r"another model\.weight"):
         silent(Images(seed=1), **settings).run(x, y, state=state)
-    other = x.clone()
-    other[5, 0, 0, 0] += 0.1
-    with pytest.raises(ValueError, match="sample 5 is not the one"):
-        silent(model, **settings).run(other, y, state=state)
+    with pytest.raises(ValueError, match=r"must hold samples as before, float32 \[3, 4, 4\]"):
+        silent(model, **settings).run(x[:, :, :2], y, state=state)
     (tmp_path / "text").write_text("no state")
     with pytest.raises(ValueError, match="cannot be read as a saved evaluation"):
         silent(model, **settings).run(x, y, state=tmp_path / "text")

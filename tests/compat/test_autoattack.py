@@ -14,7 +14,7 @@ from pyadv.compat.torchattacks import AutoAttack as TorchAttacksAutoAttack
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network that adversarial training made somewhat robust, and images it has not seen."""
+    """Return a network trained adversarially until somewhat robust, and images new to it."""
     torch.manual_seed(0)
     images = data.load("fashion-mini")
     net = nn.Sequential(
@@ -78,7 +78,7 @@ def test_torchattacks_shape(trained, monkeypatch):
     net, x, y = trained
     attack = TorchAttacksAutoAttack(net, eps=0.1)
     for member in attack._attack.plan.values():
-        assert member.steps >= 100  # 10 there
+        assert member.steps >= 100  # 10 in torchattacks
         member.steps = 10
     x_adv = attack(x[:20], y[:20])
     assert torch.equal(attack(x[:20], y[:20]), x_adv) and (x_adv - x[:20]).abs().max() <= 0.1001
@@ -88,8 +88,8 @@ def test_torchattacks_shape(trained, monkeypatch):
 @pytest.mark.peers
 @pytest.mark.slow
 def test_verdicts_are_those_of_the_authors_package(trained):
-    """Robust accuracy between the lowest and the highest of five official seeds, give or take one
-    image, and the same samples where all five agree, give or take one."""
+    """Robust accuracy lies between those of five seeds of the authors' package, and verdicts equal
+    theirs where all five agree; one image may differ in each."""
     package = pytest.importorskip("pyautoattack")
     net, x, y = trained
     official = []

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it says, and that it survives an interruption."""
+"""The folder of an evaluation: its contents, and continuing after an interruption."""
 
 from __future__ import annotations
 
@@ -71,6 +71,8 @@ def test_an_interrupted_suite_goes_on(problem, tmp_path: Path) -> None:
     document = run_suite("pgdplus", net, x, y, **settings)
     assert "PGD+" not in again and "2 steps" not in again and "50 steps" in again
     assert document.to_dict() == {**whole.to_dict()}
+    assert len(list(tmp_path.iterdir())) == 2  # until the results are safe elsewhere
+    document.remove_states()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="suite must be one of pgd20, .*got 'aa'"):
         run_suite("aa", net, x, y, **SETTINGS)

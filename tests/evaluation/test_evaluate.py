@@ -17,8 +17,8 @@ from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
 
 def linear_problem(n: int = 60) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A linear two-class model, samples far from the box's walls, and each sample's exact Linf
-    distance to the boundary (negative when misclassified)."""
+    """Return a linear two-class model, samples far from the box's walls, and each sample's exact
+    Linf distance to the boundary (negative when misclassified)."""
     g = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_batches_are_streamed_and_packed() -> None:
     custom = AutoAttack(model, eps=0.03, version="custom", attacks=["apgd-ce"], progress=None)
     packed = evaluate(sized, loader, attacks=custom, batch_size=16, **settings)
     assert torch.equal(packed.worst.correct, distance > 0.03)
-    assert seen[:4] == [16, 16, 16, 12]  # batches of 7 went through as batches of 16
+    assert seen[:4] == [16, 16, 16, 12]  # batches of 7 were packed into batches of 16
     with pytest.raises(ValueError, match=r"those of attacks, Linf and 0\.03, got L2 and 0\.03"):
         evaluate(model, loader, attacks=custom, norm="L2", **settings)
     rows, x_adv = packed.findings.examples()
@@ -200,7 +200,93 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     assert len(again) == 3 * 12 - 17  # of 12 batches for each row, 17 were done
     for row, other in zip(report.rows, whole.rows, strict=True):
         assert torch.equal(row.correct, other.correct) and torch.equal(row.queries, other.queries)
-    with pytest.raises(ValueError, match="holds an evaluation with another PGD-20"):
+    with pytest.raises(ValueError, match=r"with another PGD-20\.alpha: 0\.0075, now 0\.01; .*eps"):
         evaluate(model, loader, **{**settings, "eps": 0.04})
-    with pytest.raises(ValueError, match="another seed: 0, now 3"):
+    with pytest.raises(ValueError, match=r"another PGD-20\.seed: 0, now 3"):
         evaluate(model, loader, seed=3, **settings)
+
+
+class Blind:
+    """An attack that reports adversarial logits which are not finite."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def run(self, x, y, ids=None, draw=None, model=None):
+        result = PGD(eps=0.1, steps=1, seed=0).run(x, y, ids, draw, model)
+        result.non_finite = torch.arange(len(y)) < self.rows
+        result.correct &= ~result.non_finite
+        return result
+
+    def attempts(self, classes: int) -> int:
+        return 1
+
+    def describe(self) -> str:
+        return "blind"
+
+
+def test_logits_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    model, x, y, _ = linear_problem(20)
+    attacks = {"blind": Blind(3), "PGD": PGD(eps=0.1, steps=1, seed=0)}
+    report = evaluate(model, x, y, eps=0.1, attacks=attacks, state=tmp_path / "s", progress=None)
+    assert [r["non_finite"] for r in report.to_dict()["rows"]] == [0, 3, 0, 3]
+    assert report["blind"].non_finite.tolist() == [True] * 3 + [False] * 17
+    text = "blind reached logits with NaN or +inf on 3 of 20 samples"
+    assert text in str(report) and text in report.to_markdown()
+    again = evaluate(model, x, y, eps=0.1, attacks=attacks, state=tmp_path / "s", progress=None)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_one_attack_is_enough() -> None:
+    model, x, y, distance = linear_problem(20)
+    attack = PGD(eps=0.03, alpha=0.03, loss="margin")
+    report = evaluate(model, x, y, eps=0.03, attacks=attack, progress=None)
+    assert [row.name for row in report.rows] == ["clean", "PGD"]
+    assert torch.equal(report.worst.correct, distance > 0.03)
+    settings = {"eps": 0.03, "version": "custom", "seed": 0, "progress": None}
+    for one in (attack, "apgd-ce"):
+        result = AutoAttack(model, attacks=one, **settings).run(x, y)
+        assert torch.equal(result.correct, distance > 0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"y": [0, 1, 0, 1]}, "y must be an int64 tensor, got list"),
+        ({"y": torch.tensor([0.0, 1, 0, 1])}, "y must be an int64 tensor, got torch.float32"),
+        ({"attacks": [PGD()]}, "attacks must be one of pgd20, .* or one attack, got list"),
+        ({"attacks": {"a": PGD}}, "attacks must hold attack objects, but 'a' is the class"),
+        ({"attacks": {"a": print}}, "'a' is a builtin_function_or_method, which has no run, att"),
+        ({"attacks": {3: PGD()}}, "attacks must have strings as names, got 3"),
+        ({"data": [(torch.rand(2, 12), [0, 1])]}, r"batches \(x, y\) of tensors, got .*'list'"),
+        ({"data": [torch.rand(2, 12)]}, r"batches \(x, y\) of tensors, got Tensor"),
+        ({"data": [{"x": 1}]}, r"batches \(x, y\) of tensors, got dict"),
+    ],
+)
+def test_unusable_arguments_are_named(settings: dict, message: str) -> None:
+    model, x, y, _ = linear_problem(4)
+    given = {"data": x, "y": None if "data" in settings else y, "eps": 0.1, **settings}
+    with pytest.raises(TypeError, match=message):
+        evaluate(model, progress=None, **given)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (3.5, TypeError, "output must be None, a callable, a key or attribute name, or an index"),
+        (True, TypeError, "output must be None"),
+        ("nope", ValueError, "output='nope' finds nothing in the dict .* it has scores, aux"),
+        (4, ValueError, "output=4 finds nothing in the dict"),
+    ],
+)
+def test_an_output_that_finds_no_logits(output: object, error: type, message: str) -> None:
+    model, x, y, _ = linear_problem(4)
+
+    def in_dict(x: Tensor) -> dict[str, Tensor]:
+        return {"scores": model(x), "aux": x}
+
+    with pytest.raises(error, match=message):
+        AutoAttack(in_dict, eps=0.1, output=output, progress=None).run(x, y)
+    if error is TypeError:
+        with pytest.raises(error, match=message):  # before any forward pass
+            AutoAttack(in_dict, eps=0.1, output=output)

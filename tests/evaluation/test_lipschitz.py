@@ -1,4 +1,4 @@
-"""Lipschitz bounds: never below dense singular values, close to them, and refused where unknown."""
+"""Lipschitz bounds: at least the dense singular values, close to them, refused where unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyadv.models import Normalized, PreActResNet18, SmallCNN
 
 
 def jacobian_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of an affine model, by its dense matrix."""
+    """Return the Lipschitz constant of an affine model from its dense matrix."""
     eye = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
     with torch.no_grad():
         matrix = (model(eye) - model(torch.zeros_like(eye[:1]))).flatten(1)

@@ -1,4 +1,4 @@
-"""One honest model, and that model behind each fault that makes an attack fail."""
+"""Masking checks on an honest model, and on that model with each fault that misleads attacks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyadv.evaluation import Check, MaskingReport, check_masking
-from pyadv.evaluation.masking import OTHER_LOSS, _flat, difference, smallest_difference
+from pyadv.evaluation.masking import _flat
+from pyadv.evaluation.masking_statistics import OTHER_LOSS, difference, smallest_difference
 
 N, EPS = 120, 0.03
 QUIET = {"queries": 60, "progress": None}
 
 
 class Honest(nn.Module):
-    """Three linear scores of a 1x6x6 image, equal in the middle of the box."""
+    """A model of three linear scores of a 1x6x6 image, equal in the middle of the box."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ def found(report: MaskingReport) -> set[str]:
 
 
 def saturated(m: Faulty, x: Tensor) -> Tensor:
-    """Softmax without temperature: margins beyond 104, where float32 has no gradient left."""
+    """A model with margins beyond 104, where the float32 softmax has no gradient left."""
     return 200 * m.honest(x)
 
 
@@ -183,7 +184,7 @@ def test_model_and_generator_are_left_as_they_were() -> None:
 
 @pytest.mark.parametrize("norm", ["L2", "L1"])
 def test_other_norms_boxes_and_outputs(norm: str) -> None:
-    """In a box of twice the size around another point, the same model is as honest."""
+    """The same model in a box of twice the size around another point raises no alarm."""
     x, y = problem(40)
     lo = torch.full((1, 1, 1, 1), -3.0)
     report = check_masking(

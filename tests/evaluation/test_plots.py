@@ -1,4 +1,4 @@
-"""What the pictures show: the numbers behind the lines and the pixels behind the images."""
+"""Pictures: the numbers behind the lines and the pixels behind the images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyadv.evaluation import Margins, plots  # noqa: E402
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Those that were saved, and saved they are."""
+    """Return the figures that were saved, while saving them as usual."""
     saved, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))
@@ -69,7 +69,7 @@ def test_margins_are_drawn_as_shares_of_all_samples(tmp_path: Path, figures: lis
         ("certified", 0.03, 0),
         ("FAB", 0.7, 20),  # nothing was found for one sample
         ("nearest found", 0.15, 60),
-        ("nearest found", 0.01, 80),  # one is wrong from the start
+        ("nearest found", 0.01, 80),  # one is misclassified without an attack
     ):
         radii, shares = curves[name]
         assert shares[np.searchsorted(radii, radius)] == pytest.approx(share), (name, radius)

@@ -1,0 +1,188 @@
+"""`pyadv evaluate` on terminals that fail it and files that it cannot use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pyadv import _state, cli
+from pyadv.cli import app
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 3)
+        self.act = lambda x: x
+
+    def forward(self, x):
+        return self.act(self.linear(x.flatten(1)))
+
+net, number = Net(), 3
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work in a folder with a model and data."""
+    (tmp_path / "own_model.py").write_text(MODULE)
+    x = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    y = np.arange(20) % 3
+    np.savez(tmp_path / "few.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_model", None)
+
+
+ARGUMENTS = ["own_model:Net", "--data", "few.npz", "--eps", "0.1", "--n", "6", "--device", "cpu"]
+
+
+def pyadv(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "120"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def written(folder: Path) -> bool:
+    report = json.loads((folder / "evaluation" / "report.json").read_text())
+    files = {file.name for file in (folder / "evaluation").iterdir()}
+    assert not any(name.endswith(".state") for name in files)
+    return report["accuracy"]["pgd20"]["n"] == 6 and {"report.md", "adversarial.npz"} <= files
+
+
+@pytest.mark.parametrize("redirect", ["| true", ">&- 2>&-"], ids=["closed pipe", "closed"])
+def test_no_output_loses_no_results(place: Path, redirect: str) -> None:
+    command = " ".join([sys.executable, "-m", "pyadv", "evaluate", *ARGUMENTS])
+    shell = f"({command}; echo $? > code) {redirect}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300)
+    assert written(place) and (place / "code").read_text() == "0\n", done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_console_of_few_characters(place: Path) -> None:
+    command = [sys.executable, "-m", "pyadv", "evaluate", *ARGUMENTS]
+    few = {
+        "PYTHONIOENCODING": "ascii",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run(command, capture_output=True, env=os.environ | few, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (
+        written(place) and b"worst case" in done.stdout and b"written to evaluation" in done.stdout
+    )
+    assert "±" in (place / "evaluation" / "report.md").read_text(encoding="utf-8")
+
+
+def test_states_outlive_a_failure_to_write(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyadv.evaluation import Document
+
+    def full(*arguments: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Document, "write", full)
+        assert "pyadv: the disk is full" in pyadv(*ARGUMENTS, code=1)
+    names = {file.name for file in (place / "evaluation").iterdir()}
+    assert names == {"pgd20.state", "curves.state"}
+    pyadv(*ARGUMENTS)
+    assert written(place)
+
+
+def test_models_as_objects_and_things_that_are_none(place: Path) -> None:
+    pyadv("own_model:net", *ARGUMENTS[1:])
+    assert written(place)
+    text = pyadv("own_model:number", *ARGUMENTS[1:], code=1)
+    assert "own_model:number must return a torch.nn.Module, got int" in text
+
+
+def checkpoint(**changes: object) -> dict:
+    from pyadv.models import create
+    from pyadv.training import Config
+
+    architecture = {"name": "small-cnn", "in_channels": 1, "num_classes": 3, "image_size": (8, 8)}
+    config = Config.from_dict({"data": "few.npz", "eps": 0.1})
+    state = {"architecture": architecture, "config": vars(config)}
+    state["model"] = create(**{**architecture, "image_size": (28, 28)}).state_dict()
+    return {**state, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "is no complete checkpoint of a run: Error\\(s\\) in loading state_dict"),
+        ({"model": {}}, "is no complete checkpoint of a run"),
+        ({"architecture": None}, "is no complete checkpoint of a run"),
+        (
+            {"architecture": {"name": "small-cnn", "num_classes": -1}},
+            "num_classes must be positive and integer, got -1",
+        ),
+        ({"architecture": {"name": "small-cnn", "depth": 3}}, "unexpected keyword argument 'dep"),
+    ],
+    ids=["other shapes", "no weights", "no architecture", "num_classes", "unknown"],
+)
+def test_checkpoints_that_do_not_fit_together(place: Path, changes: dict, message: str) -> None:
+    import re
+
+    _state.save(place / "run.pt", checkpoint(**changes), "checkpoint", 1)
+    output = pyadv("run.pt", "--device", "cpu", code=1)
+    assert re.search(message, output) and output.startswith(
+        "pyadv: run.pt" if "run" in message else ""
+    )
+
+
+def test_files_that_are_no_checkpoints(place: Path) -> None:
+    _state.save(place / "whole.pt", checkpoint(), "checkpoint", 1)
+    data = (place / "whole.pt").read_bytes()
+    (place / "part.pt").write_bytes(data[: len(data) // 2])
+    (place / "empty.pt").write_bytes(b"")
+    _state.save(place / "other.pt", {"model": {}}, "evaluation", 2)
+    _state.save(place / "lacks.pt", {"model": {}}, "checkpoint", 1)
+    torch.save([1, 2], place / "list.pt")
+    for name, message in (
+        ("part.pt", "part.pt cannot be read as a saved checkpoint"),
+        ("empty.pt", "empty.pt cannot be read as a saved checkpoint"),
+        ("other.pt", "other.pt is not a pyadv checkpoint"),
+        ("lacks.pt", "lacks.pt is no complete checkpoint of a run: it lacks 'architecture'"),
+        ("list.pt", "list.pt is not a pyadv checkpoint"),
+        ("few.npz", "few.npz cannot be read as a saved checkpoint"),
+        ("~nouser/run.pt", "no checkpoint at ~nouser/run.pt"),
+    ):
+        assert f"pyadv: {message}" in pyadv(name, code=1)
+
+
+def test_paths_that_lead_nowhere(place: Path) -> None:
+    assert "pyadv: " in pyadv("own_model:Net", "--data", "~nouser/x.npz", "--eps", "0.1", code=1)
+    (place / "file").write_text("")
+    assert "--out must be a folder, but file is a file" in pyadv(
+        *ARGUMENTS, "--out", "file", code=1
+    )
+    (place / "evaluation").mkdir()
+    (place / "evaluation" / "pgd20.state").write_bytes(b"no state")
+    assert "pgd20.state cannot be read as a saved evaluation" in pyadv(*ARGUMENTS, code=1)
+
+
+def test_a_stderr_that_is_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyadv.attacks.progress import Lines
+
+    for stream in (None, open(os.devnull, "w")):  # noqa: SIM115
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, "stderr", stream)
+        Lines(place / "log.txt")("pgd", 3, 3, 2)
+        cli._to_stderr("a line")
+    assert len((place / "log.txt").read_text().splitlines()) == 2
