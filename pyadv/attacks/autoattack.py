@@ -1,5 +1,5 @@
 """AutoAttack (Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
-Diverse FloatOrTensor-free Attacks", ICML 2020): several attacks in turn, each on the samples that no
+Diverse Parameter-free Attacks", ICML 2020): several attacks in turn, each on the samples that no
 earlier one has broken."""
 
 from __future__ import annotations
