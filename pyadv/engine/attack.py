@@ -42,6 +42,7 @@ class GradientAttack:
 
     def __init__(self, model: Model | None, settings: Settings, restarts: int, seed: int | None):
         s = settings
+        checks.flag("update_stats", s.update_stats)
         checks.size("eps", s.eps)
         checks.size("alpha", s.alpha)
         checks.box(s.norm, s.eps, s.lo, s.hi)
@@ -55,7 +56,7 @@ class GradientAttack:
         self.model = model
         self.settings = settings
         self.restarts = checks.count("restarts", restarts, 1)
-        self.seed = seed
+        self.seed = None if seed is None else checks.seed(seed)
         self.draw = 0
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -239,6 +240,7 @@ class GradientAttack:
         if draw is None:
             draw = self.draw
             self.draw += 1
+        draw = checks.integer("draw", draw)
         keyed = self.settings.start == "keyed" or self.settings.omega > 0
         if ids is None:
             ids = ops.row_hash(x) if keyed else torch.zeros_like(y)

@@ -25,6 +25,7 @@ from pyadv.engine.starts import Noise
 from pyadv.engine.state import Best, Parameter, Rows, Settings
 from pyadv.ops.geometry import unchecked_track
 from pyadv.passes.borrow import borrowed, gradients_on, owned, pick_logits, unwrap
+from pyadv.reference.losses import has_answer
 from pyadv.tensors import per_row
 
 __all__ = [
@@ -89,7 +90,8 @@ def judge(
         loss, _, correct = s.loss.at(logits, owned(y), reference, target)
     taken = {f.name: getattr(found, f.name) for f in fields(Perturbed)}
     taken["queries"] = found.queries + 1
-    return AttackResult(logits=logits, correct=correct, loss=loss, **taken)
+    non_finite = ~has_answer(logits)
+    return AttackResult(logits=logits, correct=correct, loss=loss, non_finite=non_finite, **taken)
 
 
 def _loop(model: Callable[..., Any], call: Call) -> Perturbed:
