@@ -1,10 +1,12 @@
-// Losses: rows of logits in, a value per row and the gradient with respect to the logits out.
+// Losses of rows of logits: one value per row, and its gradient with respect to the logits.
 // Specification: pyadv/reference/losses.py.
 //
-// What the formulas have in common: 1 - p_t is never computed by subtraction. With
-// gap = logsumexp_{j != t} z_j - z_t, p_t = sigmoid(-gap), 1 - p_t = sigmoid(gap), and
-// cross-entropy is softplus(gap); all three keep their relative precision however confident the row
-// is.
+// No formula computes 1 - p_t by subtraction. With gap = logsumexp_{j != t} z_j - z_t,
+// p_t = sigmoid(-gap), 1 - p_t = sigmoid(gap), and cross-entropy is softplus(gap). All three keep
+// their relative precision on confident rows.
+//
+// A logit of -inf takes its class out of play. A row has an answer if its largest logit is finite:
+// then no logit is NaN or +inf, and a class is in play.
 #pragma once
 
 #include <cmath>
@@ -19,7 +21,7 @@ namespace pyadv {
 // The order is that of ATTACK_LOSSES in pyadv/reference/losses.py.
 enum class AttackLoss : int { CE, Margin, DLR, KL, SLM, CETargeted, MarginTargeted, DLRTargeted };
 
-// (rows, classes): the classes of a row are adjacent, rows are `stride` elements apart.
+// A matrix [rows, classes]. The classes of a row are adjacent; rows are `stride` elements apart.
 struct Logits {
   const void* data;
   int64_t stride;
@@ -54,7 +56,7 @@ struct LossArgs {
   const void* weight;  // [rows] of the compute type, or nullptr: all ones
   bool ignores;        // rows with y == ignored have loss 0
   int64_t ignored;
-  bool exact;             // MART: the formulas, not the constants of the official code
+  bool exact;             // MART: the paper's formulas, without the official code's constants
   bool detached;          // mart_kl: no gradient through the weight
   const void* cotangent;  // [rows] of the compute type, or nullptr: all ones
   void* value;            // [rows] of the compute type, or nullptr
@@ -96,13 +98,13 @@ PYADV_HD bool is_class(int64_t y, int64_t classes) { return y >= 0 && y < classe
 
 PYADV_HD bool is_targeted(AttackLoss loss) { return loss >= AttackLoss::CETargeted; }
 
-// The losses that compare single logits; the others take a softmax.
+// Losses that compare single logits. The others use a softmax.
 PYADV_HD bool is_sparse(AttackLoss loss) {
   return loss == AttackLoss::Margin || loss == AttackLoss::DLR ||
          loss == AttackLoss::MarginTargeted || loss == AttackLoss::DLRTargeted;
 }
 
-// The losses by the softmax over all classes but one.
+// Losses computed from the softmax over all classes but one.
 PYADV_HD bool takes_others(AttackLoss loss) { return !is_sparse(loss) && loss != AttackLoss::KL; }
 
 template <class C>
@@ -110,7 +112,7 @@ PYADV_HD bool is_finite(C v) {
   return v - v == C(0);
 }
 
-// Variables, because a GPU cannot call the functions of numeric_limits.
+// Variables, because device code cannot call the functions of numeric_limits.
 template <class C>
 constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
 template <class C>
@@ -119,27 +121,26 @@ template <class C>
 constexpr C kLowest = std::numeric_limits<C>::lowest();
 constexpr int64_t kNoIndex = std::numeric_limits<int64_t>::max();
 
-// Whether the differentiable losses can use a row: a masked class (-inf) is fine, an overflow or a
-// NaN is not, and makes value and gradients NaN, so that a loss scaler sees it.
+// Whether a class with this logit is in play. False for NaN.
 template <class C>
-PYADV_HD bool is_usable(C z_y, C largest_other) {
-  return z_y < kInf<C> && largest_other < kInf<C>;
+PYADV_HD bool in_play(C z) {
+  return z > -kInf<C>;
 }
 
-// A base to subtract before exp: the maximum, or a finite number where all classes are masked
-// (-inf).
+// A base to subtract before exp: the maximum, or a finite number where no class is in play.
 template <class C>
 PYADV_HD C finite_base(C maximum) {
   return maximum < kLowest<C> ? kLowest<C> : maximum;
 }
 
-// Of a sum of exponentials: 0 if all classes are masked, else normal or NaN.
+// The logarithm of a sum of exponentials, which is 0 where no class is in play, else a normal
+// number or NaN.
 template <class C>
 PYADV_HD C log_of_sum(C sum) {
   return sum == C(0) ? -kInf<C> : log_normal(sum);
 }
 
-// The logistic function at v, all of it from one exponential.
+// The logistic function at v and its relatives, computed from one exponential.
 template <class C>
 struct Logistic {
   C v, e;
@@ -149,7 +150,7 @@ struct Logistic {
   PYADV_HD C complement() const { return (v < C(0) ? C(1) : e) / (C(1) + e); }  // 1 - sigmoid
   PYADV_HD C softplus() const {                                                 // log(1 + exp(v))
     const C one = C(1) + e, rounded = one - C(1);
-    // The factor makes up for what the sum has lost of e (Kahan).
+    // The factor corrects the rounding error of the sum 1 + e (Kahan).
     const C log1p = rounded > C(0) ? log_normal(one) * (e / rounded) : e;
     return (v > C(0) ? v : C(0)) + log1p;
   }
@@ -186,33 +187,37 @@ struct Top {
       }
     }
   }
-  // The best class other than y: among the first two.
+  // The best class other than y.
   PYADV_HD Candidate<C> other_than(int64_t y) const { return at[0].index == y ? at[1] : at[0]; }
 };
 
-// Loss and gradient of "ce", "slm" and "ce_targeted": multiple * exp(z_k - base) for k != t, and
-// at_t.
+// Loss and gradient of "ce", "slm" and "ce_targeted". The gradient is at_t at class t and
+// multiple * exp(z_k - base) elsewhere; it is 0 where the label, class t or all other classes are
+// out of play.
 template <class C>
 struct OthersLoss {
   C value, multiple, at_t;
 
-  // `sum` is that of exp(z_k - base) over k != t.
-  PYADV_HD OthersLoss(AttackLoss loss, bool unit, C z_t, C base, C sum) {
+  // `sum` is the sum of exp(z_k - base) over k != t.
+  PYADV_HD OthersLoss(AttackLoss loss, bool unit, C z_y, C z_t, C base, C sum) {
     const C gap = (base - z_t) + log_of_sum(sum);
     const Logistic<C> at_gap(gap);
     const C sign = loss == AttackLoss::CETargeted ? C(-1) : C(1), ce = sign * at_gap.softplus();
-    const bool whole = unit || loss == AttackLoss::SLM;  // of the others' softmax
-    // Its share is 1 - p_t; a choice between numbers, not expressions, is no branch in a loop.
+    // The gradient is the softmax of the others times 1 - p_t, or times 1.
+    const bool whole = unit || loss == AttackLoss::SLM;
+    // Choosing between numbers instead of expressions keeps branches out of vectorised loops.
     const C numerator = whole || gap >= C(0) ? C(1) : at_gap.e, e = whole ? C(0) : at_gap.e;
     const C mass = sign * (numerator / (C(1) + e));
+    const bool moves = in_play(z_y) & in_play(z_t) & (sum > C(0));
     value = loss == AttackLoss::SLM ? gap : ce;
-    multiple = sum > C(0) ? mass / sum : C(0);  // 0: all the others are masked
-    at_t = -mass;
+    multiple = moves ? mass / sum : C(0);
+    at_t = moves ? -mass : C(0);
   }
 };
 
-// Loss and gradient of the losses that compare single logits: zero but for these entries, of which
-// several may name the same class.
+// Loss and gradient of the losses that compare single logits. The gradient is zero except for these
+// entries, several of which may name the same class. Where the label or its rival is out of play,
+// the value is infinite and the gradient zero.
 template <class C>
 struct SparseLoss {
   static constexpr int kEntries = 5;
@@ -220,23 +225,26 @@ struct SparseLoss {
   int64_t index[kEntries];
   C entry[kEntries];
 
-  // t is the target class, for the untargeted losses any class.
+  // t is the target class; untargeted losses ignore it.
   PYADV_HD SparseLoss(AttackLoss loss, bool unit, Candidate<C> y, Candidate<C> t,
                       const Top<C, 4>& top) {
-    const bool dlr = loss == AttackLoss::DLR || loss == AttackLoss::DLRTargeted;
     const Candidate<C> rival = is_targeted(loss) ? t : top.other_than(y.index);
-    // The denominator is z_1 - (share z_3 + (1 - share) z_4) of the sorted logits, 1 for a margin.
+    const bool moves = in_play(y.value) & in_play(rival.value);
+    // DLR divides by z_1 - (share z_3 + (1 - share) z_4) of the sorted logits. With too few classes
+    // in play for that, it is the margin.
     const C share = loss == AttackLoss::DLR ? C(1) : C(0.5);
     C below = top.at[2].value;
     if (loss == AttackLoss::DLRTargeted) below = (below + top.at[3].value) / C(2);
+    const bool dlr = (loss == AttackLoss::DLR || loss == AttackLoss::DLRTargeted) && in_play(below);
     const C denominator = dlr ? (top.at[0].value - below) + C(1e-12) : C(1);
-    value = (rival.value - y.value) / denominator;
-    const C through = dlr ? -value : C(0);  // what reaches the classes of the denominator
-    index[0] = y.index, entry[0] = C(-1);
-    index[1] = rival.index, entry[1] = C(1);
+    value = in_play(y.value) ? (rival.value - y.value) / denominator : kInf<C>;
+    // The gradient with respect to the denominator's classes.
+    const C through = dlr && moves ? -value : C(0);
+    index[0] = y.index, entry[0] = moves ? C(-1) : C(0);
+    index[1] = rival.index, entry[1] = moves ? C(1) : C(0);
     index[2] = dlr ? top.at[0].index : y.index, entry[2] = through;
     index[3] = dlr ? top.at[2].index : y.index, entry[3] = -share * through;
-    index[4] = loss == AttackLoss::DLRTargeted ? top.at[3].index : y.index;
+    index[4] = dlr && loss == AttackLoss::DLRTargeted ? top.at[3].index : y.index;
     entry[4] = -(C(1) - share) * through;
     merge();
     C divisor = denominator;
@@ -249,7 +257,7 @@ struct SparseLoss {
   }
 
  private:
-  // Every entry becomes the sum over its class, so that each may be written as it is.
+  // Replaces every entry by the sum over its class, so that the entries can be stored in any order.
   PYADV_HD void merge() {
     C total[kEntries];
     for (int i = 0; i < kEntries; ++i) {
@@ -261,7 +269,7 @@ struct SparseLoss {
   }
 };
 
-// softmax of a row by its maximum and its sum of exp(z - base).
+// The softmax of a row, from its maximum and its sum of exp(z - maximum).
 template <class C>
 struct Softmax {
   C base, log_sum, inverse_sum;
@@ -272,19 +280,19 @@ struct Softmax {
   PYADV_HD C log_p(C z) const { return (z - base) - log_sum; }
 };
 
-// MART's constants: the official code adds them so that no logarithm is infinite.
+// Constants that the official MART code adds so that no logarithm is infinite.
 template <class C>
 struct MartConstants {
   static constexpr C kOne = C(1.0001), kTiny = C(1e-12), kWeightOne = C(1.0000001);
 };
 
-// -log p_y - log(1 - p_m), m the best class other than y.
-// base and rest: maximum of the classes other than m, and the sum of exp(z_k - base) over those
-// that are neither m nor y.
+// -log p_y - log(1 - p_m), where m is the best class other than y. The label must be in play.
+// `base` is the maximum over the classes other than m; `rest` is the sum of exp(z_k - base) over
+// the classes that are neither m nor y.
 template <class C>
 struct MartBCE {
   C value;
-  C others;  // gradient of a class k that is neither: others * exp(z_k - base)
+  C others;  // the gradient at a class k other than y and m is others * exp(z_k - base)
   C at_y, at_m;
 
   PYADV_HD MartBCE(bool exact, C z_y, C z_m, C base, C rest) {
@@ -294,42 +302,46 @@ struct MartBCE {
     const C p_m = at_gap.sigmoid(), not_m = at_gap.complement(), from_rest = at_gap.softplus();
     const C one_minus = exact ? not_m : (MartConstants<C>::kOne - p_m) + MartConstants<C>::kTiny;
     value = (base - z_y) + log_sum + from_rest + (exact ? from_rest : -std::log(one_minus));
-    // p_m (1 - p_m) / one_minus pulls m up and the others down in proportion
+    // The second logarithm raises m by p_m (1 - p_m) / one_minus and lowers the others in
+    // proportion.
     const C pull = exact ? p_m : p_m * (not_m / one_minus);
-    const C share = not_m - pull;  // of softmax over the classes other than m
+    const C share = not_m - pull;  // multiplies the softmax over the classes other than m
     others = share / sum;
     at_y = -(p_m + not_m * (rest / sum)) - pull * (e_y / sum);
     at_m = p_m + pull;
   }
 };
 
-// One class of KL(q || p).
+// The term of one class in KL(q || p).
 template <class C>
 struct KLTerm {
   C q, p, log_ratio;
   C kept;  // p / (p + tiny)
 
-  // u and z are the natural and the adversarial logit, e_u and e_z their exponentials; `tiny` is
-  // added to p before the logarithm: 0, or MART's constant.
+  // u and z are the natural and the adversarial logit, e_u and e_z their exponentials. With `tiny`,
+  // MART's constant is added to p before the logarithm. A class that is in play for q and not for p
+  // makes the term infinite or NaN.
   PYADV_HD KLTerm(const Softmax<C>& natural, const Softmax<C>& adversarial, C u, C z, C e_u, C e_z,
                   bool tiny) {
     q = e_u * natural.inverse_sum;
     p = e_z * adversarial.inverse_sum;
     const C padded = p + MartConstants<C>::kTiny;
-    log_ratio = natural.log_p(u) - (tiny ? log_normal(padded) : adversarial.log_p(z));
+    const C log_q = natural.log_p(u), log_p = tiny ? log_normal(padded) : adversarial.log_p(z);
+    log_ratio = in_play(log_q) ? log_q - log_p : C(0);
     kept = tiny ? p / padded : C(1);
   }
 };
 
-// w KL(q || p) of a row and its gradients: w = 1 - q_y for mart_kl, 1 for trades_kl.
+// w KL(q || p) of a row and its gradients, for a finite divergence. w is 1 - q_y for mart_kl and 1
+// for trades_kl.
 template <class C>
 struct KLRow {
   C value;
-  C divergence, kept;  // sum of q log_ratio, sum of q kept
+  C divergence, kept;  // sums of q log_ratio and of q kept
   C multiple;          // cotangent times w
   C through_weight;    // cotangent times the divergence times q_y; 0 if the weight is a constant
 
-  // others: sum of q_k over k != y.
+  // `others` is the sum of q_k over k != y.
   PYADV_HD KLRow(const LossArgs& args, C divergence, C kept, C q_y, C others, C cotangent)
       : divergence(divergence), kept(kept) {
     const bool weighted = args.y != nullptr;
@@ -347,14 +359,14 @@ struct KLRow {
   }
 };
 
-// p_y - p_m for the margin z_y - z_m, without cancellation; sum is that of exp(z - largest).
+// p_y - p_m without cancellation, from the margin z_y - z_m and the sum of exp(z - largest).
 template <class C>
 PYADV_HD C probability_margin(C margin, C sum) {
   const C size = -std::expm1(-std::fabs(margin)) / sum;
   return margin < C(0) ? -size : size;
 }
 
-// Writes what row_stats gives of row i; a value that does not exist is NaN, an index -1.
+// Writes the results of row_stats for one row. A value that does not exist is NaN, an index -1.
 template <class C>
 struct RowStats {
   const RowStatsArgs& args;
@@ -365,21 +377,21 @@ struct RowStats {
   PYADV_HD void write_top(const Top<C, 4>& top) const {
     for (int k = 0; k < 4; ++k) write_top(k, top.at[k].value, top.at[k].index);
   }
-  // y must be a class; sum is that of exp(z - largest).
+  // y must be a class; `sum` is the sum of exp(z - largest).
   PYADV_HD void write_margin(C z_y, const Candidate<C>& other, C sum) const {
     const C margin = z_y - other.value;
     write_margin(other.index, margin, probability_margin(margin, sum));
   }
   PYADV_HD void write_no_margin() const { write_margin(-1, kNaN<C>, kNaN<C>); }
   PYADV_HD void write_unknown() const {
-    for (int k = 0; k < 4; ++k) write_top(k, kNaN<C>, kNoIndex);
+    for (int k = 0; k < 4; ++k) write_top(k, kNaN<C>, -1);
     write_no_margin();
   }
 
  private:
   PYADV_HD void write_top(int k, C value, int64_t index) const {
     static_cast<C*>(args.top)[4 * row + k] = value;
-    args.top_index[4 * row + k] = index == kNoIndex ? -1 : index;
+    args.top_index[4 * row + k] = in_play(value) ? index : -1;
   }
   PYADV_HD void write_margin(int64_t runner_up, C margin, C prob_margin) const {
     args.runner_up[row] = runner_up;

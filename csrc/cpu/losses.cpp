@@ -12,39 +12,34 @@ namespace pyadv {
 namespace cpu {
 namespace {
 
-// A row at a time is widened into a buffer, where the passes over it find it in the cache.
+// Loops over single rows widen each row into a buffer, which stays in the cache for later passes.
 constexpr int64_t kWidest = 16;  // floats in a vector; buffers are padded so that exp needs no tail
+
+inline int64_t padded(int64_t n) { return (n + kWidest - 1) / kWidest * kWidest; }
 
 template <class C>
 class Buffers {
  public:
-  Buffers(int64_t classes, int64_t count)
-      : padded_((classes + kWidest - 1) / kWidest * kWidest), data_(padded_ * count) {}
-  C* operator[](int64_t i) { return data_.data() + i * padded_; }
+  Buffers(int64_t classes, int64_t count) : stride_(padded(classes)), data_(stride_ * count) {}
+  C* operator[](int64_t i) { return data_.data() + i * stride_; }
 
  private:
-  int64_t padded_;
+  int64_t stride_;
   std::vector<C> data_;
 };
-
-template <class T, class C>
-PYADV_HD void load(const T* row, C* v, int64_t n) {
-  PYADV_INDEPENDENT
-  for (int64_t k = 0; k < n; ++k) v[k] = widen(row[k]);
-}
 
 template <class C>
 PYADV_HD C largest(const C* v, int64_t n) {
   return maximum(n, [v](int64_t k) { return v[k]; }, -kInf<C>);
 }
 
-// Whether all of them are finite.
+// Loads a row and returns its largest logit: NaN if one is NaN, finite if the row has an answer.
 template <class T, class C>
-PYADV_HD bool load_finite(const T* row, C* v, int64_t n) {
-  return is_finite(maximum(n, [=](int64_t k) { return C(std::fabs(v[k] = widen(row[k]))); }, C(0)));
+PYADV_HD C load_largest(const T* row, C* v, int64_t n) {
+  return maximum(n, [=](int64_t k) { return v[k] = widen(row[k]); }, -kInf<C>);
 }
 
-// The first class with this value, other than `skipped`; `skipped` itself if there is none.
+// The first class with this value other than `skipped`, or `skipped` if there is none.
 template <class C>
 PYADV_HD int64_t first_with(const C* v, int64_t n, C value, int64_t skipped) {
   for (int64_t k = 0; k < n; ++k)
@@ -61,17 +56,23 @@ PYADV_HD Top<C, K> best(const C* v, int64_t n) {
   return top;
 }
 
-// v becomes exp(v - base); `v` is padded.
-template <class C>
-PYADV_HD void exp_below(C* v, int64_t n, C base) {
-  const int64_t padded = (n + kWidest - 1) / kWidest * kWidest;
-  PYADV_INDEPENDENT
-  for (int64_t k = 0; k < padded; ++k) v[k] = exp_nonpositive(v[k] - base);
-}
-
 template <class C>
 PYADV_HD C sum_of(const C* v, int64_t n) {
   return static_cast<C>(sum<C>(n, [v](int64_t k) { return v[k]; }));
+}
+
+// Replaces v, which is padded, by exp(v - base) and returns the sum. The bits are those of sum_of.
+template <class C>
+PYADV_HD C exp_below(C* v, int64_t n, C base) {
+  const int64_t whole = n - n % kLanes;
+  double total = sum<C>(whole, [v, base](int64_t k) PYADV_INLINE_LAMBDA {
+    return v[k] = exp_nonpositive(v[k] - base);
+  });
+  const int64_t end = padded(n);
+  PYADV_INDEPENDENT
+  for (int64_t k = whole; k < end; ++k) v[k] = exp_nonpositive(v[k] - base);
+  for (int64_t k = whole; k < n; ++k) total += v[k];
+  return static_cast<C>(total);
 }
 
 template <class T, class C>
@@ -85,13 +86,11 @@ PYADV_HD void fill(T* out, int64_t n, C value) {
   std::fill(out, out + n, narrow<T>(value));
 }
 
-// The softmax of v, its exponentials in e.
+// The softmax of v, whose maximum is `base`. Writes the exponentials to e.
 template <class C>
-PYADV_HD Softmax<C> softmax_of(const C* v, C* e, int64_t n) {
-  const C base = finite_base(largest(v, n));
+PYADV_HD Softmax<C> softmax_of(const C* v, C* e, int64_t n, C base) {
   std::copy(v, v + n, e);
-  exp_below(e, n, base);
-  return Softmax<C>(base, sum_of(e, n));
+  return Softmax<C>(base, exp_below(e, n, base));
 }
 
 template <class C>
@@ -111,42 +110,39 @@ struct AttackLoop {
       T* grad = static_cast<T*>(a.grad) + i * n;
       C& value = static_cast<C*>(a.value)[i];
       const int64_t y = a.y[i], t = is_targeted(a.loss) ? a.target[i] : y;
-      bool usable = load_finite(a.logits.row<T>(i), z, n) && is_class(y, n) && is_class(t, n);
-      if (a.loss == AttackLoss::KL) usable &= load_finite(a.natural.row<T>(i), (*room)[1], n);
+      const C most = load_largest(a.logits.row<T>(i), z, n);
+      bool usable = is_finite(most) && is_class(y, n);
+      a.correct[i] = usable && z[y] == most && y == first_with(z, n, most, int64_t{-1});
+      usable = usable && is_class(t, n);
+      C most_natural = C(0);
+      if (a.loss == AttackLoss::KL) {
+        most_natural = load_largest(a.natural.row<T>(i), (*room)[1], n);
+        usable &= is_finite(most_natural);
+      }
       if (!usable) {
         value = kNaN<C>;
         fill(grad, n, C(0));
-        a.correct[i] = false;
         continue;
       }
       const C z_y = z[y];
-      z[y] = -kInf<C>;
-      const C others = largest(z, n);
-      a.correct[i] = z_y > others || (z_y == others && y < first_with(z, n, others, y));
-      if (is_sparse(a.loss)) {
-        z[y] = z_y;
+      if (is_sparse(a.loss))
         value = sparse(a, z, {z_y, y}, {z[t], t}, grad);
-      } else if (a.loss == AttackLoss::KL) {
-        z[y] = z_y;
-        value = divergence(a, *room, grad);
-      } else {
-        if (is_targeted(a.loss)) {
-          z[y] = z_y;
-          const C z_t = z[t];
-          z[t] = -kInf<C>;
-          value = from_others(a, z, {z_t, t}, largest(z, n), grad);
-        } else {
-          value = from_others(a, z, {z_y, y}, others, grad);
-        }
-      }
+      else if (a.loss == AttackLoss::KL)
+        value = divergence(a, *room, most, most_natural, grad);
+      else
+        value = from_others(a, z, z_y, t, most, grad);
+      if (!in_play(z_y)) fill(grad, n, C(0));
     }
   }
 
-  PYADV_HD static C from_others(const AttackArgs& a, C* z, Candidate<C> t, C base, T* grad) {
-    exp_below(z, a.classes, base);
-    const OthersLoss<C> loss(a.loss, a.unit, t.value, base, sum_of(z, a.classes));
+  PYADV_HD static C from_others(const AttackArgs& a, C* z, C z_y, int64_t t, C most, T* grad) {
+    const C z_t = z[t];
+    z[t] = -kInf<C>;
+    const C base = finite_base(z_t < most ? most : largest(z, a.classes));
+    const C sum = exp_below(z, a.classes, base);
+    const OthersLoss<C> loss(a.loss, a.unit, z_y, z_t, base, sum);
     store_multiple(z, grad, a.classes, loss.multiple);
-    grad[t.index] = narrow<T>(loss.at_t);
+    grad[t] = narrow<T>(loss.at_t);
     return loss.value;
   }
 
@@ -159,28 +155,35 @@ struct AttackLoop {
     return loss.value;
   }
 
-  // KL(q || p) and p - q. Where both are confident of one class their difference there is lost in
-  // rounding, so that entry is minus the sum of the others.
-  PYADV_HD static C divergence(const AttackArgs& a, Buffers<C>& room, T* grad) {
+  // KL(q || p) and p - q. Where both are confident of one class, rounding loses their difference
+  // there, so that entry is minus the sum of the others.
+  PYADV_HD static C divergence(const AttackArgs& a, Buffers<C>& room, C most, C most_natural,
+                               T* grad) {
     const int64_t n = a.classes;
     C *z = room[0], *u = room[1], *e_z = room[2], *e_u = room[3];
-    const Softmax<C> adversarial = softmax_of(z, e_z, n), natural = softmax_of(u, e_u, n);
-    const int64_t top = first_with(u, n, natural.base, int64_t{-1});
+    const Softmax<C> adversarial = softmax_of(z, e_z, n, most);
+    const Softmax<C> natural = softmax_of(u, e_u, n, most_natural);
+    const int64_t top = first_with(u, n, most_natural, int64_t{-1});
     PYADV_INDEPENDENT
     for (int64_t k = 0; k < n; ++k) {
       const KLTerm<C> term(natural, adversarial, u[k], z[k], e_u[k], e_z[k], false);
       z[k] = term.p - term.q;
       u[k] = term.q * term.log_ratio;
     }
+    const C value = sum_of(u, n);
+    if (!is_finite(value)) {
+      fill(grad, n, C(0));
+      return kInf<C>;
+    }
     z[top] = C(0);
     z[top] = -sum_of(z, n);
-    const C most = maximum(n, [z](int64_t k) { return C(std::fabs(z[k])); }, C(0));
-    store_multiple(z, grad, n, a.unit && most > C(0) ? C(1) / most : C(1));
-    return sum_of(u, n);
+    const C most_change = maximum(n, [z](int64_t k) { return C(std::fabs(z[k])); }, C(0));
+    store_multiple(z, grad, n, a.unit && most_change > C(0) ? C(1) / most_change : C(1));
+    return value;
   }
 };
 
-// "ce", "slm" and "ce_targeted" of few classes.
+// "ce", "slm" and "ce_targeted" for few classes.
 template <class T>
 struct AttackTiles {
   using C = compute_t<T>;
@@ -188,30 +191,31 @@ struct AttackTiles {
   PYADV_HD static void run(const AttackArgs* args, int64_t begin, int64_t end) {
     const AttackArgs& a = *args;
     constexpr int kRows = Tile<C>::kRows;
-    const AttackLoss kind = a.loss;  // outside the loop, which is not vectorised otherwise
+    const AttackLoss kind = a.loss;  // a load inside the loop would prevent its vectorisation
     const bool unit = a.unit;
     Tile<C> tile;
     typename Tile<C>::Index y[kRows], t[kRows];
-    bool known_y[kRows], known_t[kRows], best[kRows], finite[kRows];
-    C z_t[kRows], base[kRows], sum[kRows], value[kRows], multiple[kRows], at_t[kRows];
+    bool known_y[kRows], known_t[kRows], best[kRows], answered[kRows];
+    C z_y[kRows], z_t[kRows], base[kRows], sum[kRows], value[kRows], multiple[kRows], at_t[kRows];
     for (int64_t i = begin; i < end; i += kRows) {
       tile.template load<T>(a.logits, a.classes, i, end);
       tile.load_labels(a.y, y, known_y);
       tile.load_labels(is_targeted(a.loss) ? a.target : a.y, t, known_t);
-      tile.judge(y, best, finite);
+      tile.judge(y, z_y, best, answered);
       tile.take(t, z_t);
       tile.largest(base);
+      for (int r = 0; r < kRows; ++r) base[r] = finite_base(base[r]);
       tile.exp_below(base, sum);
       PYADV_INDEPENDENT
       for (int r = 0; r < kRows; ++r) {
-        const OthersLoss<C> loss(kind, unit, z_t[r], base[r], sum[r]);
+        const OthersLoss<C> loss(kind, unit, z_y[r], z_t[r], base[r], sum[r]);
         value[r] = loss.value, multiple[r] = loss.multiple, at_t[r] = loss.at_t;
       }
       tile.store(static_cast<T*>(a.grad), t, multiple, at_t);
       for (int r = 0; r < tile.count; ++r) {
-        const bool usable = known_y[r] && known_t[r] && finite[r];
+        a.correct[i + r] = known_y[r] && answered[r] && best[r];
+        const bool usable = known_y[r] && known_t[r] && answered[r];
         static_cast<C*>(a.value)[i + r] = usable ? value[r] : kNaN<C>;
-        a.correct[i + r] = usable && best[r];
         if (!usable) fill(static_cast<T*>(a.grad) + (i + r) * a.classes, a.classes, C(0));
       }
     }
@@ -223,8 +227,7 @@ PYADV_HD void write_value(const LossArgs& a, int64_t i, C value) {
   if (a.value != nullptr) static_cast<C*>(a.value)[i] = value;
 }
 
-// What the differentiable losses write for a row that is not computed: an ignored one, or one whose
-// label is no class.
+// Writes one value and one gradient over a whole row, where a differentiable loss computes none.
 template <class T, class C>
 PYADV_HD void write_row(const LossArgs& a, int64_t i, C value, C gradient) {
   write_value(a, i, value);
@@ -247,14 +250,13 @@ struct CrossEntropyLoop {
     const int64_t n = a.classes, y = a.y[i];
     if (a.ignores && y == a.ignored) return write_row<T>(a, i, C(0), C(0));
     if (!is_class(y, n)) return write_row<T>(a, i, kNaN<C>, C(0));
-    load(a.logits.row<T>(i), z, n);
-    const C z_y = z[y];
+    const C most = load_largest(a.logits.row<T>(i), z, n);
+    if (!is_finite(most)) return write_row<T>(a, i, kNaN<C>, kNaN<C>);
+    const C z_y = z[y], w = at(a.weight, i, C(1));
     z[y] = -kInf<C>;
-    const C others = largest(z, n);
-    if (!is_usable(z_y, others)) return write_row<T>(a, i, kNaN<C>, kNaN<C>);
-    const C base = finite_base(others), w = at(a.weight, i, C(1));
-    exp_below(z, n, base);
-    const OthersLoss<C> loss(AttackLoss::CE, false, z_y, base, sum_of(z, n));
+    const C base = finite_base(z_y < most ? most : largest(z, n));
+    const C sum = exp_below(z, n, base);
+    const OthersLoss<C> loss(AttackLoss::CE, false, z_y, z_y, base, sum);
     write_value(a, i, w * loss.value);
     if (a.grad == nullptr) return;
     const C scale = w * at(a.cotangent, i, C(1));
@@ -267,13 +269,17 @@ struct CrossEntropyLoop {
     const int64_t n = a.classes;
     C *z = room[0], *e = room[1];
     const C* y = static_cast<const C*>(a.soft) + i * n;
-    load(a.logits.row<T>(i), z, n);
-    const Softmax<C> softmax = softmax_of(z, e, n);
+    const C most = load_largest(a.logits.row<T>(i), z, n);
+    if (!is_finite(most)) return write_row<T>(a, i, kNaN<C>, kNaN<C>);
+    const Softmax<C> softmax = softmax_of(z, e, n, most);
     const C w = at(a.weight, i, C(1));
-    if (a.value != nullptr) {
-      const double total = sum<C>(n, [&](int64_t k) { return y[k] * softmax.log_p(z[k]); });
-      write_value(a, i, -w * static_cast<C>(total));
-    }
+    // A target of 0 adds nothing, also where its class is out of play.
+    const C total = static_cast<C>(sum<C>(n, [&](int64_t k) {
+      const C term = y[k] * softmax.log_p(z[k]);
+      return y[k] == C(0) ? C(0) : term;
+    }));
+    if (std::fabs(total) == kInf<C>) return write_row<T>(a, i, w * kInf<C>, C(0));
+    write_value(a, i, -w * total);
     if (a.grad == nullptr) return;
     const C scale = w * at(a.cotangent, i, C(1)), of_p = sum_of(y, n) * softmax.inverse_sum;
     T* grad = static_cast<T*>(a.grad) + i * n;
@@ -282,7 +288,7 @@ struct CrossEntropyLoop {
   }
 };
 
-// Hard labels, few classes.
+// Cross-entropy with hard labels, for few classes.
 template <class T>
 struct CrossEntropyTiles {
   using C = compute_t<T>;
@@ -292,7 +298,7 @@ struct CrossEntropyTiles {
     constexpr int kRows = Tile<C>::kRows;
     Tile<C> tile;
     typename Tile<C>::Index y[kRows];
-    bool known[kRows], usable[kRows];
+    bool known[kRows], answered[kRows];
     C z_y[kRows], base[kRows], sum[kRows], value[kRows], multiple[kRows], at_y[kRows];
     for (int64_t i = begin; i < end; i += kRows) {
       tile.template load<T>(a.logits, a.classes, i, end);
@@ -300,13 +306,13 @@ struct CrossEntropyTiles {
       tile.take(y, z_y);
       tile.largest(base);
       for (int r = 0; r < kRows; ++r) {
-        usable[r] = is_usable(z_y[r], base[r]);
+        answered[r] = is_finite(nan_max(z_y[r], base[r]));
         base[r] = finite_base(base[r]);
       }
       tile.exp_below(base, sum);
       PYADV_INDEPENDENT
       for (int r = 0; r < kRows; ++r) {
-        const OthersLoss<C> loss(AttackLoss::CE, false, z_y[r], base[r], sum[r]);
+        const OthersLoss<C> loss(AttackLoss::CE, false, z_y[r], z_y[r], base[r], sum[r]);
         value[r] = loss.value, multiple[r] = loss.multiple, at_y[r] = loss.at_t;
       }
       for (int r = 0; r < tile.count; ++r) {
@@ -320,7 +326,7 @@ struct CrossEntropyTiles {
           write_row<T>(a, i + r, C(0), C(0));
         else if (!known[r])
           write_row<T>(a, i + r, kNaN<C>, C(0));
-        else if (!usable[r])
+        else if (!answered[r])
           write_row<T>(a, i + r, kNaN<C>, kNaN<C>);
       }
     }
@@ -337,23 +343,26 @@ struct MartBCELoop {
     const int64_t n = a.classes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = a.y[i];
-      load(a.logits.row<T>(i), z, n);
       if (!is_class(y, n)) {
         write_row<T>(a, i, kNaN<C>, C(0));
         continue;
       }
-      const C z_y = z[y];
-      z[y] = -kInf<C>;
-      const C z_m = largest(z, n);
-      if (!is_usable(z_y, z_m)) {
+      const C most = load_largest(a.logits.row<T>(i), z, n);
+      if (!is_finite(most)) {
         write_row<T>(a, i, kNaN<C>, kNaN<C>);
         continue;
       }
+      const C z_y = z[y];
+      if (!in_play(z_y)) {
+        write_row<T>(a, i, kInf<C>, C(0));
+        continue;
+      }
+      z[y] = -kInf<C>;
+      const C z_m = z_y < most ? most : largest(z, n);
       const int64_t m = first_with(z, n, z_m, y);
       z[m] = -kInf<C>;
-      const C base = finite_base(nan_max(z_y, largest(z, n)));
-      exp_below(z, n, base);
-      const MartBCE<C> loss(a.exact, z_y, z_m, base, sum_of(z, n));
+      const C base = nan_max(z_y, largest(z, n));
+      const MartBCE<C> loss(a.exact, z_y, z_m, base, exp_below(z, n, base));
       write_value(a, i, loss.value);
       if (a.grad == nullptr) continue;
       const C scale = at(a.cotangent, i, C(1));
@@ -381,12 +390,21 @@ struct KLLoop {
         write_row<T>(a, i, kNaN<C>, C(0));
         continue;
       }
-      load(a.logits.row<T>(i), z, n);
-      load(a.natural.row<T>(i), u, n);
-      const Softmax<C> adversarial = softmax_of(z, e_z, n), natural = softmax_of(u, e_u, n);
+      const C most = load_largest(a.logits.row<T>(i), z, n);
+      const C most_natural = load_largest(a.natural.row<T>(i), u, n);
+      if (!is_finite(most) || !is_finite(most_natural)) {
+        write_row<T>(a, i, kNaN<C>, kNaN<C>);
+        continue;
+      }
+      const Softmax<C> adversarial = softmax_of(z, e_z, n, most);
+      const Softmax<C> natural = softmax_of(u, e_u, n, most_natural);
       double total[2];
       tiny ? sums<true>(n, natural, adversarial, z, u, e_z, e_u, total)
            : sums<false>(n, natural, adversarial, z, u, e_z, e_u, total);
+      if (!is_finite(static_cast<C>(total[0]))) {
+        write_row<T>(a, i, kInf<C>, C(0));
+        continue;
+      }
       const C e_y = e_u[y];
       e_u[y] = C(0);
       const C others = a.exact ? sum_of(e_u, n) * natural.inverse_sum : C(0);
@@ -441,17 +459,25 @@ struct SoftmaxLoop {
     C* v = (*room)[0];
     const int64_t n = a.classes;
     const C inverse = C(1) / static_cast<C>(a.temperature);
-    const C mean = a.center ? C(1) / static_cast<C>(n) : C(0);
     for (int64_t i = begin; i < end; ++i) {
-      load(a.logits.row<T>(i), v, n);
-      const C base = largest(v, n);
+      const T* row = a.logits.row<T>(i);
+      const C base = load_largest(row, v, n);
       PYADV_INDEPENDENT
       for (int64_t k = 0; k < n; ++k) v[k] = (v[k] - base) * inverse;
-      exp_below(v, n, C(0));
-      const C multiple = C(1) / sum_of(v, n);
+      const C multiple = C(1) / exp_below(v, n, C(0));
       T* out = static_cast<T*>(a.out) + i * n;
+      if (!a.center) {
+        store_multiple(v, out, n, multiple);
+        continue;
+      }
+      // Classes out of play keep the value 0, and the mean is over the others.
+      const auto counts = [row](int64_t k) { return C(widen(row[k]) != -kInf<C>); };
+      const C mean = C(1) / static_cast<C>(sum<C>(n, counts));
       PYADV_INDEPENDENT
-      for (int64_t k = 0; k < n; ++k) out[k] = narrow<T>(v[k] * multiple - mean);
+      for (int64_t k = 0; k < n; ++k) {
+        const C centred = v[k] * multiple - mean;
+        out[k] = narrow<T>(widen(row[k]) == -kInf<C> ? C(0) : centred);
+      }
     }
   }
 };
@@ -466,7 +492,7 @@ struct RowStatsLoop {
     const int64_t n = a.classes;
     for (int64_t i = begin; i < end; ++i) {
       RowStats<C> stats(a, i);
-      if (!load_finite(a.logits.row<T>(i), z, n)) {
+      if (!is_finite(load_largest(a.logits.row<T>(i), z, n))) {
         stats.write_unknown();
         continue;
       }
@@ -478,8 +504,8 @@ struct RowStatsLoop {
         continue;
       }
       const C z_y = z[y];
-      exp_below(z, n, top.at[0].value);
-      stats.write_margin(z_y, top.other_than(y), sum_of(z, n));
+      const C sum = exp_below(z, n, top.at[0].value);
+      stats.write_margin(z_y, top.other_than(y), sum);
     }
   }
 };
@@ -507,7 +533,7 @@ struct SquareSumLoop {
   }
 };
 
-// An AVX-512 clone for 32 and 64 bits alone: of four types, it takes long to compile.
+// Adds an AVX-512 clone for 32 and 64 bits only: clones for all four types take long to compile.
 template <class Loop, class T, class... Args>
 void run_float(Args... args) {
   if constexpr (sizeof(T) >= 4)
@@ -516,7 +542,7 @@ void run_float(Args... args) {
     run<Loop>(args...);
 }
 
-// Runs Loop<T> on the rows [begin, end) with `count` buffers for the classes of a row.
+// Runs Loop<T> on the rows [begin, end) with `count` buffers of one row each.
 template <template <class> class Loop, class Args>
 void run_rows(const Args& args, int64_t count, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto tag) {

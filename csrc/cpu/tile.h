@@ -1,6 +1,7 @@
-// Rows of few classes, kRows at a time and side by side, so that loops vectorise over the rows:
-// with ten classes that is several times as fast as over the classes. A row gets the same bits as
-// from the loops over single rows, whose sums of less than kLanes terms run in this order, too.
+// A tile holds kRows rows of few classes side by side, so that loops vectorise over the rows: with
+// ten classes that is several times as fast as vectorising over the classes. Results equal those of
+// the loops over single rows bit for bit, because sums of less than kLanes terms run in the same
+// order there.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +21,8 @@ struct Tile {
   using Index = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;  // as wide as C
 
   int n;               // classes
-  int count;           // rows that exist; the last one stands in for the others
-  int64_t first;       // the first of them
+  int count;           // existing rows; copies of the last one fill the tile
+  int64_t first;       // index of the first row
   C z[kLanes][kRows];  // logits, later exponentials
 
   template <class T>
@@ -36,7 +37,7 @@ struct Tile {
   }
   PYADV_HD int64_t row_of(int r) const { return first + std::min(r, count - 1); }
 
-  // index is 0 where a label is no class.
+  // Sets index to 0 where a label is no class.
   PYADV_HD void load_labels(const int64_t* labels, Index (&index)[kRows],
                             bool (&known)[kRows]) const {
     for (int r = 0; r < kRows; ++r) {
@@ -50,32 +51,34 @@ struct Tile {
     for (int r = 0; r < kRows; ++r) picked[r] = z[index[r]][r];
   }
 
-  // Whether the class of index is the first with the largest logit, and whether all are finite.
-  PYADV_HD void judge(const Index (&index)[kRows], bool (&best)[kRows],
-                      bool (&finite)[kRows]) const {
-    C own[kRows], size[kRows] = {};
+  // Picks the logit of class `index`; decides whether it is the first of the largest logits, and
+  // whether the row has an answer.
+  PYADV_HD void judge(const Index (&index)[kRows], C (&own)[kRows], bool (&best)[kRows],
+                      bool (&answered)[kRows]) const {
+    C most[kRows];
     Index beaten[kRows] = {};
     pick(index, own);
+    for (int r = 0; r < kRows; ++r) most[r] = -kInf<C>;
     for (int k = 0; k < n; ++k) {
       PYADV_INDEPENDENT
       for (int r = 0; r < kRows; ++r) {
-        size[r] = nan_max(size[r], C(std::fabs(z[k][r])));
+        most[r] = nan_max(most[r], z[k][r]);
         beaten[r] |= (z[k][r] > own[r]) | ((z[k][r] == own[r]) & (index[r] > k));
       }
     }
     for (int r = 0; r < kRows; ++r) {
       best[r] = !beaten[r];
-      finite[r] = is_finite(size[r]);
+      answered[r] = is_finite(most[r]);
     }
   }
 
-  // Takes the class of index out of each row, and gives its logit.
+  // Picks the logit of class `index` and sets it to -inf.
   PYADV_HD void take(const Index (&index)[kRows], C (&taken)[kRows]) {
     pick(index, taken);
     for (int r = 0; r < kRows; ++r) z[index[r]][r] = -kInf<C>;
   }
 
-  // The largest logit of each row; NaN if one is NaN.
+  // Finds the largest logit of each row; NaN if one is NaN.
   PYADV_HD void largest(C (&most)[kRows]) const {
     for (int r = 0; r < kRows; ++r) most[r] = -kInf<C>;
     for (int k = 0; k < n; ++k) {
@@ -84,7 +87,7 @@ struct Tile {
     }
   }
 
-  // z becomes exp(z - base), with the sum of each row.
+  // Replaces z by exp(z - base) and sums each row.
   PYADV_HD void exp_below(const C (&base)[kRows], C (&sum)[kRows]) {
     double total[kRows] = {};
     for (int k = 0; k < n; ++k) {
@@ -97,7 +100,7 @@ struct Tile {
     for (int r = 0; r < kRows; ++r) sum[r] = static_cast<C>(total[r]);
   }
 
-  // z times multiple, and at_index at index.
+  // Writes z times multiple, and at_index to class `index`.
   template <class T>
   PYADV_HD void store(T* out, const Index (&index)[kRows], const C (&multiple)[kRows],
                       const C (&at_index)[kRows]) const {

@@ -1,4 +1,5 @@
-// Losses: rows of logits, labels and weights in, values and gradients out; one launch per op.
+// Ops of the losses: they read tensors of logits, labels and weights, and allocate values and
+// gradients. Each op launches one kernel.
 #pragma once
 
 #include <string>
@@ -11,7 +12,7 @@ namespace pyadv {
 
 using OptionalInt = std::optional<int64_t>;
 
-constexpr int64_t kRowGrain = 8192;  // classes worth a thread, a few passes with exp over each
+constexpr int64_t kRowGrain = 8192;  // logits that are worth starting a thread
 
 inline int64_t row_grain(int64_t classes) {
   return std::max<int64_t>(1, kRowGrain / std::max<int64_t>(1, classes));
@@ -33,10 +34,11 @@ inline AttackLoss attack_loss_of(const std::string& name) {
   return AttackLoss::CE;
 }
 
-// Tensors as the kernels want them; keeps copies made on the way alive.
-class Rows {
+// Checks tensors and converts them to the form kernels read. Keeps converted copies alive.
+class LossTensors {
  public:
-  Rows(const char* op, const Tensor& logits) : op_(op), like_(logits), type_(dtype_of(op, logits)) {
+  LossTensors(const char* op, const Tensor& logits)
+      : op_(op), like_(logits), type_(dtype_of(op, logits)) {
     STD_TORCH_CHECK(logits.dim() == 2, op, ": logits must be two-dimensional");
   }
 
@@ -44,7 +46,7 @@ class Rows {
   int64_t count() const { return like_.size(0); }
   int64_t classes() const { return like_.size(1); }
 
-  // Rows may lie anywhere (also all in one place), the classes of a row must be adjacent.
+  // Rows may have any stride, also 0; the classes of a row must be adjacent.
   Logits logits(const Tensor& t) {
     check_like(op_, "logits", t, like_);
     const Tensor& dense =
@@ -55,12 +57,12 @@ class Rows {
     check_rows(t, ScalarType::Long);
     return keep(torch::stable::contiguous(t)).template const_data_ptr<int64_t>();
   }
-  // One value per row, of the compute type.
+  // One value per row, in the compute type.
   const void* values(const Tensor& t) {
     check_rows(t, t.scalar_type());
     return typed(t);
   }
-  // One value per logit, of the compute type.
+  // One value per logit, in the compute type.
   const void* soft_labels(const Tensor& t) {
     STD_TORCH_CHECK(same_shape(t, like_) && t.is_cuda() == like_.is_cuda(), op_,
                     ": soft labels must have the shape and device of the logits");
@@ -95,15 +97,15 @@ class Rows {
 };
 
 template <class Args>
-Args row_args(const Rows& rows) {
+Args row_args(const LossTensors& tensors) {
   Args args{};
-  args.dtype = rows.dtype();
-  args.rows = rows.count();
-  args.classes = rows.classes();
+  args.dtype = tensors.dtype();
+  args.rows = tensors.count();
+  args.classes = tensors.classes();
   return args;
 }
 
-// `kernel` is that of the device; nothing is launched for an empty batch.
+// Runs the kernel of the device. An empty batch launches nothing.
 template <class Kernel, class Args>
 void run_rows(Kernel kernel, const Args& args, const Tensor& on) {
   if (args.rows > 0) backend::Device(on).run(kernel, args, args.rows, row_grain(args.classes));
@@ -114,21 +116,21 @@ inline std::tuple<Tensor, Tensor, Tensor> attack_loss(const Tensor& logits, cons
                                                       const OptionalTensor& reference_logits,
                                                       const OptionalTensor& target,
                                                       const std::string& scale) {
-  Rows rows("attack_loss", logits);
-  Tensor value = rows.new_values(), grad = rows.new_gradient(),
-         correct = rows.new_rows(ScalarType::Bool);
-  AttackArgs args = row_args<AttackArgs>(rows);
+  LossTensors tensors("attack_loss", logits);
+  Tensor value = tensors.new_values(), grad = tensors.new_gradient(),
+         correct = tensors.new_rows(ScalarType::Bool);
+  AttackArgs args = row_args<AttackArgs>(tensors);
   args.loss = attack_loss_of(loss);
   args.unit = scale == "unit";
-  args.logits = rows.logits(logits);
-  args.y = rows.labels(y);
+  args.logits = tensors.logits(logits);
+  args.y = tensors.labels(y);
   if (args.loss == AttackLoss::KL) {
     STD_TORCH_CHECK(reference_logits.has_value(), "attack_loss: kl needs reference_logits");
-    args.natural = rows.logits(*reference_logits);
+    args.natural = tensors.logits(*reference_logits);
   }
   if (is_targeted(args.loss)) {
     STD_TORCH_CHECK(target.has_value(), "attack_loss: ", loss, " needs target");
-    args.target = rows.labels(*target);
+    args.target = tensors.labels(*target);
   }
   const int64_t least = args.loss == AttackLoss::DLRTargeted ? 4
                         : args.loss == AttackLoss::DLR       ? 3
@@ -141,60 +143,60 @@ inline std::tuple<Tensor, Tensor, Tensor> attack_loss(const Tensor& logits, cons
   return {value, grad, correct};
 }
 
-// Values, gradients, or both of a differentiable loss fill the same LossArgs; these add the ends.
+// These allocate the results of a differentiable loss: values, gradients, or both.
 template <class Kernel>
-Tensor loss_values(Kernel kernel, const Rows& rows, LossArgs args, const Tensor& on) {
-  Tensor value = rows.new_values();
+Tensor loss_values(Kernel kernel, const LossTensors& tensors, LossArgs args, const Tensor& on) {
+  Tensor value = tensors.new_values();
   args.value = value.mutable_data_ptr();
   run_rows(kernel, args, on);
   return value;
 }
 
 template <class Kernel>
-Tensor loss_gradient(Kernel kernel, Rows& rows, LossArgs args, const Tensor& cotangent,
+Tensor loss_gradient(Kernel kernel, LossTensors& tensors, LossArgs args, const Tensor& cotangent,
                      const Tensor& on) {
-  Tensor grad = rows.new_gradient();
-  args.cotangent = rows.values(cotangent);
+  Tensor grad = tensors.new_gradient();
+  args.cotangent = tensors.values(cotangent);
   args.grad = grad.mutable_data_ptr();
   run_rows(kernel, args, on);
   return grad;
 }
 
 template <class Kernel>
-std::tuple<Tensor, Tensor> loss_and_gradient(Kernel kernel, const Rows& rows, LossArgs args,
-                                             const Tensor& on) {
-  Tensor grad = rows.new_gradient();
+std::tuple<Tensor, Tensor> loss_and_gradient(Kernel kernel, const LossTensors& tensors,
+                                             LossArgs args, const Tensor& on) {
+  Tensor grad = tensors.new_gradient();
   args.grad = grad.mutable_data_ptr();
-  return {loss_values(kernel, rows, args, on), grad};
+  return {loss_values(kernel, tensors, args, on), grad};
 }
 
-// The same for two tensors of logits.
+// Variants for losses of two tensors of logits.
 template <class Kernel>
-std::tuple<Tensor, Tensor> loss_gradients(Kernel kernel, Rows& rows, LossArgs args,
+std::tuple<Tensor, Tensor> loss_gradients(Kernel kernel, LossTensors& tensors, LossArgs args,
                                           const Tensor& cotangent, const Tensor& on) {
-  Tensor grad_natural = rows.new_gradient();
+  Tensor grad_natural = tensors.new_gradient();
   args.grad_natural = grad_natural.mutable_data_ptr();
-  return {loss_gradient(kernel, rows, args, cotangent, on), grad_natural};
+  return {loss_gradient(kernel, tensors, args, cotangent, on), grad_natural};
 }
 
 template <class Kernel>
-std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(Kernel kernel, const Rows& rows,
+std::tuple<Tensor, Tensor, Tensor> loss_and_gradients(Kernel kernel, const LossTensors& tensors,
                                                       LossArgs args, const Tensor& on) {
-  Tensor grad_natural = rows.new_gradient();
+  Tensor grad_natural = tensors.new_gradient();
   args.grad_natural = grad_natural.mutable_data_ptr();
-  auto [value, grad] = loss_and_gradient(kernel, rows, args, on);
+  auto [value, grad] = loss_and_gradient(kernel, tensors, args, on);
   return {value, grad, grad_natural};
 }
 
-inline LossArgs cross_entropy_args(Rows& rows, const Tensor& logits, const Tensor& y,
+inline LossArgs cross_entropy_args(LossTensors& tensors, const Tensor& logits, const Tensor& y,
                                    const OptionalTensor& weight, const OptionalInt& ignore_index) {
-  LossArgs args = row_args<LossArgs>(rows);
-  args.logits = rows.logits(logits);
+  LossArgs args = row_args<LossArgs>(tensors);
+  args.logits = tensors.logits(logits);
   if (y.dim() == 2)
-    args.soft = rows.soft_labels(y);
+    args.soft = tensors.soft_labels(y);
   else
-    args.y = rows.labels(y);
-  if (weight.has_value()) args.weight = rows.values(*weight);
+    args.y = tensors.labels(y);
+  if (weight.has_value()) args.weight = tensors.values(*weight);
   args.ignores = ignore_index.has_value();
   args.ignored = ignore_index.value_or(0);
   return args;
@@ -203,55 +205,56 @@ inline LossArgs cross_entropy_args(Rows& rows, const Tensor& logits, const Tenso
 inline Tensor weighted_cross_entropy(const Tensor& logits, const Tensor& y,
                                      const OptionalTensor& weight,
                                      const OptionalInt& ignore_index) {
-  Rows rows("weighted_cross_entropy", logits);
-  return loss_values(backend::weighted_cross_entropy, rows,
-                     cross_entropy_args(rows, logits, y, weight, ignore_index), logits);
+  LossTensors tensors("weighted_cross_entropy", logits);
+  return loss_values(backend::weighted_cross_entropy, tensors,
+                     cross_entropy_args(tensors, logits, y, weight, ignore_index), logits);
 }
 
 inline Tensor weighted_cross_entropy_backward(const Tensor& grad, const Tensor& logits,
                                               const Tensor& y, const OptionalTensor& weight,
                                               const OptionalInt& ignore_index) {
-  Rows rows("weighted_cross_entropy", logits);
-  return loss_gradient(backend::weighted_cross_entropy, rows,
-                       cross_entropy_args(rows, logits, y, weight, ignore_index), grad, logits);
+  LossTensors tensors("weighted_cross_entropy", logits);
+  return loss_gradient(backend::weighted_cross_entropy, tensors,
+                       cross_entropy_args(tensors, logits, y, weight, ignore_index), grad, logits);
 }
 
 inline std::tuple<Tensor, Tensor> weighted_cross_entropy_and_gradient(
     const Tensor& logits, const Tensor& y, const OptionalTensor& weight,
     const OptionalInt& ignore_index) {
-  Rows rows("weighted_cross_entropy", logits);
-  return loss_and_gradient(backend::weighted_cross_entropy, rows,
-                           cross_entropy_args(rows, logits, y, weight, ignore_index), logits);
+  LossTensors tensors("weighted_cross_entropy", logits);
+  return loss_and_gradient(backend::weighted_cross_entropy, tensors,
+                           cross_entropy_args(tensors, logits, y, weight, ignore_index), logits);
 }
 
-inline LossArgs kl_args(Rows& rows, const Tensor& logits_adv, const Tensor& logits) {
-  LossArgs args = row_args<LossArgs>(rows);
-  args.logits = rows.logits(logits_adv);
-  args.natural = rows.logits(logits);
+inline LossArgs kl_args(LossTensors& tensors, const Tensor& logits_adv, const Tensor& logits) {
+  LossArgs args = row_args<LossArgs>(tensors);
+  args.logits = tensors.logits(logits_adv);
+  args.natural = tensors.logits(logits);
   return args;
 }
 
 inline Tensor trades_kl(const Tensor& logits_adv, const Tensor& logits) {
-  Rows rows("trades_kl", logits_adv);
-  return loss_values(backend::kl, rows, kl_args(rows, logits_adv, logits), logits_adv);
+  LossTensors tensors("trades_kl", logits_adv);
+  return loss_values(backend::kl, tensors, kl_args(tensors, logits_adv, logits), logits_adv);
 }
 
 inline std::tuple<Tensor, Tensor> trades_kl_backward(const Tensor& grad, const Tensor& logits_adv,
                                                      const Tensor& logits) {
-  Rows rows("trades_kl", logits_adv);
-  return loss_gradients(backend::kl, rows, kl_args(rows, logits_adv, logits), grad, logits_adv);
+  LossTensors tensors("trades_kl", logits_adv);
+  return loss_gradients(backend::kl, tensors, kl_args(tensors, logits_adv, logits), grad,
+                        logits_adv);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> trades_kl_and_gradient(const Tensor& logits_adv,
                                                                  const Tensor& logits) {
-  Rows rows("trades_kl", logits_adv);
-  return loss_and_gradients(backend::kl, rows, kl_args(rows, logits_adv, logits), logits_adv);
+  LossTensors tensors("trades_kl", logits_adv);
+  return loss_and_gradients(backend::kl, tensors, kl_args(tensors, logits_adv, logits), logits_adv);
 }
 
-inline LossArgs mart_kl_args(Rows& rows, const Tensor& logits_adv, const Tensor& logits,
+inline LossArgs mart_kl_args(LossTensors& tensors, const Tensor& logits_adv, const Tensor& logits,
                              const Tensor& y, bool exact, bool detach_weight) {
-  LossArgs args = kl_args(rows, logits_adv, logits);
-  args.y = rows.labels(y);
+  LossArgs args = kl_args(tensors, logits_adv, logits);
+  args.y = tensors.labels(y);
   args.exact = exact;
   args.detached = detach_weight;
   return args;
@@ -259,17 +262,18 @@ inline LossArgs mart_kl_args(Rows& rows, const Tensor& logits_adv, const Tensor&
 
 inline Tensor mart_kl(const Tensor& logits_adv, const Tensor& logits, const Tensor& y, bool exact,
                       bool detach_weight) {
-  Rows rows("mart_kl", logits_adv);
-  return loss_values(backend::kl, rows,
-                     mart_kl_args(rows, logits_adv, logits, y, exact, detach_weight), logits_adv);
+  LossTensors tensors("mart_kl", logits_adv);
+  return loss_values(backend::kl, tensors,
+                     mart_kl_args(tensors, logits_adv, logits, y, exact, detach_weight),
+                     logits_adv);
 }
 
 inline std::tuple<Tensor, Tensor> mart_kl_backward(const Tensor& grad, const Tensor& logits_adv,
                                                    const Tensor& logits, const Tensor& y,
                                                    bool exact, bool detach_weight) {
-  Rows rows("mart_kl", logits_adv);
-  return loss_gradients(backend::kl, rows,
-                        mart_kl_args(rows, logits_adv, logits, y, exact, detach_weight), grad,
+  LossTensors tensors("mart_kl", logits_adv);
+  return loss_gradients(backend::kl, tensors,
+                        mart_kl_args(tensors, logits_adv, logits, y, exact, detach_weight), grad,
                         logits_adv);
 }
 
@@ -277,45 +281,46 @@ inline std::tuple<Tensor, Tensor, Tensor> mart_kl_and_gradient(const Tensor& log
                                                                const Tensor& logits,
                                                                const Tensor& y, bool exact,
                                                                bool detach_weight) {
-  Rows rows("mart_kl", logits_adv);
-  return loss_and_gradients(backend::kl, rows,
-                            mart_kl_args(rows, logits_adv, logits, y, exact, detach_weight),
+  LossTensors tensors("mart_kl", logits_adv);
+  return loss_and_gradients(backend::kl, tensors,
+                            mart_kl_args(tensors, logits_adv, logits, y, exact, detach_weight),
                             logits_adv);
 }
 
-inline LossArgs mart_bce_args(Rows& rows, const Tensor& logits_adv, const Tensor& y, bool exact) {
-  LossArgs args = row_args<LossArgs>(rows);
-  args.logits = rows.logits(logits_adv);
-  args.y = rows.labels(y);
+inline LossArgs mart_bce_args(LossTensors& tensors, const Tensor& logits_adv, const Tensor& y,
+                              bool exact) {
+  LossArgs args = row_args<LossArgs>(tensors);
+  args.logits = tensors.logits(logits_adv);
+  args.y = tensors.labels(y);
   args.exact = exact;
   return args;
 }
 
 inline Tensor mart_bce(const Tensor& logits_adv, const Tensor& y, bool exact) {
-  Rows rows("mart_bce", logits_adv);
-  return loss_values(backend::mart_bce, rows, mart_bce_args(rows, logits_adv, y, exact),
+  LossTensors tensors("mart_bce", logits_adv);
+  return loss_values(backend::mart_bce, tensors, mart_bce_args(tensors, logits_adv, y, exact),
                      logits_adv);
 }
 
 inline Tensor mart_bce_backward(const Tensor& grad, const Tensor& logits_adv, const Tensor& y,
                                 bool exact) {
-  Rows rows("mart_bce", logits_adv);
-  return loss_gradient(backend::mart_bce, rows, mart_bce_args(rows, logits_adv, y, exact), grad,
-                       logits_adv);
+  LossTensors tensors("mart_bce", logits_adv);
+  return loss_gradient(backend::mart_bce, tensors, mart_bce_args(tensors, logits_adv, y, exact),
+                       grad, logits_adv);
 }
 
 inline std::tuple<Tensor, Tensor> mart_bce_and_gradient(const Tensor& logits_adv, const Tensor& y,
                                                         bool exact) {
-  Rows rows("mart_bce", logits_adv);
-  return loss_and_gradient(backend::mart_bce, rows, mart_bce_args(rows, logits_adv, y, exact),
+  LossTensors tensors("mart_bce", logits_adv);
+  return loss_and_gradient(backend::mart_bce, tensors, mart_bce_args(tensors, logits_adv, y, exact),
                            logits_adv);
 }
 
 inline Tensor softmax_cotangent(const Tensor& logits, double temperature, bool center) {
-  Rows rows("softmax_cotangent", logits);
-  Tensor out = rows.new_gradient();
-  SoftmaxArgs args = row_args<SoftmaxArgs>(rows);
-  args.logits = rows.logits(logits);
+  LossTensors tensors("softmax_cotangent", logits);
+  Tensor out = tensors.new_gradient();
+  SoftmaxArgs args = row_args<SoftmaxArgs>(tensors);
+  args.logits = tensors.logits(logits);
   args.temperature = temperature;
   args.center = center;
   args.out = out.mutable_data_ptr();
@@ -325,14 +330,15 @@ inline Tensor softmax_cotangent(const Tensor& logits, double temperature, bool c
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits,
                                                                     const Tensor& y) {
-  Rows rows("row_stats", logits);
-  STD_TORCH_CHECK(rows.classes() >= 2, "row_stats: needs at least 2 classes");
-  Tensor runner_up = rows.new_rows(ScalarType::Long), margin = rows.new_values(),
-         prob_margin = rows.new_values(), top = rows.new_rows(compute_type(rows.dtype()), 4),
-         top_index = rows.new_rows(ScalarType::Long, 4);
-  RowStatsArgs args = row_args<RowStatsArgs>(rows);
-  args.logits = rows.logits(logits);
-  args.y = rows.labels(y);
+  LossTensors tensors("row_stats", logits);
+  STD_TORCH_CHECK(tensors.classes() >= 2, "row_stats: needs at least 2 classes");
+  Tensor runner_up = tensors.new_rows(ScalarType::Long), margin = tensors.new_values(),
+         prob_margin = tensors.new_values(),
+         top = tensors.new_rows(compute_type(tensors.dtype()), 4),
+         top_index = tensors.new_rows(ScalarType::Long, 4);
+  RowStatsArgs args = row_args<RowStatsArgs>(tensors);
+  args.logits = tensors.logits(logits);
+  args.y = tensors.labels(y);
   args.runner_up = runner_up.mutable_data_ptr<int64_t>();
   args.margin = margin.mutable_data_ptr();
   args.prob_margin = prob_margin.mutable_data_ptr();

@@ -82,6 +82,7 @@ class GradientAttack:
         graph: bool | str = False,
     ):
         s = settings
+        checks.flag("update_stats", s.update_stats)
         for name in s.sizes:
             checks.size(name, getattr(s, name))
         checks.box(s.norm, s.eps, s.lo, s.hi)
@@ -97,7 +98,7 @@ class GradientAttack:
         self.model = model
         self.settings = settings
         self.restarts = checks.count("restarts", restarts, 1)
-        self.seed = seed
+        self.seed = None if seed is None else checks.seed(seed)
         self.graphs = Graphs(graph)
         self.draw = 0
 
@@ -249,6 +250,7 @@ class GradientAttack:
         if draw is None:
             draw = self.draw
             self.draw += 1
+        draw = checks.integer("draw", draw)
         if ids is None:
             ids = ops.row_hash(x) if self._draws_noise else torch.zeros_like(y)
         seed = torch.initial_seed() if self.seed is None else self.seed

@@ -1,8 +1,9 @@
-"""What an attack refuses, before any work is lost: each rule and its message once."""
+"""Checks of an attack's arguments, made before any work is lost."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyadv.ops.arguments import check_floating, parameter
+from pyadv.reference.losses import has_answer
 
 _NORMS = {
     "linf": "Linf",
@@ -24,10 +26,11 @@ _NORMS = {
     "0": "L0",
     "0.0": "L0",
 }
-_TOLERANCE = 1e-5  # of the box: pixels that float arithmetic put just outside are not refused
+_TOLERANCE = 1e-5  # accepts pixels that rounding has put just outside the box
 
 
 def canonical_norm(norm: str | float, known: tuple[str, ...] = ("Linf", "L2", "L1")) -> str:
+    """Return the name of a norm given by name or number. Raise ValueError if it is not known."""
     name = _NORMS.get(str(norm).lower())
     if name not in known:
         *others, last = known
@@ -37,24 +40,48 @@ def canonical_norm(norm: str | float, known: tuple[str, ...] = ("Linf", "L2", "L
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    """Raise ValueError if the value is none of the choices."""
+    if isinstance(value, Tensor) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
+def flag(name: str, value: bool) -> None:
+    """Raise TypeError if the value is not True or False: the string "False" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def integer(name: str, value: int) -> int:
+    """Return an integral value as an int. Raise TypeError for other types and for bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def seed(value: int) -> int:
+    """Return the seed as an int. Raise an error if it is no integer in [-2^63, 2^64)."""
+    seed = integer("seed", value)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {value!r}")
+    return seed
+
+
 def count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Return the value as an int. Raise ValueError if it is no integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return value
+    return int(value)
 
 
 def share(name: str, value: float) -> None:
+    """Raise ValueError if the value is not in (0, 1)."""
     if not 0 < value < 1:
         raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
 
 
 def size(name: str, value: float | Tensor) -> None:
-    """A radius, a step size, a standard deviation: a finite number >= 0; tensors when they are
-    used."""
+    """Raise an error if a radius, step size or standard deviation is no finite number >= 0. Tensors
+    are checked when they are used."""
     if isinstance(value, Tensor):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -64,8 +91,8 @@ def size(name: str, value: float | Tensor) -> None:
 
 
 def box(norm: str, eps: float | Tensor, lo: Any, hi: Any) -> None:
-    """Of numbers: lo below hi, and no Linf ball that the box lies in however it is placed; 8 for
-    8/255 would go unseen."""
+    """Raise an error if numbers lo and hi are in the wrong order, or if a Linf ball covers the box
+    from every point of it: that catches eps = 8 where 8/255 was meant."""
     for name, value in (("lo", lo), ("hi", hi)):
         if not isinstance(value, (int, float, Tensor, type(None))):
             raise TypeError(f"{name} must be a float, a Tensor or None, got {type(value).__name__}")
@@ -80,7 +107,7 @@ def box(norm: str, eps: float | Tensor, lo: Any, hi: Any) -> None:
 
 
 def batch(x: Tensor, y: Tensor, ids: Tensor | None) -> None:
-    """Shapes and dtypes, at every call."""
+    """Raise an error if x, y and ids do not fit together in shape, dtype and device."""
     check_floating("attack", x=x)
     if x.dim() == 0:
         raise ValueError("attack: x must have a batch dimension, got a 0-dim tensor")
@@ -100,14 +127,15 @@ def batch(x: Tensor, y: Tensor, ids: Tensor | None) -> None:
 
 
 def parameters(x: Tensor, given: dict[str, Any]) -> None:
-    """Tensor parameters fit x, by the rule of the ops."""
+    """Raise an error if a tensor parameter does not fit x by the rules of the ops."""
     for name, value in given.items():
         if isinstance(value, Tensor):
             parameter("attack", name, value, x)
 
 
 def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> None:
-    """Values of tensors, once per attack: this reads the device."""
+    """Raise an error if sizes are negative or x has values that are not finite or outside the box.
+    This reads tensor values, so a GPU has to finish its work first."""
     if x.numel() == 0:
         return
     for name, value in sizes.items():
@@ -128,7 +156,8 @@ def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> Non
 
 
 def logits(z: Tensor, y: Tensor) -> None:
-    """The first logits of an attack, with their labels."""
+    """Raise an error if the first logits of an attack do not fit the labels, or if a row has no
+    answer: NaN, +inf, or all -inf. A class at -inf is only out of play."""
     if z.shape[0] != y.shape[0]:
         raise ValueError(
             f"attack: the model returned {z.shape[0]} rows of logits for {y.shape[0]} samples"
@@ -141,18 +170,23 @@ def logits(z: Tensor, y: Tensor) -> None:
             f"attack: y must hold labels 0..{z.shape[1] - 1} (the model has {z.shape[1]} classes), "
             f"got values from {low} to {high}"
         )
-    if bool(z.isnan().any()):
-        raise ValueError("attack: the model returned NaN logits on its first forward pass")
+    bad = int((~has_answer(z)).sum())
+    if bad:
+        raise ValueError(
+            "attack: the model's logits must have no NaN, no +inf and one class above -inf, but "
+            f"{bad} of {len(y)} samples break this on the first forward pass"
+        )
 
 
 def are_probabilities(z: Tensor) -> Tensor:
-    """(B,) bool: outputs (B, C) that look like a softmax's; its sum ends far nearer to 1 than the
-    square root of the dtype's precision."""
+    """Return (B,) bool: whether a row of outputs (B, C) is nonnegative and sums to 1, as a softmax
+    does, up to the square root of the dtype's precision."""
     rounding = math.sqrt(torch.finfo(z.dtype).eps)
     return (z >= 0).all(1) & ((z.float().sum(1) - 1).abs() <= rounding)
 
 
 def warn_of_probabilities(z: Tensor) -> None:
+    """Warn if all outputs look like probabilities."""
     if z.shape[0] and z.shape[1] > 1 and bool(are_probabilities(z).all()):
         warnings.warn(
             "the model seems to return probabilities; attacks need the logits, before the softmax, "
@@ -162,7 +196,8 @@ def warn_of_probabilities(z: Tensor) -> None:
 
 
 def _beyond(bound: float | Tensor | None, x: Tensor, extreme: float, side: int) -> float:
-    """By how much x goes beyond a bound, above (side 1) or below (-1), where it goes farthest."""
+    """Return by how much x exceeds an upper bound (side 1) or falls below a lower bound (side -1)
+    at most."""
     if bound is None:
         return 0.0
     if not isinstance(bound, Tensor):

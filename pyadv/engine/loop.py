@@ -26,6 +26,7 @@ from pyadv.engine.state import Best, State
 from pyadv.engine.task import Settings, Task
 from pyadv.ops.geometry import unchecked_track
 from pyadv.passes.borrow import borrowed, gradients_on, owned, pick_logits, unwrap
+from pyadv.reference.losses import has_answer
 from pyadv.tensors import per_row
 
 
@@ -58,7 +59,8 @@ def judge(task: Task, found: Perturbed) -> AttackResult:
         loss, _, correct = s.loss.at(logits, owned(task.y), reference, task.target)
     taken = {f.name: getattr(found, f.name) for f in fields(Perturbed)}
     taken["queries"] = found.queries + 1
-    return AttackResult(logits=logits, correct=correct, loss=loss, **taken)
+    non_finite = ~has_answer(logits)
+    return AttackResult(logits=logits, correct=correct, loss=loss, non_finite=non_finite, **taken)
 
 
 def check_values(x: Tensor, s: Settings) -> None:

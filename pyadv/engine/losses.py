@@ -1,5 +1,5 @@
-"""From logits to what the engine needs of them: loss rows, the gradient that enters the network,
-and which rows are still classified as y."""
+"""Attack losses: loss values, the gradient that enters the network, and which samples are still
+classified as y."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyadv import ops, reference
+from pyadv.engine import checks
+from pyadv.reference.losses import has_answer, is_correct
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -18,12 +20,14 @@ FUSED = ("ce", "margin", "dlr", "kl", "slm")
 
 
 def check(loss: str | LossFunction) -> str | LossFunction:
+    """Return the loss. Raise ValueError if it is neither a callable nor a known name."""
     if not callable(loss) and loss not in FUSED:
         raise ValueError(f"loss must be one of {', '.join(FUSED)} or a callable, got {loss!r}")
     return loss
 
 
 def check_classes(logits: Tensor) -> None:
+    """Raise ValueError if the model has fewer than two classes."""
     if logits.shape[1] < 2:
         raise ValueError(
             f"the attack needs a model with two classes or more, got {logits.shape[1]}"
@@ -31,25 +35,29 @@ def check_classes(logits: Tensor) -> None:
 
 
 def ranked_targets(logits: Tensor, y: Tensor, n: int) -> Tensor:
-    """(T, B): the classes other than y that the logits rank highest; T is n, or all there are."""
+    """Return (T, B): the T classes other than y with the highest logits, T = min(n, C - 1)."""
     classes = logits.shape[1]
-    known = y.clamp(0, classes - 1)  # the engine refuses other labels
-    others = logits.scatter(1, known[:, None], -torch.inf)
-    return others.topk(min(n, classes - 1), dim=1).indices.T
+    known = y.clamp(0, classes - 1)  # `checks.logits` refuses other labels
+    # y is left out of the ranking: at -inf it would tie with the classes that are out of play.
+    k = torch.arange(classes - 1, device=y.device)
+    others = k + (k >= known[:, None])
+    best = logits.gather(1, others).topk(min(n, classes - 1), dim=1).indices
+    return others.gather(1, best).T
 
 
 @dataclass(frozen=True)
 class Loss:
-    """loss (B,), maximised by the attack. A targeted attack lowers the loss of its target, which is
-    y; "dlr_targeted" and "margin_targeted" lead away from y, to a target of their own."""
+    """The loss that an attack maximises. With `targeted`, y is the target and the attack lowers its
+    loss. "dlr_targeted" and "margin_targeted" lead away from y to a separate target."""
 
     loss: str | LossFunction
     targeted: bool
     grad_mode: str
     scale: str
-    confidence: float = 0.0  # what the loss must reach for a row to count as fooled
+    confidence: float = 0.0  # the loss at which a sample counts as fooled
 
     def __post_init__(self) -> None:
+        checks.flag("targeted", self.targeted)
         if self.grad_mode not in ("fused", "autograd"):
             raise ValueError(f"grad_mode must be fused or autograd, got {self.grad_mode!r}")
 
@@ -68,40 +76,54 @@ class Loss:
         reference_logits: Tensor | None,
         target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss (B,), gradient (B, C), still (B,) bool): the rows the attack has not fooled yet."""
+        """Return loss (B,), its gradient (B, C), and (B,) bool: the samples not fooled yet."""
         if self.by_autograd:
-            rows, grad, correct = self._differentiate(logits, y, reference_logits, target)
+            values, grad, correct = self._differentiate(logits, y, reference_logits, target)
         else:
-            rows, grad, correct = ops.attack_loss(
+            values, grad, correct = ops.attack_loss(
                 logits.detach(), y, self.loss, reference_logits, target, scale=self.scale
             )
         if self.targeted:
-            rows, grad, correct = -rows, -grad, ~correct
-        return rows, grad, correct | (rows < self.confidence) if self.confidence else correct
+            values, grad, correct = -values, -grad, ~correct
+        return values, grad, correct | (values < self.confidence) if self.confidence else correct
 
     def _differentiate(
         self, logits: Tensor, y: Tensor, reference_logits: Tensor | None, target: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
-            rows = self._rows(leaf, y, reference_logits, target)
-            if not isinstance(rows, Tensor) or rows.shape != y.shape:
-                got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            values = self._values(leaf, y, reference_logits, target)
+            if not isinstance(values, Tensor) or values.shape != y.shape:
+                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(
                     f"loss must return one value per sample, shape [{y.shape[0]}], got {got}; "
                     "a mean would make a sample's gradient depend on its batch"
                 )
-            (grad,) = torch.autograd.grad(rows.sum(), leaf)
-        return rows.detach(), grad, logits.detach().argmax(1) == y
+            (grad,) = torch.autograd.grad(values.sum(), leaf)
+        return self._as_the_op(logits.detach(), y, values.detach(), grad)
 
-    def _rows(
+    @staticmethod
+    def _as_the_op(
+        logits: Tensor, y: Tensor, values: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the rules of `ops.attack_loss` for infinite logits: without an answer the loss is
+        NaN, and where the loss is not finite or the label is out of play the gradient is 0."""
+        values = values.where(has_answer(logits), torch.nan)
+        label = y.clamp(0, logits.shape[1] - 1)  # `checks.logits` refuses other labels
+        in_play = logits.gather(1, label[:, None])[:, 0] > -torch.inf
+        moves = values.isfinite() & in_play
+        return values, grad.where(moves[:, None], 0.0), is_correct(logits, y)
+
+    def _values(
         self, logits: Tensor, y: Tensor, reference_logits: Tensor | None, target: Tensor | None
     ) -> Tensor:
         if callable(self.loss):
             return self.loss(logits, y)
-        if self.loss == "ce":  # as the official codes write it, rounding of 1 - p_y included
+        if self.loss == "ce":  # as the official codes write it, including the rounding of 1 - p_y
             return F.cross_entropy(logits, y, reduction="none")
         if self.loss == "kl":
             q = reference_logits.softmax(1)
-            return F.kl_div(logits.log_softmax(1), q, reduction="none").sum(1)
+            # A class without probability adds 0 to the divergence, also where log p is -inf.
+            log_p = logits.log_softmax(1).masked_fill(q == 0, 0.0)
+            return F.kl_div(log_p, q, reduction="none").sum(1)
         return reference.attack_loss_value(logits, y, self.loss, target=target)

@@ -1,3 +1,5 @@
+"""Results of attacks."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,10 +9,16 @@ from torch import Tensor
 
 @dataclass
 class Perturbed:
-    """What the steps of an attack leave behind: `x_adv` with, for each sample, the geometry value
-    `kappa` (how many iterates, start included, were still classified correctly), the number of
-    `steps` taken, of `queries` (forward passes) and of `gradients` (backward passes); the last four
-    (B,) int64."""
+    """The result of an attack's steps, without a verdict.
+
+    Attributes:
+        x_adv: (B, ...) adversarial examples.
+        kappa: (B,) int64 geometry values: how many iterates, start included, the model still
+            classified correctly.
+        steps: (B,) int64, steps taken.
+        queries: (B,) int64, forward passes.
+        gradients: (B,) int64, backward passes.
+    """
 
     x_adv: Tensor
     kappa: Tensor
@@ -21,12 +29,16 @@ class Perturbed:
 
 @dataclass
 class AttackResult:
-    """An attack and how it ended.
+    """An attack's result with the model's verdict on it.
 
-    `logits` (B, C), `correct` (B,) bool and `loss` (B,) are those of `x_adv` itself: one forward
-    pass more than the attack needs. `correct` is always "classified as y" and, for a targeted
-    attack, "not yet classified as the target"; `loss` is what the attack maximised. `kappa`,
-    `steps`, `queries` and `gradients` as in `Perturbed`, this last forward pass included.
+    Attributes:
+        x_adv: (B, ...) adversarial examples.
+        logits: (B, C), the logits of `x_adv`, for which `run` makes one more forward pass.
+        correct: (B,) bool, classified as y; for a targeted attack, not classified as the target.
+        loss: (B,), the loss of `x_adv` that the attack maximised.
+        kappa, steps, queries, gradients: as in `Perturbed`, including that last forward pass.
+        non_finite: (B,) bool, the logits of `x_adv` have NaN or +inf, or are all -inf, so that the
+            model gives no answer. Such a sample counts as misclassified.
     """
 
     x_adv: Tensor
@@ -37,20 +49,23 @@ class AttackResult:
     steps: Tensor
     queries: Tensor
     gradients: Tensor
+    non_finite: Tensor
 
     @property
     def robust_accuracy(self) -> float:
-        """The share of samples that the attack did not break."""
+        """Share of the samples that the attack did not break."""
         return self.correct.float().mean().item()
 
 
 @dataclass
 class MinimumNormResult(AttackResult):
-    """An attack that looks for the nearest point that fools the model.
+    """The result of an attack that searches for the nearest point that fools the model.
 
-    `distances` (B,) from x to x_adv in the attack's norm: 0 where x itself is not classified as y,
-    inf where no point was found. `correct` is False where a point was found, within eps if the
-    attack has one.
+    `correct` is False where a point was found, within eps if the attack has one.
+
+    Attributes:
+        distances: (B,), from x to x_adv in the attack's norm: 0 where x itself is not classified as
+            y, inf where no point was found.
     """
 
     distances: Tensor

@@ -1,8 +1,8 @@
-"""Where an attack begins.
+"""First iterates of attacks, and the noise they draw.
 
-Keyed noise is a function of (seed, draw, sample id, restart, step) and of nothing else, so that an
-adversarial example does not depend on the batch its sample came in, and torch's generator is left
-alone. "uniform" and "normal_small" draw from that generator, as the official codes do.
+Keyed noise depends on (seed, draw, sample id, restart, step) alone. An adversarial example
+therefore does not depend on the batch its sample came in, and torch's generator keeps its state.
+"uniform" and "normal_small" draw from that generator, as the official codes do.
 """
 
 from __future__ import annotations
@@ -19,53 +19,64 @@ from pyadv.tensors import parameter, per_row, widen
 PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
 
 STARTS = ("keyed", "uniform", "normal_small", "none")
-SPHERE_STARTS = ("keyed", "generator", "none")  # of APGD
+SPHERE_STARTS = ("keyed", "generator", "none")  # for APGD
 Start = str | Callable[[Tensor], Tensor]
 SMALL = 0.001  # standard deviation of "normal_small", in units of x (TRADES, MART, MAIL)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that draws 0, 1, 2, ... give 2^64 different keys
 _KINDS = 4
+_LARGEST = 1 - 2**-24  # the largest float32 below 1
 
 
 def _signed(word: int) -> int:
-    """A 64-bit word as the int64 with the same bits."""
+    """Return the int64 with the bits of a 64-bit word."""
     word %= 2**64
     return word - 2**64 if word >= 2**63 else word
 
 
 @dataclass
 class Noise:
-    """Keyed noise for one call of an attack: `kind` tells apart what is drawn at the same step."""
+    """The keyed noise of one call of an attack. `kind` separates draws made at the same step."""
 
     ids: Tensor
-    key: int | Tensor  # of this call: an int64, or such a tensor on the device
+    key: int | Tensor  # 64 bits that belong to this call: an int or a 0-dim int64 tensor
 
     @classmethod
     def of(cls, ids: Tensor, seed: int, draw: int) -> Noise:
-        return cls(ids, _signed(seed + draw * _GOLDEN))
+        """Return the noise of draw number `draw`."""
+        return cls(ids, _signed(int(seed) + int(draw) * _GOLDEN))
 
     def restarted(self, n: int) -> Noise:
-        """For a batch repeated n times: restart r of sample i has an id of its own, r = 0 the
-        old."""
+        """Return the noise of a batch repeated n times. Restart 0 of a sample keeps its id; every
+        other restart gets a new one."""
         shifts = torch.arange(n, device=self.ids.device) * _signed(_GOLDEN)  # wraps, as ids may
         return replace(self, ids=(self.ids + shifts[:, None]).flatten())
 
     def uniform(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
-        """In [0, 1)."""
+        """Return uniform noise in [0, 1)."""
         return ops.keyed_uniform(like, self.ids, self.key, step * _KINDS + kind)
 
     def normal(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
+        """Return standard normal noise."""
         return ops.keyed_normal(like, self.ids, self.key, step * _KINDS + kind)
 
 
 class GeneratorNoise:
-    """The same draws from torch's own generator."""
+    """Noise with the interface of `Noise`, from torch's own generator."""
 
     def uniform(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
+        """Return uniform noise in [0, 1)."""
         return torch.rand_like(like)
 
     def normal(self, like: Tensor, step: int | Tensor = 0, kind: int = 0) -> Tensor:
+        """Return standard normal noise."""
         return torch.randn_like(like)
+
+
+def laplace(source: Noise | GeneratorNoise, like: Tensor) -> Tensor:
+    """Return standard Laplace noise in the shape and dtype of `like`. All values are finite."""
+    u = 2 * source.uniform(like) - 1  # in [-1, 1), and -1 would give infinity
+    return -torch.sign(u) * torch.log1p(-u.abs().clamp_max(_LARGEST))
 
 
 def start(
@@ -77,7 +88,7 @@ def start(
     hi: float | Tensor | None,
     noise: Noise,
 ) -> Tensor:
-    """The first iterate, a new tensor with the layout of x."""
+    """Return the first iterate, a new tensor with the layout of x."""
     if callable(kind):
         first = kind(x)
         if first.shape != x.shape:
@@ -99,13 +110,12 @@ def start(
         else:
             delta = (2 * source.uniform(wide) - 1) * radius
         return PROJECT[norm]((wide + delta).to(x.dtype), x, eps, lo, hi)
-    # Uniform in the ball: a direction, and a radius r with (r / eps)^n uniform.
+    # A point is uniform in the ball if (r / eps)^n is uniform, for its radius r in n dimensions.
     if norm == "L2":
         direction = source.normal(wide)
         length = _row_norm(direction, 2)
     else:
-        u = 2 * source.uniform(wide) - 1
-        direction = -torch.sign(u) * torch.log1p(-u.abs())  # Laplace
+        direction = laplace(source, wide)
         length = _row_norm(direction, 1)
     share = source.uniform(wide.flatten(1)[:, :1], kind=1) ** (1.0 / max(x[:1].numel(), 1))
     unit = direction / length.clamp_min(torch.finfo(length.dtype).tiny)
@@ -122,8 +132,8 @@ def start_on_sphere(
     hi: float | Tensor | None,
     noise: Noise,
 ) -> Tensor:
-    """The first iterate of APGD, on the border of the ball: a uniform point of the cube scaled up
-    to its faces (Linf), a normal direction (L2), a normal point projected (L1)."""
+    """Return the first iterate of APGD, on the border of the ball: a uniform point of the cube
+    scaled to its faces (Linf), a normal direction (L2), or a projected normal point (L1)."""
     if callable(kind) or kind == "none":
         return start(kind, norm, x, eps, lo, hi, noise)
     source = noise if kind == "keyed" else GeneratorNoise()

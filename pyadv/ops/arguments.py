@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -146,8 +147,10 @@ def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: in
         if not value.is_cpu:
             check_device(op, name, value, x)
         return value
-    if not isinstance(value, int):
+    # Tests int first: it is the usual case, and torch.compile need not trace an abstract class.
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(value).__name__}")
+    value = int(value)
     if not least <= value < end:
         raise ValueError(f"{op}: {name} must be in [{least}, {end}), got {value}")
     return _constant(_words, value - 2**64 if value >= 2**63 else value, torch.int64, x)

@@ -1,15 +1,21 @@
-"""Row-wise losses of logits: values and gradients in one pass over each row, never averaged.
+"""Losses of logits, one value per sample, never averaged. Values and gradients come from one pass
+over each row of logits.
 
-Logits are (B, C), float16, bfloat16, float32 or float64, of any memory layout; labels are (B,)
+Logits are (B, C), float16, bfloat16, float32 or float64, in any memory layout; labels are (B,)
 int64. Arithmetic and values are in float32 (float64 for float64); gradients have the dtype of the
 logits, rounded once. p = softmax(logits); m is the runner-up argmax_{j != y} z_j. Where classes
 tie, the first counts. A row whose label is no class (outside 0 .. C - 1) has the value NaN and a
 zero gradient.
+
+A logit of -inf takes its class out of play: the class has probability 0 and gradient 0, and is the
+runner-up only if no other class but y is left. A row has an answer if its largest logit is finite.
+Rows without an answer have a NaN or +inf, or no class in play, and their loss is NaN.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +33,7 @@ _LEAST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 
 def _values(logits: Tensor, *args: Any) -> Tensor:
-    """The fake of an op that gives one value per row."""
+    """Return the fake result of an op that gives one value per row."""
     return logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
 
 
@@ -48,9 +54,9 @@ def _results(count: int) -> str:
 
 
 def _in_one_pass(logits: Tensor) -> bool:
-    """Whether the gradient comes with the values, to be scaled in place by the backward pass. It
-    saves the exponentials, which a CPU spends its time on. A GPU would pay more for the traffic,
-    and 16 bits would be rounded before the scale that keeps small gradients from vanishing."""
+    """Return whether the forward pass computes the gradient too, which the backward pass scales in
+    place. On a CPU this saves computing the exponentials twice. A GPU would lose more time to
+    memory traffic, and 16-bit gradients would be rounded before they are scaled."""
     return logits.is_cpu and logits.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
 
 
@@ -72,12 +78,14 @@ def _differentiable(
     gradients: int,
     one_pass: bool = True,
 ) -> type[torch.autograd.Function]:
-    """Registers `schema`, its `_backward`, which takes the gradient of the values first and gives
-    those of the first `gradients` arguments, and with `one_pass` its `_and_gradient`, which gives
-    the values and their gradients.
+    """Register a differentiable op and return the autograd function that calls it.
 
-    A torch.autograd.Function calls them: it costs half of what the Python kernels of
-    torch.library.register_autograd do, which small batches would feel.
+    Besides `schema` this registers `<name>_backward`, which takes the gradient of the values and
+    returns the gradients of the first `gradients` arguments, and with `one_pass`
+    `<name>_and_gradient`, which returns the values and those gradients.
+
+    A torch.autograd.Function has half the overhead of torch.library.register_autograd, which
+    matters for small batches.
     """
     name, _, arguments = schema.partition("(")
     value = getattr(reference, name)
@@ -117,7 +125,7 @@ def _differentiable(
                 rows = grad.unsqueeze(1)
                 needed = ctx.needs_input_grad
                 grads = [g.mul_(rows) if n else None for g, n in zip(unit, needed, strict=False)]
-            else:  # a second pass over the graph, or one to be differentiated, which the op refuses
+            else:  # a second backward pass, or a differentiable one, which the op refuses
                 saved = iter(ctx.saved_tensors)
                 args = [next(saved) if c is None else c[0] for c in ctx.constants]
                 grads = _as_tuple(backward_op(grad, *args))
@@ -189,9 +197,9 @@ def attack_loss(
     target: Tensor | None = None,
     scale: str = "unit",
 ) -> AttackLoss:
-    """What one iteration of an attack needs of the logits: `(loss, grad_logits, correct)`.
+    """Return `(loss, grad_logits, correct)`, all that one iteration of an attack needs from logits.
 
-    The attack maximises `loss` by `torch.autograd.grad(logits, x_adv, grad_logits)`.
+    The attack maximises `loss` with `torch.autograd.grad(logits, x_adv, grad_logits)`.
 
     ================= ==================================================================
     loss              value of a row (sorted logits are z_(1) >= z_(2) >= ...)
@@ -207,29 +215,44 @@ def attack_loss(
     ================= ==================================================================
 
     y is always the true class. `margin_targeted` is the numerator of `dlr_targeted`, as in the
-    multi-targeted attack; the targeted margin of Carlini and Wagner, z_t - max_{j != t} z_j, is
+    multi-targeted attack. The targeted margin of Carlini and Wagner, z_t - max_{j != t} z_j, is
     minus "margin" with y = t.
+
+    Classes out of play (-inf) change a loss as follows. Where the loss is infinite, or the label is
+    out of play, the gradient is zero. A label out of play is never correct.
+
+    ================= ==================================================================
+    out of play       value
+    ================= ==================================================================
+    label y           +inf; "ce_targeted" and "kl" keep their own value
+    all but y         "ce" 0; "margin", "dlr", "slm" -inf
+    target t          -inf in the targeted losses, unless y is out of play too
+    all but t         "ce_targeted" 0
+    k, for p alone    "kl" +inf; a class that is out of play for q adds 0
+    z_(3), z_(4)      "dlr" and "dlr_targeted" are the margin: they divide by 1 when fewer
+                      than three (four) classes are in play
+    ================= ==================================================================
 
     Args:
         logits: (B, C).
         y: (B,) int64, the true classes.
         loss: a name of the table.
-        reference_logits: (B, C), the natural logits; for "kl" alone.
-        target: (B,) int64, the classes to reach; for the targeted losses alone.
+        reference_logits: (B, C), the natural logits; only for "kl".
+        target: (B,) int64, the classes to reach; only for the targeted losses.
         scale: "exact" gives the true gradient, with 1 - p_y as the sum of the other probabilities.
             "unit" multiplies each row by a positive number that keeps it from vanishing on
             confident rows: "ce" is softmax over the other classes minus the one-hot label (and
             "ce_targeted" its negative at the target); "kl", "dlr" and "dlr_targeted" are divided by
             their largest absolute entry (a zero row stays zero); "margin", "margin_targeted" and
-            "slm" are of that size already. It is right where each row depends on its own input and
-            one gradient is used.
+            "slm" have that size already. Use "unit" only where each row depends on its own input
+            and gradients are not averaged.
 
     Returns:
         loss: (B,), float32 (float64 for float64).
         grad_logits: (B, C), contiguous, in the dtype of the logits.
-        correct: (B,) bool, argmax == y.
-        None of them requires grad. A row with a label that is no class, or with a logit that is not
-        finite, has the loss NaN, a zero gradient, and is not correct.
+        correct: (B,) bool, whether the row has an answer and argmax == y.
+        None of them requires grad. The loss is NaN and the gradient zero where the logits or the
+        reference logits have no answer, or where the label or the target is no class.
 
     Raises:
         TypeError: logits not floating-point, labels not int64, reference_logits of another dtype.
@@ -264,7 +287,7 @@ def _check_taken(name: str, value: Tensor | None, loss: str, taken: bool) -> Non
 def weighted_cross_entropy(
     logits: Tensor, y: Tensor, weight: Tensor | None = None, ignore_index: int | None = None
 ) -> Tensor:
-    """weight * cross-entropy, (B,), differentiable once with respect to logits and weight.
+    """Return weight * cross-entropy, (B,), differentiable once with respect to logits and weight.
 
     Hard labels: -weight log p_y. Soft labels: -weight sum_k y_k log p_k.
 
@@ -275,8 +298,8 @@ def weighted_cross_entropy(
         ignore_index: rows with this label have value and gradient 0; for hard labels.
 
     Returns:
-        (B,), float32 (float64 for float64). A row with a NaN or an infinite logit is NaN in value
-        and gradient; a logit of -inf is a masked class.
+        (B,), float32 (float64 for float64). A row without an answer is NaN in value and gradient. A
+        label at -inf, or a soft label above 0 on a class at -inf, gives +inf and a zero gradient.
 
     Raises:
         TypeError: logits or weight not floating-point, y of another dtype.
@@ -319,8 +342,11 @@ def _check_soft_labels(op: str, y: Tensor, logits: Tensor, ignore_index: int | N
 
 
 def trades_kl(logits_adv: Tensor, logits: Tensor) -> Tensor:
-    """KL(q || p), q = softmax(logits), p = softmax(logits_adv): (B,), differentiable once with
-    respect to both.
+    """Return KL(q || p) with q = softmax(logits) and p = softmax(logits_adv), (B,), differentiable
+    once with respect to both.
+
+    A row without an answer is NaN in value and gradients. A class that is in play for q and at -inf
+    for p gives +inf and zero gradients.
 
     Args:
         logits_adv, logits: (B, C), of the same dtype.
@@ -337,15 +363,16 @@ def trades_kl(logits_adv: Tensor, logits: Tensor) -> Tensor:
 
 
 def mart_bce(logits_adv: Tensor, y: Tensor, exact: bool = False) -> Tensor:
-    """MART's boosted cross-entropy: (B,), differentiable once.
+    """Return MART's boosted cross-entropy, (B,), differentiable once.
 
-    -log p_y - log(1.0001 - p_m + 1e-12), as the official code has it; `exact=True` is the formula
-    of the paper, -log p_y - log(1 - p_m), with 1 - p_m as the sum of the other probabilities.
+    -log p_y - log(1.0001 - p_m + 1e-12), as in the official code; `exact=True` is the formula of
+    the paper, -log p_y - log(1 - p_m), with 1 - p_m as the sum of the other probabilities. A row
+    without an answer is NaN in value and gradient; a label at -inf gives +inf and a zero gradient.
 
     Args:
         logits_adv: (B, C), of the adversarial inputs.
         y: (B,) int64.
-        exact: whether the constants of the official code are left out.
+        exact: leave out the constants of the official code.
 
     Raises:
         TypeError: logits not floating-point, y not int64.
@@ -360,17 +387,18 @@ def mart_bce(logits_adv: Tensor, y: Tensor, exact: bool = False) -> Tensor:
 def mart_kl(
     logits_adv: Tensor, logits: Tensor, y: Tensor, exact: bool = False, detach_weight: bool = False
 ) -> Tensor:
-    """MART's weighted divergence: (B,), differentiable once with respect to both logits.
+    """Return MART's weighted divergence, (B,), differentiable once with respect to both logits.
 
-    (1.0000001 - q_y) sum_k q_k (log q_k - log(p_k + 1e-12)), as the official code has it;
-    `exact=True` is the formula of the paper, (1 - q_y) KL(q || p). q = softmax(logits),
-    p = softmax(logits_adv).
+    (1.0000001 - q_y) sum_k q_k (log q_k - log(p_k + 1e-12)), as in the official code; `exact=True`
+    is the formula of the paper, (1 - q_y) KL(q || p). q = softmax(logits), p = softmax(logits_adv).
+    A row without an answer is NaN in value and gradients. With `exact=True` a class that is in play
+    for q and at -inf for p gives +inf and zero gradients.
 
     Args:
         logits_adv, logits: (B, C), of the adversarial and the clean inputs, of the same dtype.
         y: (B,) int64.
-        exact: whether the constants of the official code are left out.
-        detach_weight: whether no gradient flows through 1 - q_y; it does in the official code.
+        exact: leave out the constants of the official code.
+        detach_weight: stop the gradient through 1 - q_y, which the official code lets pass.
 
     Raises:
         TypeError: logits not floating-point or of different dtypes, y not int64.
@@ -384,7 +412,8 @@ def mart_kl(
 
 
 def row_square_sum(g: Tensor) -> Tensor:
-    """Sum of squares of each row, (B,), float32 (float64 for float64): differentiable once.
+    """Return the sum of squares of each row, (B,), differentiable once. It is float32 (float64 for
+    float64).
 
     Args:
         g: (B, ...), any memory layout.
@@ -401,31 +430,34 @@ def row_square_sum(g: Tensor) -> Tensor:
 
 
 def softmax_cotangent(logits: Tensor, temperature: float, center: bool = False) -> Tensor:
-    """softmax(logits / temperature), (B, C), which never requires grad: the cotangent whose product
-    with the Jacobian is EMR's penalised gradient.
+    """Return softmax(logits / temperature), (B, C), without gradient. Its product with the Jacobian
+    is the gradient that EMR penalises.
 
     Args:
-        logits: (B, C).
+        logits: (B, C). A row without an answer gives NaN.
         temperature: > 0; small values approach the one-hot argmax, large ones the uniform mean.
-        center: subtract the mean over the classes, so that the cotangent sums to 0 and a shift that
-            all logits share is not penalised.
+        center: subtract the mean over the classes in play, so that the cotangent sums to 0 and a
+            shift that all logits share is not penalised.
 
     Raises:
-        TypeError: logits not floating-point.
+        TypeError: logits not floating-point, temperature not a float.
         ValueError: not [B, C], or temperature not > 0.
 
     Source: the regulariser for large-scale models of effective margin regularisation (EMR).
     """
     _check_logits("softmax_cotangent", "logits", logits, least=1)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, numbers.Real)):
+        got = type(temperature).__name__
+        raise TypeError(f"softmax_cotangent: temperature must be a float, got {got}")
     if not temperature > 0 or math.isinf(temperature):
         raise ValueError(
             f"softmax_cotangent: temperature must be a finite number > 0, got {temperature}"
         )
-    return _softmax_cotangent(logits, temperature, center)
+    return _softmax_cotangent(logits, float(temperature), center)
 
 
 def row_stats(logits: Tensor, y: Tensor) -> RowStats:
-    """Runner-up, margins and the four largest logits of each row, in one pass.
+    """Return runner-up, margins and the four largest logits of each row, in one pass.
 
     Args:
         logits: (B, C).
@@ -433,12 +465,13 @@ def row_stats(logits: Tensor, y: Tensor) -> RowStats:
 
     Returns:
         runner_up: (B,) int64, m.
-        margin: (B,), z_y - z_m; positive where the row is classified as y.
+        margin: (B,), z_y - z_m; positive where the row is classified as y. -inf where y is out of
+            play, +inf where no other class is in play.
         prob_margin: (B,), p_y - p_m, in [-1, 1], without cancellation.
-        top4: (B, 4), the largest logits in falling order; -inf where C < 4.
-        top4_index: (B, 4) int64, their classes; -1 where C < 4.
-        Values are float32 (float64 for float64) and never require grad. Where y is no class, the
-        first three are -1, NaN and NaN; where a logit is not finite, all are.
+        top4: (B, 4), the largest logits in falling order; -inf after the classes in play.
+        top4_index: (B, 4) int64, their classes; -1 after the classes in play.
+        Values are float32 (float64 for float64) and never require grad. The first three are -1, NaN
+        and NaN where y is no class; so are all where a row has no answer.
 
     Raises:
         TypeError: logits not floating-point, y not int64.

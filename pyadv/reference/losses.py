@@ -1,5 +1,9 @@
-"""Row-wise losses of logits and their gradients, in plain PyTorch. See `pyadv.ops.losses` for the
-contract of each function."""
+"""Row-wise losses of logits and their gradients, in plain PyTorch. `pyadv.ops.losses` documents the
+contract of each function.
+
+A logit of -inf takes its class out of play. A row has an answer if its largest logit is finite: no
+logit is NaN or +inf, and at least one class is in play.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ ATTACK_LOSSES = (
     *("ce_targeted", "margin_targeted", "dlr_targeted"),
 )
 
-# The constants of the official MART code.
+# Constants of the official MART code.
 _MART_ONE, _MART_TINY, _MART_WEIGHT_ONE = 1.0001, 1e-12, 1.0000001
 
 
@@ -33,6 +37,16 @@ class RowStats(NamedTuple):
     top4_index: Tensor
 
 
+def has_answer(logits: Tensor) -> Tensor:
+    """Return (B,) bool: whether the largest logit of each row is finite."""
+    return logits.amax(1).isfinite()
+
+
+def is_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Return (B,) bool: whether a row has an answer and its argmax, the first on ties, is y."""
+    return has_answer(logits) & (logits.argmax(1) == y)
+
+
 def attack_loss_value(
     logits: Tensor,
     y: Tensor,
@@ -40,19 +54,21 @@ def attack_loss_value(
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
-    """The loss of `attack_loss` alone, (B,): differentiable any number of times, for labels that
-    are classes and finite logits."""
+    """Return the loss of `attack_loss` alone, (B,). It is differentiable any number of times.
+
+    Labels must be classes and rows must have an answer. Where the loss is infinite, or no class but
+    the label is in play, autograd may give NaN."""
     z = widen(logits)
     if loss == "kl":
-        q = widen(reference_logits).softmax(1)
-        return (q * (widen(reference_logits).log_softmax(1) - z.log_softmax(1))).sum(1)
+        natural = widen(reference_logits)
+        log_ratio, escaped = _log_ratio(natural.log_softmax(1), z.log_softmax(1))
+        return (natural.softmax(1) * log_ratio).sum(1).masked_fill(escaped, torch.inf)
     if loss in ("ce", "slm"):
         gap = _without(z, y).logsumexp(1) - _pick(z, y)
         return gap if loss == "slm" else torch.logaddexp(gap, torch.zeros_like(gap))
     if loss == "ce_targeted":
         return z.log_softmax(1).gather(1, target[:, None])[:, 0]
-    index, weight, denominator, _ = _sparse_terms(z, y, loss, target)
-    return (z.gather(1, index[:, :2]) * weight[:, :2]).sum(1) / denominator
+    return _sparse_terms(z, y, loss, target).value
 
 
 def attack_loss(
@@ -63,14 +79,15 @@ def attack_loss(
     target: Tensor | None = None,
     scale: str = "unit",
 ) -> AttackLoss:
-    """Value, gradient and correctness per row. See `ops.attack_loss`."""
+    """Return value, gradient and correctness of each row. See `ops.attack_loss`."""
     z, classes = widen(logits), logits.shape[1]
-    usable = z.isfinite().all(1) & _is_class(y, classes)
+    correct = is_correct(z, y)
+    usable = has_answer(z) & _is_class(y, classes)
     if target is not None:
         usable &= _is_class(target, classes)
         target = target.where(usable, 0)
     natural = z if reference_logits is None else widen(reference_logits)
-    usable &= natural.isfinite().all(1)
+    usable &= has_answer(natural)
     z, natural = (t.where(usable[:, None], 0.0) for t in (z, natural))
     y = y.where(usable, 0)
     unit = scale == "unit"
@@ -80,15 +97,20 @@ def attack_loss(
         value, grad = _others_and_gradient(z, target if target is not None else y, loss, unit)
     else:
         value, grad = _sparse_and_gradient(z, y, loss, target, unit)
+    moves = usable & _in_play(_pick(z, y))
     return AttackLoss(
         value.where(usable, torch.nan),
-        grad.where(usable[:, None], 0.0).to(logits.dtype),
-        usable & (z.argmax(1) == y),
+        grad.where(moves[:, None], 0.0).to(logits.dtype),
+        correct,
     )
 
 
 def _is_class(y: Tensor, classes: int) -> Tensor:
     return (y >= 0) & (y < classes)
+
+
+def _in_play(z: Tensor) -> Tensor:
+    return z > -torch.inf
 
 
 def _pick(z: Tensor, y: Tensor) -> Tensor:
@@ -100,8 +122,10 @@ def _without(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _runner_up(z: Tensor, y: Tensor) -> Tensor:
-    """argmax_{j != y} z_j, the first on ties."""
-    return _without(z, y).argmax(1)
+    """Return argmax_{j != y} z_j, the first on ties."""
+    best = _without(z, y).argmax(1)
+    # Where no other class is in play, argmax is 0, which may be y itself.
+    return torch.where(best == y, (y == 0).long(), best)
 
 
 def _softplus(v: Tensor) -> Tensor:
@@ -109,94 +133,131 @@ def _softplus(v: Tensor) -> Tensor:
 
 
 def _others_and_gradient(z: Tensor, t: Tensor, loss: str, unit: bool) -> tuple[Tensor, Tensor]:
-    """By the softmax over the classes other than t, which never subtracts p_t from 1."""
-    others = _without(z, t)
-    base = others.amax(1)
+    """Use the softmax over the classes other than t, which never subtracts p_t from 1."""
+    others, own = _without(z, t), _pick(z, t)
+    largest = others.amax(1)
+    moves = _in_play(own) & _in_play(largest)
+    base = largest.where(_in_play(largest), 0.0)
     e = (others - base[:, None]).exp()
     total = e.sum(1)
-    gap = (base - _pick(z, t)) + total.log()
+    gap = (base - own) + total.log()
     sign = -1.0 if loss == "ce_targeted" else 1.0
     mass = sign * (torch.ones_like(gap) if unit or loss == "slm" else gap.sigmoid())
     grad = (e * (mass / total)[:, None]).scatter(1, t[:, None], -mass[:, None])
-    return gap if loss == "slm" else sign * _softplus(gap), grad
+    value = gap if loss == "slm" else sign * _softplus(gap)
+    return value, grad.where(moves[:, None], 0.0)
 
 
-def _sparse_terms(
-    z: Tensor, y: Tensor, loss: str, target: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Classes (B, n) and weights of the two in the numerator, then of those in the denominator; the
-    denominator; its classes' weights."""
+class _Sparse(NamedTuple):
+    """A loss of single logits: (z_rival - z_y) / denominator."""
+
+    value: Tensor  # (B,); +inf if y is out of play, else -inf if the rival is
+    index: Tensor  # (B, n): y, the rival, then the classes in the denominator
+    weight: Tensor  # (B, 2): weights of y and the rival
+    denominator: Tensor  # (B,)
+    inner: Tensor  # (B, n - 2): weights of the classes in the denominator
+    moves: Tensor  # (B,) bool: the value is finite
+
+
+def _sparse_terms(z: Tensor, y: Tensor, loss: str, target: Tensor | None) -> _Sparse:
     rival = _runner_up(z, y) if target is None else target
     index = torch.stack([y, rival], 1)
     weight = _constants([-1.0, 1.0], z)
     if loss.startswith("margin"):
-        return index, weight, torch.ones_like(z[:, 0]), weight[:, :0]
-    values, order = z.sort(dim=1, descending=True, stable=True)
-    if loss == "dlr":
-        index = torch.cat([index, order[:, 0:3:2]], 1)  # a list would be copied to the device
-        below, inner = values[:, 2], [1.0, -1.0]
+        denominator, inner = torch.ones_like(z[:, 0]), weight[:, :0]
     else:
-        index = torch.cat([index, order[:, :1], order[:, 2:4]], 1)
-        below, inner = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
-    return index, weight, (values[:, 0] - below) + 1e-12, _constants(inner, z)
+        values, order = z.sort(dim=1, descending=True, stable=True)
+        if loss == "dlr":
+            # A list of columns would be copied to the device.
+            index = torch.cat([index, order[:, 0:3:2]], 1)
+            below, inner = values[:, 2], [1.0, -1.0]
+        else:
+            index = torch.cat([index, order[:, :1], order[:, 2:4]], 1)
+            below, inner = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
+        # With too few classes in play for the denominator, the loss is the plain margin.
+        enough = _in_play(below)
+        denominator = ((values[:, 0] - below) + 1e-12).where(enough, 1.0)
+        inner = _constants(inner, z).where(enough[:, None], 0.0)
+    own, other = _pick(z, y), _pick(z, rival)
+    value = ((other - own) / denominator).where(_in_play(own), torch.inf)
+    moves = _in_play(own) & _in_play(other)
+    return _Sparse(value, index, weight, denominator, inner, moves)
 
 
 def _constants(row: list[float], z: Tensor) -> Tensor:
-    """(B, n), filled on the device: a copy from the host would wait for it."""
+    """Return (B, n), filled on the device: a copy from the host would wait for it."""
     return torch.stack([torch.full_like(z[:, 0], v) for v in row], 1)
 
 
 def _sparse_and_gradient(
     z: Tensor, y: Tensor, loss: str, target: Tensor | None, unit: bool
 ) -> tuple[Tensor, Tensor]:
-    index, weight, denominator, inner = _sparse_terms(z, y, loss, target)
-    value = (z.gather(1, index[:, :2]) * weight).sum(1) / denominator
-    entries = torch.cat([weight, -value[:, None] * inner], 1)
-    grad = torch.zeros_like(z).scatter_add(1, index, entries)
+    s = _sparse_terms(z, y, loss, target)
+    entries = torch.cat([s.weight, -s.value[:, None] * s.inner], 1)
+    entries = entries.where(s.moves[:, None], 0.0)
+    grad = torch.zeros_like(z).scatter_add(1, s.index, entries)
     if not unit:
-        return value, grad / denominator[:, None]
+        return s.value, grad / s.denominator[:, None]
     most = grad.abs().amax(1, keepdim=True)
-    return value, grad / most.where(most > 0, 1.0)
+    return s.value, grad / most.where(most > 0, 1.0)
+
+
+def _log_ratio(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(q / p), 0 where q has the class out of play, and (B,) bool: whether a class that
+    is in play for q is not for p, which makes the divergence infinite."""
+    log_ratio = torch.where(log_q == -torch.inf, 0.0, log_q - log_p)
+    return log_ratio, (log_ratio == torch.inf).any(1)
 
 
 def _kl_and_gradient(z: Tensor, natural: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """KL(q || p) and p - q. Where both are confident of one class their difference there is lost in
-    rounding, so that entry is minus the sum of the others."""
+    """Return KL(q || p) and p - q. Where both are confident of one class, rounding loses their
+    difference there, so that entry is minus the sum of the others."""
     q = natural.softmax(1)
-    value = (q * (natural.log_softmax(1) - z.log_softmax(1))).sum(1)
+    log_ratio, escaped = _log_ratio(natural.log_softmax(1), z.log_softmax(1))
+    value = (q * log_ratio).sum(1).masked_fill(escaped, torch.inf)
     top = natural.argmax(1, keepdim=True)
     grad = (z.softmax(1) - q).scatter(1, top, 0.0)
     grad = grad.scatter(1, top, -grad.sum(1, keepdim=True))
     if unit:
         most = grad.abs().amax(1, keepdim=True)
         grad = grad / most.where(most > 0, 1.0)
-    return value, grad
+    return value, grad.where(~escaped[:, None], 0.0)
 
 
 def weighted_cross_entropy(
     logits: Tensor, y: Tensor, weight: Tensor | None = None, ignore_index: int | None = None
 ) -> Tensor:
-    """weight * cross-entropy per row. See `ops.weighted_cross_entropy`."""
-    log_p = widen(logits).log_softmax(1)
-    w = 1.0 if weight is None else weight.to(log_p.dtype)
+    """Return weight * cross-entropy, (B,). See `ops.weighted_cross_entropy`."""
+    z = widen(logits)
+    w = 1.0 if weight is None else weight.to(z.dtype)
     if y.dim() == 2:
-        return -w * (y.to(log_p.dtype) * log_p).sum(1)
+        target = y.to(z.dtype)
+        infinite = _has_masked_target(z, target)
+        log_p = _without_rows(z, infinite).log_softmax(1)
+        terms = torch.where(target == 0, 0.0, target * log_p)
+        return w * _answers_only(-terms.sum(1).masked_fill(infinite, -torch.inf), z)
     ignored, known = _ignored_and_known(logits, y, ignore_index)
-    rows = -w * _pick(log_p, y.where(known, 0))
-    return rows.where(known, torch.nan).masked_fill(ignored, 0.0)
+    y = y.where(known, 0)
+    infinite = _has_masked_label(z, y)
+    log_p = _without_rows(z, infinite | ignored | ~known).log_softmax(1)
+    value = w * (-_pick(log_p, y)).masked_fill(infinite, torch.inf)
+    return value.where(known, torch.nan).masked_fill(ignored, 0.0)
 
 
 def weighted_cross_entropy_backward(
     grad: Tensor, logits: Tensor, y: Tensor, weight: Tensor | None, ignore_index: int | None
 ) -> Tensor:
-    p = widen(logits).softmax(1)
+    z = widen(logits)
+    p = z.softmax(1)
     scale = grad if weight is None else grad * weight.to(p.dtype)
     if y.dim() == 2:
         target = y.to(p.dtype)
-        return (scale[:, None] * (target.sum(1, keepdim=True) * p - target)).to(logits.dtype)
+        to_logits = scale[:, None] * (target.sum(1, keepdim=True) * p - target)
+        return _zero_where(_has_masked_target(z, target), to_logits).to(logits.dtype)
     ignored, known = _ignored_and_known(logits, y, ignore_index)
-    rows = scale[:, None] * (p - _one_hot(p, y.where(known, 0)))
-    return rows.where((known & ~ignored)[:, None], 0.0).to(logits.dtype)
+    y = y.where(known, 0)
+    zero = ~known | ignored | _has_masked_label(z, y)
+    return _zero_where(zero, scale[:, None] * (p - _one_hot(p, y))).to(logits.dtype)
 
 
 def _ignored_and_known(
@@ -210,49 +271,95 @@ def _one_hot(p: Tensor, y: Tensor) -> Tensor:
     return torch.zeros_like(p).scatter(1, y[:, None], 1.0)
 
 
+def _has_masked_label(z: Tensor, y: Tensor) -> Tensor:
+    """Return (B,) bool: whether a row that has an answer has its label out of play."""
+    return has_answer(z) & ~_in_play(_pick(z, y))
+
+
+def _has_masked_target(z: Tensor, target: Tensor) -> Tensor:
+    """Return (B,) bool: whether a row that has an answer wants a class that is out of play."""
+    return has_answer(z) & ((target != 0) & ~_in_play(z)).any(1)
+
+
+def _without_rows(z: Tensor, dropped: Tensor) -> Tensor:
+    """Return z with zeros in the rows `dropped`, through which no gradient passes."""
+    return z.where(~dropped[:, None], 0.0)
+
+
+def _zero_where(mask: Tensor, grad: Tensor) -> Tensor:
+    return grad.where(~mask[:, None], 0.0)
+
+
+def _answers_only(value: Tensor, *logits: Tensor) -> Tensor:
+    """Return the values with NaN where one of the logits has no answer. Gradients pass."""
+    usable = torch.stack([has_answer(z) for z in logits]).all(0)
+    return value + torch.zeros_like(value).masked_fill(~usable, torch.nan)
+
+
 def trades_kl(logits_adv: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(logits_adv)) per row. See `ops.trades_kl`."""
-    return _kl_terms(logits_adv, logits, tiny=False)[0]
+    """Return KL(softmax(logits) || softmax(logits_adv)) per row. See `ops.trades_kl`."""
+    return _kl_terms(logits_adv, logits, tiny=False).divergence
 
 
 def trades_kl_backward(grad: Tensor, logits_adv: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    divergence, log_ratio, q, p, _ = _kl_terms(logits_adv, logits, tiny=False)
+    t = _kl_terms(logits_adv, logits, tiny=False)
+    to_adv = grad[:, None] * (t.p - t.q)
+    to_natural = grad[:, None] * t.q * (t.log_ratio - t.divergence[:, None])
     return (
-        (grad[:, None] * (p - q)).to(logits_adv.dtype),
-        (grad[:, None] * q * (log_ratio - divergence[:, None])).to(logits.dtype),
+        _zero_where(t.infinite, to_adv).to(logits_adv.dtype),
+        _zero_where(t.infinite, to_natural).to(logits.dtype),
     )
 
 
-def _kl_terms(
-    logits_adv: Tensor, logits: Tensor, tiny: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """KL(q || p), log(q / p), q, p, p / (p + tiny) with MART's tiny or 0."""
+class _KLTerms(NamedTuple):
+    divergence: Tensor  # (B,) KL(q || p)
+    log_ratio: Tensor  # log(q / p)
+    q: Tensor
+    p: Tensor
+    kept: Tensor  # p / (p + tiny), tiny is MART's constant or 0
+    infinite: Tensor  # (B,) bool, whether the divergence is infinite
+
+
+def _kl_terms(logits_adv: Tensor, logits: Tensor, tiny: bool) -> _KLTerms:
     z, u = widen(logits_adv), widen(logits)
+    answered = has_answer(z) & has_answer(u)
+    if tiny:
+        infinite = torch.zeros_like(answered)
+    else:
+        infinite = answered & (_in_play(u.log_softmax(1)) & ~_in_play(z.log_softmax(1))).any(1)
+    z, u = (_without_rows(t, infinite) for t in (z, u))
     q, p = u.softmax(1), z.softmax(1)
     padded = p + _MART_TINY
-    log_ratio = u.log_softmax(1) - (padded.log() if tiny else z.log_softmax(1))
+    log_q = u.log_softmax(1)
+    log_ratio, _ = _log_ratio(log_q, padded.log() if tiny else z.log_softmax(1))
     kept = p / padded if tiny else torch.ones_like(p)
-    return (q * log_ratio).sum(1), log_ratio, q, p, kept
+    divergence = (q * log_ratio).sum(1).masked_fill(infinite, torch.inf)
+    return _KLTerms(_answers_only(divergence, z, u), log_ratio, q, p, kept, infinite)
 
 
 def mart_bce(logits_adv: Tensor, y: Tensor, exact: bool = False) -> Tensor:
-    """-log p_y - log(1 - p_m), m the runner-up. See `ops.mart_bce`."""
+    """Return -log p_y - log(1 - p_m), m the runner-up. See `ops.mart_bce`."""
     z = widen(logits_adv)
     known = _is_class(y, z.shape[1])
     y = y.where(known, 0)
+    infinite = _has_masked_label(z, y)
+    z = _without_rows(z, infinite)
     m = _runner_up(z, y)
     log_p = z.log_softmax(1)
     if exact:
         log_rest = _without(z, m).logsumexp(1) - z.logsumexp(1)
     else:
         log_rest = (_MART_ONE - _pick(z.softmax(1), m) + _MART_TINY).log()
-    return (-_pick(log_p, y) - log_rest).where(known, torch.nan)
+    value = (-_pick(log_p, y) - log_rest).masked_fill(infinite, torch.inf)
+    return value.where(known, torch.nan)
 
 
 def mart_bce_backward(grad: Tensor, logits_adv: Tensor, y: Tensor, exact: bool) -> Tensor:
     z = widen(logits_adv)
     known = _is_class(y, z.shape[1])
     y = y.where(known, 0)
+    infinite = _has_masked_label(z, y)
+    z = _without_rows(z, infinite)
     m = _runner_up(z, y)
     p = z.softmax(1)
     p_m = _pick(p, m)
@@ -260,35 +367,38 @@ def mart_bce_backward(grad: Tensor, logits_adv: Tensor, y: Tensor, exact: bool) 
         pull = p_m[:, None] * (_one_hot(p, m) - _without(z, m).softmax(1))
     else:
         pull = (p_m / (_MART_ONE - p_m + _MART_TINY))[:, None] * (_one_hot(p, m) - p)
-    rows = grad[:, None] * (p - _one_hot(p, y) + pull)
-    return rows.where(known[:, None], 0.0).to(logits_adv.dtype)
+    to_adv = grad[:, None] * (p - _one_hot(p, y) + pull)
+    return _zero_where(~known | infinite, to_adv).to(logits_adv.dtype)
 
 
 def mart_kl(
     logits_adv: Tensor, logits: Tensor, y: Tensor, exact: bool = False, detach_weight: bool = False
 ) -> Tensor:
-    """(1 - q_y) KL(q || p) per row. See `ops.mart_kl`."""
-    divergence, _, q, _, _ = _kl_terms(logits_adv, logits, tiny=not exact)
-    known = _is_class(y, q.shape[1])
-    w = _mart_weight(q, y.where(known, 0), exact)
-    return ((w.detach() if detach_weight else w) * divergence).where(known, torch.nan)
+    """Return (1 - q_y) KL(q || p) per row. See `ops.mart_kl`."""
+    t = _kl_terms(logits_adv, logits, tiny=not exact)
+    known = _is_class(y, t.q.shape[1])
+    w = _mart_weight(t.q, y.where(known, 0), exact)
+    value = (w.detach() if detach_weight else w) * t.divergence.masked_fill(t.infinite, 0.0)
+    return value.masked_fill(t.infinite, torch.inf).where(known, torch.nan)
 
 
 def mart_kl_backward(
     grad: Tensor, logits_adv: Tensor, logits: Tensor, y: Tensor, exact: bool, detach_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    divergence, log_ratio, q, p, kept = _kl_terms(logits_adv, logits, tiny=not exact)
-    known = _is_class(y, q.shape[1])
+    t = _kl_terms(logits_adv, logits, tiny=not exact)
+    known = _is_class(y, t.q.shape[1])
     y = y.where(known, 0)
-    multiple = (grad * _mart_weight(q, y, exact))[:, None]
-    to_adv = multiple * (p * (q * kept).sum(1, keepdim=True) - q * kept)
-    to_natural = multiple * q * (log_ratio - divergence[:, None])
+    multiple = (grad * _mart_weight(t.q, y, exact))[:, None]
+    kept = t.q * t.kept
+    to_adv = multiple * (t.p * kept.sum(1, keepdim=True) - kept)
+    to_natural = multiple * t.q * (t.log_ratio - t.divergence[:, None])
     if not detach_weight:
-        through_weight = (grad * divergence * _pick(q, y))[:, None]
-        to_natural = to_natural + through_weight * (q - _one_hot(q, y))
+        through_weight = (grad * t.divergence * _pick(t.q, y))[:, None]
+        to_natural = to_natural + through_weight * (t.q - _one_hot(t.q, y))
+    zero = ~known | t.infinite
     return (
-        to_adv.where(known[:, None], 0.0).to(logits_adv.dtype),
-        to_natural.where(known[:, None], 0.0).to(logits.dtype),
+        _zero_where(zero, to_adv).to(logits_adv.dtype),
+        _zero_where(zero, to_natural).to(logits.dtype),
     )
 
 
@@ -297,28 +407,32 @@ def _mart_weight(q: Tensor, y: Tensor, exact: bool) -> Tensor:
 
 
 def row_square_sum(g: Tensor) -> Tensor:
-    """Sum of squares of each row. See `ops.row_square_sum`."""
+    """Return the sum of squares of each row. See `ops.row_square_sum`."""
     squares = widen(g).square()
     return squares.sum(tuple(range(1, g.dim()))) if g.dim() > 1 else squares
 
 
 def row_square_sum_backward(grad: Tensor, g: Tensor) -> Tensor:
-    rows = (per_row(2 * grad, g) * widen(g)).to(g.dtype)
-    return torch.empty_like(g).copy_(rows)
+    to_g = (per_row(2 * grad, g) * widen(g)).to(g.dtype)
+    return torch.empty_like(g).copy_(to_g)
 
 
 def softmax_cotangent(logits: Tensor, temperature: float, center: bool = False) -> Tensor:
-    """softmax(logits / temperature), detached. See `ops.softmax_cotangent`."""
-    p = (widen(logits.detach()) / temperature).softmax(1)
-    return (p - 1.0 / p.shape[1] if center else p).to(logits.dtype).contiguous()
+    """Return softmax(logits / temperature), detached. See `ops.softmax_cotangent`."""
+    z = widen(logits.detach())
+    p = (z / temperature).softmax(1)
+    if center:
+        in_play = (z != -torch.inf).to(p.dtype)
+        p = p - in_play / in_play.sum(1, keepdim=True)
+    return p.to(logits.dtype).contiguous()
 
 
 def row_stats(logits: Tensor, y: Tensor) -> RowStats:
-    """Runner-up, margins and the four best classes of each row. See `ops.row_stats`."""
+    """Return runner-up, margins and the four best classes of each row. See `ops.row_stats`."""
     z = widen(logits.detach())
-    finite = z.isfinite().all(1)
-    known = finite & _is_class(y, z.shape[1])
-    z = z.where(finite[:, None], 0.0)
+    usable = has_answer(z)
+    known = usable & _is_class(y, z.shape[1])
+    z = _without_rows(z, ~usable)
     safe = y.where(known, 0)
     runner_up = _runner_up(z, safe)
     margin = _pick(z, safe) - _pick(z, runner_up)
@@ -326,13 +440,13 @@ def row_stats(logits: Tensor, y: Tensor) -> RowStats:
     prob_margin = -(-margin.abs()).expm1() / total * torch.where(margin < 0, -1.0, 1.0)
     values, index = z.sort(dim=1, descending=True, stable=True)
     missing = max(0, 4 - z.shape[1])
-    pad = torch.nn.functional.pad
-    top4 = pad(values[:, :4], (0, missing), value=-torch.inf)
-    top4_index = pad(index[:, :4], (0, missing), value=-1)
+    top4 = torch.nn.functional.pad(values[:, :4], (0, missing), value=-torch.inf)
+    top4_index = torch.nn.functional.pad(index[:, :4], (0, missing), value=-1)
+    top4_index = top4_index.where(_in_play(top4), -1)
     return RowStats(
         runner_up.where(known, -1),
         margin.where(known, torch.nan),
         prob_margin.where(known, torch.nan),
-        top4.where(finite[:, None], torch.nan),
-        top4_index.where(finite[:, None], -1),
+        top4.where(usable[:, None], torch.nan),
+        top4_index.where(usable[:, None], -1),
     )

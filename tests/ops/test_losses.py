@@ -264,18 +264,294 @@ def test_negative_logits_have_a_runner_up(device):
 
 
 @pytest.mark.parametrize("loss", ATTACK_LOSSES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None], ids=["nan", "inf", "all masked"])
 @pytest.mark.parametrize("classes", [10, 1030])
-def test_attack_loss_gives_unusable_rows_nothing(loss, value, classes, device):
+def test_rows_without_an_answer_have_no_loss(loss, value, classes, device):
     z = normal((4, classes), torch.float32, 0, device)
     y = z.argmax(1)
-    z[1, 3] = value
     y[2] = classes
-    ours = ops.attack_loss(z, y, loss, **attack_arguments(loss, z))
+    if value is None:
+        z[1], y[1] = -math.inf, 0
+    else:
+        z[1, 3] = value
+    ours = ops.attack_loss(z, y, loss, **attack_arguments(loss, z.nan_to_num()))
     assert ours.loss.isnan().tolist() == [False, True, True, False]
     assert ours.correct.tolist() == [True, False, False, True]
     assert ours.grad_logits[1:3].count_nonzero() == 0
     assert (ours.grad_logits[[0, 3]].abs().amax(1) > 0).all()
+
+
+def test_other_arguments_do_not_change_the_verdict(device):
+    z = normal((2, 5), torch.float32, 0, device)
+    y, bad = z.argmax(1), torch.full_like(z, math.nan)
+    for loss, more in (
+        ("kl", {"reference_logits": bad}),
+        ("ce_targeted", {"target": torch.full_like(y, 5)}),
+        ("margin_targeted", {"target": torch.full_like(y, -1)}),
+    ):
+        ours = ops.attack_loss(z, y, loss, **more)
+        assert ours.loss.isnan().all() and ours.grad_logits.count_nonzero() == 0
+        assert ours.correct.all()
+
+
+def masked_problem(classes, dtype, device, seed=0):
+    """Logits with a third of the classes at -inf, the same logits without those classes, and labels
+    in play for both."""
+    rows = 40 if classes < 100 else 5  # a tile holds 32 rows of few classes
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(classes, generator=generator)[: max(5, 2 * classes // 3)].sort().values
+    kept = kept.to(device)
+    small = normal((rows, len(kept)), dtype, seed, device, scale=3)
+    large = torch.full((rows, classes), -math.inf, dtype=dtype, device=device)
+    large[:, kept] = small
+    y = labels(rows, len(kept), seed + 1, device)
+    return large, small, kept[y], y, kept
+
+
+def spread(small, kept, classes):
+    """Put the columns of `small` at the classes `kept`, zeros elsewhere."""
+    large = small.new_zeros((small.shape[0], classes))
+    large[:, kept] = small
+    return large
+
+
+MASKED_CLASSES = [7, 10, 40, 1030]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", MASKED_CLASSES)
+@pytest.mark.parametrize("scale", ["unit", "exact"])
+@pytest.mark.parametrize("loss", ATTACK_LOSSES)
+def test_a_masked_class_counts_as_if_it_were_not_there(loss, scale, classes, dtype, device):
+    large, small, y_large, y_small, kept = masked_problem(classes, dtype, device)
+    more_small = attack_arguments(loss, small)
+    more_large = dict(more_small)
+    if "target" in more_small:
+        more_large["target"] = kept[more_small["target"]]
+    if "reference_logits" in more_small:
+        natural = torch.full_like(large, -math.inf)
+        natural[:, kept] = more_small["reference_logits"]
+        more_large["reference_logits"] = natural
+    masked = ops.attack_loss(large, y_large, loss, scale=scale, **more_large)
+    removed = ops.attack_loss(small, y_small, loss, scale=scale, **more_small)
+    assert masked.loss.isfinite().all()
+    magnify = torch.ones_like(removed.loss)
+    if loss.startswith("dlr"):
+        steep = ops.attack_loss(small, y_small, loss, scale="exact", **more_small)
+        magnify = steep.grad_logits.abs().amax(1).clamp(min=1).to(magnify)
+    close(masked.loss / magnify, removed.loss / magnify)
+    expected = spread(removed.grad_logits, kept, classes)
+    close(masked.grad_logits / magnify[:, None], expected / magnify[:, None], dtype)
+    assert torch.equal(masked.correct, removed.correct)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", MASKED_CLASSES)
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+def test_training_losses_leave_masked_classes_out(module, classes, dtype, device):
+    large, small, y_large, y_small, kept = masked_problem(classes, dtype, device)
+    other_small = normal(small.shape, dtype, 5, device, scale=3)
+    other_large = torch.full_like(large, -math.inf)
+    other_large[:, kept] = other_small
+    soft = other_small.softmax(1)
+    cases = {
+        "weighted_cross_entropy": (y_large, y_small),
+        "soft": (spread(soft, kept, classes), soft),
+        "trades_kl": ((), ()),
+        "mart_bce": (y_large, y_small),
+        "mart_bce_exact": (y_large, y_small),
+        "mart_kl": (y_large, y_small),
+        "mart_kl_exact": (y_large, y_small),
+    }
+
+    def at(name, z, u, y):
+        z, u = z.clone().requires_grad_(), u.clone().requires_grad_()
+        if name in ("weighted_cross_entropy", "soft"):
+            rows = module.weighted_cross_entropy(z, y)
+        elif name == "trades_kl":
+            rows = module.trades_kl(z, u)
+        elif name.startswith("mart_bce"):
+            rows = module.mart_bce(z, y, exact=name.endswith("exact"))
+        else:
+            rows = module.mart_kl(z, u, y, exact=name.endswith("exact"))
+        grads = torch.autograd.grad(rows.sum(), (z, u), allow_unused=True)
+        return rows.detach(), [g for g in grads if g is not None]
+
+    for name, (y_l, y_s) in cases.items():
+        masked, grads_masked = at(name, large, other_large, y_l)
+        removed, grads_removed = at(name, small, other_small, y_s)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+        torch.testing.assert_close(masked, removed, **tolerance)
+        for actual, expected in zip(grads_masked, grads_removed, strict=True):
+            torch.testing.assert_close(actual, spread(expected, kept, classes), **tolerance)
+
+
+@pytest.mark.parametrize("classes", MASKED_CLASSES)
+def test_row_stats_and_cotangents_leave_masked_classes_out(classes, device):
+    large, small, y_large, y_small, kept = masked_problem(classes, torch.float32, device)
+    masked, removed = ops.row_stats(large, y_large), ops.row_stats(small, y_small)
+    assert torch.equal(masked.runner_up, kept[removed.runner_up])
+    assert torch.equal(masked.top4, removed.top4)
+    assert torch.equal(masked.top4_index, kept[removed.top4_index])
+    close(masked.margin, removed.margin)
+    close(masked.prob_margin, removed.prob_margin)
+    for center in (False, True):
+        p = ops.softmax_cotangent(large, 2.0, center)
+        close(p, spread(ops.softmax_cotangent(small, 2.0, center), kept, classes))
+
+
+def test_row_stats_of_few_classes_in_play(device):
+    z = torch.full((3, 6), -math.inf, device=device)
+    z[0, 2], z[1, 2], z[1, 4], z[2, 0] = 1.0, 1.0, 3.0, 1.0
+    stats = ops.row_stats(z, torch.tensor([2, 0, 0], device=device))
+    assert stats.top4_index.tolist() == [[2, -1, -1, -1], [4, 2, -1, -1], [0, -1, -1, -1]]
+    assert stats.top4[0].tolist() == [1.0, -math.inf, -math.inf, -math.inf]
+    assert stats.runner_up.tolist() == [0, 4, 1]
+    assert stats.margin.tolist() == [math.inf, -math.inf, math.inf]
+    torch.testing.assert_close(stats.prob_margin.cpu(), torch.tensor([1, -0.880797, 1]))
+
+
+# loss: values where the label is out of play, where no other class is in play, where the target is
+# out of play, where label and target are
+INFINITE = {
+    "ce": (math.inf, 0.0),
+    "margin": (math.inf, -math.inf),
+    "dlr": (math.inf, -math.inf),
+    "slm": (math.inf, -math.inf),
+    "ce_targeted": (None, -math.inf, -math.inf, -math.inf),
+    "margin_targeted": (math.inf, -math.inf, -math.inf, math.inf),
+    "dlr_targeted": (math.inf, -math.inf, -math.inf, math.inf),
+}
+
+
+@pytest.mark.parametrize("classes", [6, 40, 1030])
+@pytest.mark.parametrize("scale", ["unit", "exact"])
+@pytest.mark.parametrize("loss", INFINITE)
+def test_losses_at_the_limit(loss, scale, classes, device):
+    z = normal((4, classes), torch.float32, 0, device)
+    y, t = (torch.full((4,), k, device=device) for k in (2, 4))
+    z[0, 2] = -math.inf
+    z[1], z[1, 2] = -math.inf, 0.5
+    z[2, 4] = -math.inf
+    z[3, 2] = z[3, 4] = -math.inf
+    more = {"target": t} if loss.endswith("targeted") else {}
+    ours = ops.attack_loss(z, y, loss, scale=scale, **more)
+    for value, expected in zip(ours.loss.tolist(), INFINITE[loss], strict=False):
+        assert expected is None or value == expected
+    assert not ours.loss.isnan().any()
+    rows = slice(None) if more else slice(2)
+    assert ours.grad_logits[rows].count_nonzero() == 0
+    assert not ours.correct[0] and ours.correct[1]
+
+
+@pytest.mark.parametrize("loss, inner", [("dlr", 2), ("dlr_targeted", 3)])
+@pytest.mark.parametrize("classes", [6, 40])
+def test_dlr_of_too_few_classes_in_play_is_the_margin(loss, inner, classes, device):
+    z = torch.full((1, classes), -math.inf, device=device)
+    z[0, :inner] = torch.tensor([1.0, 3.0, 2.0], device=device)[:inner]
+    y, more = torch.tensor([0], device=device), {}
+    if loss == "dlr_targeted":
+        more = {"target": torch.tensor([1], device=device)}
+    for scale in ("unit", "exact"):
+        ours = ops.attack_loss(z, y, loss, scale=scale, **more)
+        margin = ops.attack_loss(z, y, loss.replace("dlr", "margin"), scale=scale, **more)
+        assert ours.loss.item() == margin.loss.item() == 2.0
+        assert torch.equal(ours.grad_logits, margin.grad_logits)
+        assert ours.grad_logits[0, :2].tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("classes", [6, 40, 1030])
+def test_kl_is_infinite_where_a_class_leaves_play(classes, device):
+    z, u = (normal((3, classes), torch.float32, s, device) for s in (0, 1))
+    z[1, 3] = -math.inf
+    u[2, 3] = -math.inf
+    y = torch.tensor([0, 0, 3], device=device)
+    for scale in ("unit", "exact"):
+        ours = ops.attack_loss(z, y, "kl", u, scale=scale)
+        assert ours.loss.isfinite().tolist() == [True, False, True] and ours.loss[1] == math.inf
+        assert ours.grad_logits[1].count_nonzero() == 0
+        assert (ours.grad_logits[[0, 2]].abs().amax(1) > 0).all()
+    for rows in (lambda m, z, u: m.trades_kl(z, u), lambda m, z, u: m.mart_kl(z, u, y, exact=True)):
+        for module in (ops, reference):
+            leaves = z.clone().requires_grad_(), u.clone().requires_grad_()
+            value = rows(module, *leaves)
+            assert value.isfinite().tolist() == [True, False, True] and value[1] == math.inf
+            for grad in torch.autograd.grad(value.sum(), leaves):
+                assert grad[1].count_nonzero() == 0 and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [6, 40])
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+def test_training_losses_at_the_limit(module, classes, device):
+    z = normal((3, classes), torch.float32, 0, device)
+    y = torch.full((3,), 2, device=device)
+    z[0, 2] = -math.inf
+    z[1], z[1, 2] = -math.inf, 0.5
+    soft = torch.zeros_like(z).scatter(1, y[:, None], 1.0)
+    constant = -math.log(1.0001)  # of the official MART code
+    for function, alone in (
+        (lambda z: module.weighted_cross_entropy(z, y), 0.0),
+        (lambda z: module.weighted_cross_entropy(z, soft), 0.0),
+        (lambda z: module.mart_bce(z, y), constant),
+        (lambda z: module.mart_bce(z, y, exact=True), 0.0),
+    ):
+        leaf = z.clone().requires_grad_()
+        rows = function(leaf)
+        assert rows[0] == math.inf and rows[1].item() == pytest.approx(alone, abs=1e-6)
+        (grad,) = torch.autograd.grad(rows.sum(), leaf)
+        assert grad.isfinite().all() and grad[2].abs().max() > 0
+        assert grad[0].count_nonzero() == 0 and grad[1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [5, 10, 40, 1030])
+def test_kernels_are_the_reference_with_any_mask(classes, dtype, device):
+    """Random masks, with every special case in some row: labels, targets and all others out."""
+    rows = 300 if classes < 100 else 30
+    generator = torch.Generator().manual_seed(classes)
+    share = torch.rand(rows, 1, generator=generator)
+    z, u = (normal((rows, classes), dtype, s, device, scale=3) for s in (0, 1))
+    for t in (z, u):
+        mask = torch.rand(rows, classes, generator=generator) < share
+        t[mask.to(device)] = -math.inf
+    u[::3] = torch.where(z[::3].isinf(), z[::3], u[::3].nan_to_num(neginf=0.0))
+    z[5], z[6, 1], z[7, 2], u[8, 0] = -math.inf, math.nan, math.inf, math.nan
+    y, t = (labels(rows, classes, s, device) for s in (2, 3))
+    y[::2] = z[::2].nan_to_num(nan=0.0, posinf=0.0).argmax(1)
+    for loss in ATTACK_LOSSES:
+        more = {"target": t} if loss.endswith("targeted") else {}
+        if loss == "kl":
+            more = {"reference_logits": u}
+        for scale in ("unit", "exact"):
+            ours = ops.attack_loss(z, y, loss, scale=scale, **more)
+            exact = reference.attack_loss(wide(z), y, loss, scale=scale, **wide_all(more))
+            assert torch.equal(ours.correct, exact.correct)
+            magnify = torch.ones_like(exact.loss)
+            if loss.startswith("dlr"):
+                steep = reference.attack_loss(wide(z), y, loss, scale="exact", **wide_all(more))
+                steep = steep.grad_logits.abs().amax(1)
+                magnify = steep.clamp(min=1)
+                if scale == "unit":  # a constant DLR has no direction, only rounding errors
+                    flat = ((steep > 0) & (steep < 1e-4))[:, None]
+                    ours, exact = (
+                        r._replace(grad_logits=r.grad_logits.masked_fill(flat, 0.0))
+                        for r in (ours, exact)
+                    )
+            close(ours.loss / magnify, exact.loss / magnify, ours.loss.dtype)
+            close(ours.grad_logits / magnify[:, None], exact.grad_logits / magnify[:, None], dtype)
+    for name in TRAINING:
+        if name == "row_square_sum":
+            continue
+        ours = values_and_gradients(ops, name, z, u, y)
+        exact = values_and_gradients(reference, name, z.double(), u.double(), y)
+        for actual, true in zip(ours, exact, strict=True):
+            where = true.abs().amax(1, keepdim=True) if true.dim() == 2 else true.abs()
+            scale = where.nan_to_num(1.0, 1.0).clamp(min=1)
+            # A sum over 1030 classes rounds more often than `close` allows for.
+            close(actual / scale / 4, true / scale / 4, dtype if true.dim() == 2 else actual.dtype)
+    ours, exact = ops.row_stats(z, y), reference.row_stats(z.double(), y)
+    for actual, true in zip(ours, exact, strict=True):
+        close(actual, true, ours.margin.dtype)
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 10, 2**40])
@@ -703,6 +979,16 @@ def test_errors():
             ValueError,
             "temperature must be a finite number > 0",
             lambda: ops.softmax_cotangent(z, 0.0),
+        ),
+        (
+            TypeError,
+            "temperature must be a float, got Tensor",
+            lambda: ops.softmax_cotangent(z, torch.tensor(2.0)),
+        ),
+        (
+            TypeError,
+            "temperature must be a float, got bool",
+            lambda: ops.softmax_cotangent(z, True),
         ),
         (
             ValueError,
