@@ -3,12 +3,14 @@ no gradient passes through them."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyadv import reference
 from pyadv.ops.arguments import check_choice, check_floating, check_like, check_rows, parameter
-from pyadv.ops.losses import row_stats, weighted_cross_entropy
+from pyadv.ops.losses import check_logits_and_labels, row_stats, weighted_cross_entropy
 from pyadv.ops.registry import register
 from pyadv.tensors import compute_dtype
 
@@ -64,8 +66,11 @@ def gairat_weights(
         raise ValueError(f"{op}: steps must be an integer >= 1, got {steps!r}")
     check_choice(op, "kind", kind, ("tanh", "sigmoid", "discrete"))
     check_choice(op, "normalize", normalize, ("mean", "sum", "none"))
-    if slope is not None and not slope >= 0:
-        raise ValueError(f"{op}: slope must be a number >= 0, got {slope}")
+    if slope is not None:
+        if not isinstance(slope, (int, float)):
+            raise TypeError(f"{op}: slope must be a float or None, got {type(slope).__name__}")
+        if not 0 <= slope < math.inf:
+            raise ValueError(f"{op}: slope must be a finite number >= 0, got {slope}")
     lam = _single(op, "lam", lam, kappa)
     return _gairat_weights(kappa, steps, lam, kind, normalize, slope, int_half)
 
@@ -121,6 +126,7 @@ def probabilistic_margin(
     """
     op = "probabilistic_margin"
     check_choice(op, "kind", kind, ("nat", "adv", "dif", "dif_conf"))
+    check_logits_and_labels(op, "logits", logits, y)
     if kind == "nat":
         return row_stats(logits, y).prob_margin
     if logits_adv is None:
