@@ -60,9 +60,10 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def box_width(lo: Parameter | None, hi: Parameter | None) -> float:
-    """Settings published for the box [0, 1] are multiplied by it; 1 if a bound is no number."""
+    """Return what settings published for the box [0, 1] are multiplied by: hi - lo, or 1 if a bound
+    is no finite number."""
     bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
-    return float(abs(hi - lo)) if bounded else 1.0
+    return float(abs(hi - lo)) if bounded and math.isfinite(hi - lo) else 1.0
 
 
 def reach(x: Tensor, norm: str, lo: Parameter | None, hi: Parameter | None) -> Tensor:

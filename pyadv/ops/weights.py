@@ -48,7 +48,7 @@ def gairat_weights(
         kind: "tanh" (the paper), "sigmoid" or "discrete" (which uses neither lam nor slope).
         normalize: "mean" gives weights of mean 1 over this batch, "sum" of sum 1; where all
             weights are 0 (lam = -inf) they count as equal. "none" leaves them in [0, 1].
-        slope: >= 0, by how much a falls from kappa = 0 to the centre K / 2; None is the paper's 5.
+        slope: >= 0 and finite, by how much a falls from kappa = 0 to the centre K / 2; None is the paper's 5.
             GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
         int_half: the official code's centre floor(K / 2), with the slope reached there; for K = 1,
             where that code divides by 0, the true half is used.

@@ -168,11 +168,10 @@ class Config:
         """From plain values as JSON, TOML and the command line have them; numbers may be fractions
         ("8/255"). Raises ValueError for a setting that does not exist or has the wrong type."""
         types = {f.name: f.type for f in dataclasses.fields(cls)}
-        if unknown := [name for name in values if name not in types]:
-            near = (difflib.get_close_matches(str(name), types, n=1) for name in unknown)
-            known = ", ".join(name for names in near for name in names)
-            hint = f"; did you mean {known}?" if known else ""
-            raise ValueError(f"config has unknown settings {sorted(map(str, unknown))}{hint}")
+        if unknown := sorted(str(name) for name in values if name not in types):
+            near = [n for name in unknown for n in difflib.get_close_matches(name, types, n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"config has unknown settings {unknown}{hint}")
         return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 
     def save(self, path: Path) -> None:

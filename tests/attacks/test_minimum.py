@@ -280,3 +280,13 @@ def test_refuses_inputs(attack, problem):
         attack(net)(x, y + 5)
     with pytest.raises(ValueError, match="carry no gradient"):
         attack(lambda v: net(v.detach()).detach())(x, y)
+
+
+@pytest.mark.parametrize("kind", [DDN, FMN, DeepFool])
+def test_infinite_bounds_are_no_bounds(kind):
+    x, y = torch.rand(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2])
+    model = RowLinear(4, dtype=torch.float64)
+    found = [
+        kind(model, steps=3, lo=lo, hi=hi)(x, y) for lo, hi in ((None, None), (-math.inf, math.inf))
+    ]
+    assert torch.equal(*found)

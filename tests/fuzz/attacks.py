@@ -26,6 +26,7 @@ KINDS = tuple(
 _MINIMUM = (attacks.FAB, attacks.TargetedFAB, attacks.DDN, attacks.FMN, attacks.CW)
 _MINIMUM += (attacks.DeepFool,)
 _NEAREST = {"targeted", "eps", "lo", "hi", "compact", "output", "validate", "speed"}
+_UNCHECKED = {"output", "seed"}  # not checked at construction
 _ORDER = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}
 
 
@@ -114,7 +115,7 @@ def _require_refusal(error: Exception, settings: dict[str, Any]) -> str:
 def _require_model_error(error: Exception) -> str:
     if isinstance(error, ZeroDivisionError):  # the model's own
         return REFUSED
-    return require_clear(error, ["model", "logits", "output", "loss"])
+    return require_clear(error, ["model", "logits", "output", "loss", "y"])
 
 
 def _broken_result(result: Any, model: models.Failing) -> str:
@@ -307,7 +308,7 @@ def _settings(draw: Draw, kind: type, has: set[str], x: Tensor) -> dict[str, Any
 
 def _spoil(draw: Draw, settings: dict[str, Any], has: set[str]) -> str:
     """One setting becomes something that somebody might pass by mistake."""
-    name = draw.choice([*sorted(has), "stepz"])
+    name = draw.choice([*sorted(has - _UNCHECKED), "stepz"])
     settings[name] = draw.choice(
         [
             None,

@@ -82,9 +82,9 @@ def check(call: Call, context: str = "none") -> str:
     for name, around in rooms.items():
         around(name)
     for name, t in (*written.items(), ("result", result)):
-        if isinstance(t, Tensor) and t.requires_grad and call.op not in DIFFERENTIABLE:
-            if t is not call.args.get("out"):
-                raise Finding(f"{name} requires grad")
+        given = t is call.args.get("out") or call.op in DIFFERENTIABLE
+        if isinstance(t, Tensor) and t.requires_grad and not given:
+            raise Finding(f"{name} requires grad")
     flat = [t for t in call.args.values() if isinstance(t, Tensor)]
     if any(t.is_meta or t.layout != torch.strided for t in flat):
         return REFUSED  # ran on shapes alone
@@ -168,15 +168,14 @@ def _require_near(name: str, got: Tensor, right: Tensor, exact: Tensor, scale: f
     far = exact.abs() > 1e-6 * torch.finfo(got.dtype).max  # where factors of it have overflown
     special |= far.reshape(len(far), -1).any(1).view(-1, *(1,) * (got.dim() - 1))
     g, r, e = ((t.double().where(~special, 0.0)).reshape(len(t), -1) for t in (got, right, exact))
-    allowed = 4 * (r - e).abs().amax(1) + _ROUNDING.get(got.dtype, 64) * torch.finfo(
-        got.dtype
-    ).eps * (e.abs().amax(1) + scale)
+    rounding = _ROUNDING.get(got.dtype, 64) * torch.finfo(got.dtype).eps
+    allowed = 4 * (r - e).abs().amax(1) + rounding * (e.abs().amax(1) + scale)
     error = (g - e).abs().amax(1)
     if bool((error > allowed).any()):
         row = int((error - allowed).argmax())
         raise Finding(
-            f"{name} is off by {float(error[row]):.3e} in row {row}, allowed {float(allowed[row]):.3e}"
-            f": {_difference(got, right)}"
+            f"{name} is off by {float(error[row]):.3e} in row {row}, allowed "
+            f"{float(allowed[row]):.3e}: {_difference(got, right)}"
         )
 
 

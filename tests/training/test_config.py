@@ -68,6 +68,11 @@ def test_what_is_given_stays() -> None:
     assert Config(eps_warmup=0).resolve(images("mnist", 1)).eps_warmup == 0
 
 
+def test_a_misspelt_setting_is_told_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"settings \['epoch', 'optimizer'\]; did you mean epochs\?"):
+        Config.from_dict({"epoch": 3, "optimizer": "sgd"})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
