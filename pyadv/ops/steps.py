@@ -392,7 +392,7 @@ def square_step(
     check_device(op, "u", u, x)
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= min(x.shape[2:]):
         raise ValueError(f"{op}: side must be an integer in 1 .. {min(x.shape[2:])}, got {side!r}")
-    if out is not None:  # outside the square x_best is copied before x is read
+    if isinstance(out, Tensor):  # outside the square x_best is copied before x is read
         refuse_overlap(op, "out", out, (x, u))
     return run_out(
         *_square_step, (x_adv, x_best, x, u, side, *_ball(op, x, eps, lo, hi), active), out

@@ -69,7 +69,9 @@ def test_what_is_given_stays() -> None:
 
 
 def test_a_misspelt_setting_is_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"settings \['epoch', 'optimizer'\]; did you mean epochs\?"):
+    with pytest.raises(
+        ValueError, match=r"settings \['epoch', 'optimizer'\]; did you mean epochs\?"
+    ):
         Config.from_dict({"epoch": 3, "optimizer": "sgd"})
 
 
