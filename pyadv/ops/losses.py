@@ -176,7 +176,7 @@ def _check_logits(op: str, name: str, logits: Tensor, least: int = 2, what: str 
         )
 
 
-def check_logits_and_labels(op: str, name: str, logits: Tensor, y: Tensor) -> None:
+def _check_logits_and_labels(op: str, name: str, logits: Tensor, y: Tensor) -> None:
     _check_logits(op, name, logits)
     check_rows(op, "y", y, logits, torch.int64)
 
@@ -353,7 +353,7 @@ def mart_bce(logits_adv: Tensor, y: Tensor, exact: bool = False) -> Tensor:
 
     Source: MART, Wang et al. (ICLR 2020).
     """
-    check_logits_and_labels("mart_bce", "logits_adv", logits_adv, y)
+    _check_logits_and_labels("mart_bce", "logits_adv", logits_adv, y)
     return _MartBCE.apply(logits_adv, y, exact)
 
 
@@ -378,7 +378,7 @@ def mart_kl(
 
     Source: MART, Wang et al. (ICLR 2020).
     """
-    check_logits_and_labels("mart_kl", "logits_adv", logits_adv, y)
+    _check_logits_and_labels("mart_kl", "logits_adv", logits_adv, y)
     check_like("mart_kl", "logits_adv", logits_adv, logits=logits)
     return _MartKL.apply(logits_adv, logits, y, exact, detach_weight)
 
@@ -444,5 +444,5 @@ def row_stats(logits: Tensor, y: Tensor) -> RowStats:
         TypeError: logits not floating-point, y not int64.
         ValueError: shapes or devices differ, fewer than 2 classes.
     """
-    check_logits_and_labels("row_stats", "logits", logits, y)
+    _check_logits_and_labels("row_stats", "logits", logits, y)
     return RowStats(*_row_stats(logits, y))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyadv import reference
 from pyadv.ops.arguments import check_choice, check_floating, check_like, check_rows, parameter
-from pyadv.ops.losses import check_logits_and_labels, row_stats, weighted_cross_entropy
+from pyadv.ops.losses import _check_logits_and_labels, row_stats, weighted_cross_entropy
 from pyadv.ops.registry import register
 from pyadv.tensors import compute_dtype
 
@@ -48,8 +48,8 @@ def gairat_weights(
         kind: "tanh" (the paper), "sigmoid" or "discrete" (which uses neither lam nor slope).
         normalize: "mean" gives weights of mean 1 over this batch, "sum" of sum 1; where all
             weights are 0 (lam = -inf) they count as equal. "none" leaves them in [0, 1].
-        slope: >= 0 and finite, by how much a falls from kappa = 0 to the centre K / 2; None is the paper's 5.
-            GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
+        slope: how much a falls from kappa = 0 to the centre K / 2, finite and >= 0; None is the
+            paper's 5. GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
         int_half: the official code's centre floor(K / 2), with the slope reached there; for K = 1,
             where that code divides by 0, the true half is used.
 
@@ -126,7 +126,7 @@ def probabilistic_margin(
     """
     op = "probabilistic_margin"
     check_choice(op, "kind", kind, ("nat", "adv", "dif", "dif_conf"))
-    check_logits_and_labels(op, "logits", logits, y)
+    _check_logits_and_labels(op, "logits", logits, y)
     if kind == "nat":
         return row_stats(logits, y).prob_margin
     if logits_adv is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -128,6 +129,11 @@ class Config:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        for name in ("eps", "alpha", "emr_temperature", "gairat_lam", "mail_slope", "mail_bias"):
+            value = getattr(self, name)
+            equal_weights = name == "gairat_lam" and value == math.inf
+            if value is not None and not (math.isfinite(value) or equal_weights):
+                raise ValueError(f"{name} must be finite, got {value}")
         has = METHODS[self.method].settings
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in has:
@@ -182,7 +188,7 @@ def number(value: Any) -> float:
     """A number, also as text or as a fraction: 0.1, "0.1", "8/255"."""
     try:
         return value if isinstance(value, float) else float(Fraction(value))
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{value!r} is not a number or a fraction like 8/255") from None
 
 

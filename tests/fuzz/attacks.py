@@ -144,9 +144,10 @@ def check_result(
     for bound, side in ((s.lo, -1), (s.hi, 1)):
         if bound is not None and x.numel():
             limit = torch.as_tensor(bound).to(x.dtype)
-            beyond = (side * (x_adv - limit)).max()
-            if not s.steps and s.start == "normal_small":
-                continue
+            beyond = (side * (x_adv - limit)).flatten(1).amax(1)
+            if s.start == "normal_small":  # the first step projects, not the start
+                beyond = beyond.where(result.steps > 0, 0)
+            beyond = beyond.max()
             if float(beyond) > 0:
                 raise Finding(f"x_adv lies outside the box by {float(beyond):.3e}")
     fooled = result.logits.argmax(1) != y

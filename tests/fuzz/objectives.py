@@ -162,7 +162,8 @@ def _objective(
         passes = 2
     added, draws = [], False
     is_smooth = smooth and name in _SMOOTH
-    if draw.chance(0.3):
+    measured = any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
+    if measured and draw.chance(0.3):
         kind = draw.choice(("frobenius", "spectral"))
         product = NormProduct(model, x.shape[1:], kind, draw.choice(("reshape", "bound")))
         added.append(o.NormPenalty(draw.choice((0.01, 0)), product))
