@@ -73,7 +73,7 @@ def case(draw: Draw) -> str:
         arguments["ids"] = torch.randint(-(2**40), 2**40, y.shape, generator=draw.generator())
     if draw.chance(0.3):
         arguments["draw"] = draw.choice((0, 3, 2**31))
-    if draw.chance(0.12):
+    if settings.get("validate") is not False and draw.chance(0.12):
         wrong.append(_spoil_arguments(draw, arguments))
     context = draw.choice((*["none"] * 4, *CONTEXTS))
     draw.note(attack=kind.__name__, settings=settings, model=model, dtype=dtype, wrong=wrong)

@@ -45,7 +45,8 @@ def show(value: Any) -> str:
     if isinstance(value, Tensor):
         strides = list(value.stride()) if value.layout == torch.strided else value.layout
         text = f"Tensor({list(value.shape)}, strides {strides}, {value.dtype}, {value.device}"
-        if value.layout == torch.strided and not value.is_meta and 0 < value.numel() <= 8:
+        plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        if plain and 0 < value.numel() <= 8:
             text += f", {value.detach().tolist()}"
         flags = [f for f in ("requires_grad",) if getattr(value, f)]
         flags += ["inference"] if value.is_inference() else []

@@ -16,7 +16,7 @@ from fuzz.case import RIGHT, Draw, Finding, kept, kept_state, require_clear
 from pyadv import attacks
 from pyadv.evaluation import evaluate
 
-_UNCHECKED = {"progress", "chunk", "attacks"}  # not looked at before they are used
+_UNCHECKED = {"progress", "chunk", "attacks", "eps"}  # not looked at before they are used
 _SHORT = {"apgd-ce": 3, "apgd-dlr": 3, "apgd-t": 2, "fab": 2, "fab-t": 2, "square": 5}
 
 
