@@ -159,7 +159,7 @@ def wrong(draw: Draw, value: Any) -> Any:
                     lambda: value[None],
                     lambda: value.flatten(),
                     lambda: value.new_zeros(()),
-                    lambda: value.new_zeros((value.shape[0] + 1, *value.shape[1:])),
+                    lambda: value.new_zeros([n + 1 for n in value.shape[:1]] + [*value.shape[1:]]),
                     lambda: value.to("meta"),
                     lambda: value.to_sparse(),
                     lambda: value.numpy() if value.dtype != torch.bfloat16 else None,
