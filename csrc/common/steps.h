@@ -178,7 +178,9 @@ PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& wa
     if (!(next > time)) break;
     time = next < Range<C>::kLargest ? next : static_cast<double>(Range<C>::kLargest);
   }
-  if (kL2) return static_cast<C>(sqrt(time * time * total[0] + total[3]));
+  // Where the box has stopped all entries, the square of the time may be infinite.
+  const double moving = total[0] > 0 ? time * time * total[0] : 0.0;
+  if (kL2) return static_cast<C>(sqrt(moving + total[3]));
   if (total[0] > 0) return way.time;
   return row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return way.length(e); });
 }

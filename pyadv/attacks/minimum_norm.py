@@ -70,10 +70,10 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def box_width(lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> float:
-    """Return the factor for settings that were published for the box [0, 1]: the width of this one,
-    1 if a bound is no number."""
+    """Return the factor for settings that were published for the box [0, 1]: hi - lo, or 1 if a
+    bound is no finite number."""
     bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
-    return float(abs(hi - lo)) if bounded else 1.0
+    return float(abs(hi - lo)) if bounded and math.isfinite(hi - lo) else 1.0
 
 
 def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:

@@ -77,6 +77,7 @@ class Square(GradientAttack):
         norm = checks.canonical_norm(norm)
         checks.count("queries", queries, 0)
         checks.choice("draws", draws, ("keyed", "official"))
+        checks.size("p", p)
         if not 0 < p <= 1:
             raise ValueError(f"p must be a share in (0, 1], got {p!r}")
         settings = LoopSettings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +24,12 @@ def check_floating(op: str, **tensors: Any) -> None:
             raise TypeError(
                 f"{op}: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}"
             )
+        check_strided(op, name, t)
+
+
+def check_strided(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one of layout {t.layout}")
 
 
 def check_like(op: str, first: str, like: Tensor, **tensors: Any) -> None:
@@ -45,6 +50,7 @@ def check_like(op: str, first: str, like: Tensor, **tensors: Any) -> None:
             raise TypeError(
                 f"{op}: {name} must have the dtype of {first}, got {t.dtype} and {like.dtype}"
             )
+        check_strided(op, name, t)
         check_device(op, name, t, like)
 
 
@@ -58,16 +64,19 @@ def check_rows(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) 
     if not isinstance(t, Tensor) or t.dtype != dtype:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{op}: {name} must be a {dtype} tensor, got {got}")
+    if not like.shape:
+        raise ValueError(f"{op}: {name} must have a batch dimension, got a 0-dim tensor")
     if t.shape != like.shape[:1]:
         raise ValueError(
             f"{op}: {name} must have shape [{like.shape[0]}], one value per row, "
             f"got {list(t.shape)}"
         )
+    check_strided(op, name, t)
     check_device(op, name, t, like)
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -83,8 +92,9 @@ def parameter(
     if known and (value >= 0 or not nonnegative):  # a compiled graph must not depend on the cache
         return scalar(value, x)
     if isinstance(value, Tensor):
-        if value.dtype.is_complex or value.dtype == torch.bool:
+        if value.dtype.is_complex or value.dtype == torch.bool or value.is_quantized:
             raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
+        check_strided(op, name, value)
         if value.dim() or not value.is_cpu:  # a scalar on the CPU serves every device
             check_device(op, name, value, x)
         shape = value.shape
@@ -103,10 +113,13 @@ def parameter(
         return value.detach()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    if math.isnan(value) or (nonnegative and value < 0):
+    if value != value or (nonnegative and value < 0):
         rule = "a number >= 0" if nonnegative else "a number"
         raise ValueError(f"{op}: {name} must be {rule}, got {value}")
-    return scalar(float(value), x)
+    try:
+        return scalar(float(value), x)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit a float, got an int beyond 1e308") from None
 
 
 def row_parameter(
@@ -144,6 +157,7 @@ def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: in
                 f"{op}: {name} must be an int or a 0-dim torch.int64 tensor, "
                 f"got {value.dtype} of shape {list(value.shape)}"
             )
+        check_strided(op, name, value)
         if not value.is_cpu:
             check_device(op, name, value, x)
         return value
@@ -161,13 +175,14 @@ def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Ten
         # A CPU scalar would keep a compiled graph from becoming a CUDA graph.
         return torch.tensor(value, dtype=dtype, device=x.device)
     if _in_mode():
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
     cached = cache.get(value)
     if cached is None:
         if len(cache) >= 4096:
             cache.clear()
         with torch.inference_mode(False):
-            cached = cache[value] = torch.tensor(value, dtype=dtype)
+            # The user's default device may be another, on which no kernel could read it.
+            cached = cache[value] = torch.tensor(value, dtype=dtype, device="cpu")
     return cached
 
 
@@ -212,6 +227,12 @@ def refuse_overlap(
             f"{op}: {name} must have an element of memory for each of its own, got shape "
             f"{list(t.shape)} with strides {list(t.stride())}"
         )
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: {name} was made in inference mode, outside of which it cannot be written"
+        )
+    if t.is_neg():
+        raise ValueError(f"{op}: {name} must not be a lazily negated view, which nothing can write")
     for other in others:
         if not isinstance(other, Tensor) or (other is t and same_allowed):
             continue

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops.arguments import check_device
+from pyadv.ops.arguments import check_device, check_strided
 from pyadv.ops.registry import register
 from pyadv.reference.convolution import (
     PANEL,
@@ -88,6 +88,7 @@ def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -
     _check_stride(op, stride)
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"{op}: weight must have shape [N, C, 3, 3], got {list(weight.shape)}")
+    _check_bool(op, "transposed", transposed)
     return _winograd_weight(weight.detach(), transposed, stride)
 
 
@@ -127,14 +128,15 @@ def winograd_conv2d(
     """
     op = "winograd_conv2d"
     _check(op, "x", x, weight, outputs, stride)
+    _check_padding(op, padding, stride)
     if padding < 0 or min(x.shape[2:]) + 2 * padding < 3:
         raise ValueError(
             f"{op}: padding must be >= 0 and make the image at least 3x3, "
             f"got {padding} for {list(x.shape[2:])}"
         )
-    _check_padding(op, padding, stride)
     if bias is not None:
         _check_shape(op, "bias", bias, (outputs,), x)
+    _check_bool(op, "relu", relu)
     size = output_size(x.shape[2:], padding, stride)
     if added is not None:
         _check_shape(op, "added", added, (x.shape[0], outputs, *size), x)
@@ -167,6 +169,10 @@ def winograd_conv2d_input(
     Errors are those of `winograd_conv2d`.
     """
     op = "winograd_conv2d_input"
+    if not isinstance(shape, Sequence) or len(shape) != 4:
+        raise ValueError(f"{op}: shape must be four integers (B, C, H, W), got {shape!r}")
+    for n in shape:
+        _check_int(op, "shape", n)
     _check(op, "grad", grad, weight, shape[1], stride)
     _check_padding(op, padding, stride)
     if padding not in (0, 1, 2):
@@ -187,6 +193,7 @@ def winograd_conv2d_input(
 def _check(op: str, name: str, x: Tensor, weight: Tensor, outputs: int, stride: int) -> None:
     _check_float32(op, **{name: x, "weight": weight})
     _check_stride(op, stride)
+    _check_int(op, "outputs", outputs)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must have four dimensions, got {list(x.shape)}")
     expected = [-(-outputs // PANEL), SLOTS, x.shape[1], PANEL]
@@ -206,13 +213,27 @@ def _check_shape(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor)
 
 
 def _check_stride(op: str, stride: int) -> None:
+    _check_int(op, "stride", stride)
     if stride not in (1, 2):
         raise ValueError(f"{op}: stride must be 1 or 2, got {stride}")
 
 
 def _check_padding(op: str, padding: int, stride: int) -> None:
+    _check_int(op, "padding", padding)
     if stride == 2 and padding != 1:
         raise ValueError(f"{op}: at stride 2 padding must be 1, got {padding}")
+
+
+def _check_bool(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def _check_int(op: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not isinstance(value, torch.SymInt) and not -(2**31) < value < 2**31:
+        raise ValueError(f"{op}: {name} must be less than 2^31, got {value}")
 
 
 def _check_float32(op: str, **tensors: Tensor) -> None:
@@ -220,3 +241,4 @@ def _check_float32(op: str, **tensors: Tensor) -> None:
         if not isinstance(t, Tensor) or t.dtype != torch.float32:
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"{op}: {name} must be a float32 tensor, got {got}")
+        check_strided(op, name, t)

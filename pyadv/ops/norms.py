@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
         ValueError: an empty sequence, another device, an unknown kind, or a tensor with less than
             two dimensions for "spectral".
     """
-    weights = _checked("norms", weights, kind)
-    return _norms(weights) if kind == "frobenius" else reference.norms(weights, kind)
+    return _norms_of(_checked("norms", weights, kind), kind)
 
 
 def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
@@ -70,13 +69,19 @@ def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tens
     (Frobenius) does not depend on the scale of the other layers. A tensor of zeros makes the value
     -inf and has gradient 0. Arguments and errors are those of `norms`.
     """
-    return log_product(norms(weights, kind))
+    return log_product(_norms_of(_checked("log_norm_product", weights, kind), kind))
+
+
+def _norms_of(weights: list[Tensor], kind: str) -> Tensor:
+    return _norms(weights) if kind == "frobenius" else reference.norms(weights, kind)
 
 
 def _checked(op: str, weights: Sequence[Tensor], kind: str) -> list[Tensor]:
     check_choice(op, "kind", kind, _KINDS)
-    if isinstance(weights, Tensor):
-        raise TypeError(f"{op}: weights must be a sequence of tensors, got one Tensor")
+    if not isinstance(weights, (Sequence, Iterator)) or isinstance(weights, str):
+        raise TypeError(
+            f"{op}: weights must be a sequence of tensors, got one {type(weights).__name__}"
+        )
     weights = list(weights)
     if not weights:
         raise ValueError(f"{op}: weights must not be empty")

@@ -26,6 +26,7 @@ from pyadv.ops.arguments import (
     check_device,
     check_like,
     check_rows,
+    check_strided,
     parameter,
     refuse_overlap,
     row_parameter,
@@ -370,7 +371,9 @@ def square_step(
         x_adv: what rows that are not active keep, images (B, C, H, W) of less than 2^31 elements.
         x_best: the best points so far, inside the ball, of the same shape and dtype.
         u: (B, 2 + C) float32, uniform numbers in [0, 1).
-        side: of the square, in 1 .. min(H, W). The other arguments are those of `linf_step`.
+        side: of the square, in 1 .. min(H, W).
+        out: where to write; it may be x_adv or x_best, not x. The other arguments are those of
+            `linf_step`.
 
     Source: Andriushchenko et al., "Square Attack" (ECCV 2020), algorithm 2.
     """
@@ -378,8 +381,10 @@ def square_step(
     _check(op, x_adv, active, x_best=x_best, x=x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x_adv must be images [B, C, H, W], got shape {list(x.shape)}")
-    if u.dtype != torch.float32:
-        raise TypeError(f"{op}: u must be a torch.float32 tensor, got {u.dtype}")
+    if not isinstance(u, Tensor) or u.dtype != torch.float32:
+        got = u.dtype if isinstance(u, Tensor) else type(u).__name__
+        raise TypeError(f"{op}: u must be a torch.float32 tensor, got {got}")
+    check_strided(op, "u", u)
     if u.shape != (len(x), 2 + x.shape[1]):
         raise ValueError(
             f"{op}: u must have shape [{len(x)}, {2 + x.shape[1]}], got {list(u.shape)}"
@@ -387,6 +392,8 @@ def square_step(
     check_device(op, "u", u, x)
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= min(x.shape[2:]):
         raise ValueError(f"{op}: side must be an integer in 1 .. {min(x.shape[2:])}, got {side!r}")
+    if isinstance(out, Tensor):  # outside the square x_best is copied before x is read
+        refuse_overlap(op, "out", out, (x, u))
     return run_out(
         *_square_step, (x_adv, x_best, x, u, side, *_ball(op, x, eps, lo, hi), active), out
     )

@@ -3,12 +3,14 @@ no gradient passes through them."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyadv import reference
 from pyadv.ops.arguments import check_choice, check_floating, check_like, check_rows, parameter
-from pyadv.ops.losses import row_stats, weighted_cross_entropy
+from pyadv.ops.losses import _check_logits_and_labels, row_stats, weighted_cross_entropy
 from pyadv.ops.registry import register
 from pyadv.tensors import compute_dtype
 
@@ -46,8 +48,8 @@ def gairat_weights(
         kind: "tanh" (the paper), "sigmoid" or "discrete" (which uses neither lam nor slope).
         normalize: "mean" gives weights of mean 1 over this batch, "sum" of sum 1; where all
             weights are 0 (lam = -inf) they count as equal. "none" leaves them in [0, 1].
-        slope: >= 0, by how much a falls from kappa = 0 to the centre K / 2; None is the paper's 5.
-            GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
+        slope: how much a falls from kappa = 0 to the centre K / 2, finite and >= 0; None is the
+            paper's 5. GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
         int_half: the official code's centre floor(K / 2), with the slope reached there; for K = 1,
             where that code divides by 0, the true half is used.
 
@@ -64,8 +66,11 @@ def gairat_weights(
         raise ValueError(f"{op}: steps must be an integer >= 1, got {steps!r}")
     check_choice(op, "kind", kind, ("tanh", "sigmoid", "discrete"))
     check_choice(op, "normalize", normalize, ("mean", "sum", "none"))
-    if slope is not None and not slope >= 0:
-        raise ValueError(f"{op}: slope must be a number >= 0, got {slope}")
+    if slope is not None:
+        if not isinstance(slope, (int, float)):
+            raise TypeError(f"{op}: slope must be a float or None, got {type(slope).__name__}")
+        if not 0 <= slope < math.inf:
+            raise ValueError(f"{op}: slope must be a finite number >= 0, got {slope}")
     lam = _single(op, "lam", lam, kappa)
     return _gairat_weights(kappa, steps, lam, kind, normalize, slope, int_half)
 
@@ -121,6 +126,7 @@ def probabilistic_margin(
     """
     op = "probabilistic_margin"
     check_choice(op, "kind", kind, ("nat", "adv", "dif", "dif_conf"))
+    _check_logits_and_labels(op, "logits", logits, y)
     if kind == "nat":
         return row_stats(logits, y).prob_margin
     if logits_adv is None:

@@ -48,9 +48,10 @@ def boundary_step(
     points, values = torch.stack([a, center]), torch.stack([value, value])
     values[1] += rows((center - a) * w).sum(1)
     d = offset_to_hyperplane(points, w, values, norm, lo, hi)
-    ways = torch.linalg.vector_norm(d.reshape(2, len(a), -1), _ORDER[norm], dim=2).clamp(
-        min=_SHORTEST
-    )
+    d_rows = d.reshape(2, len(a), -1)
+    furthest = d_rows.abs().amax(2, keepdim=True).clamp(min=1.0)  # whose square may overflow
+    ways = torch.linalg.vector_norm(d_rows / furthest, _ORDER[norm], dim=2) * furthest[..., 0]
+    ways = ways.clamp(min=_SHORTEST)
     part = torch.minimum(per_row(ways[0] / ways.sum(0), a), parameter(share, a))
     point, point_of_x = points + parameter(overshoot, a) * d
     return finish(clip_to_box(point.lerp(point_of_x, part), lo, hi), x_adv, keep)
@@ -86,9 +87,9 @@ def offset_to_hyperplane(
     scale = torch.where(scale > 0, scale, 1.0)
     normal = hardshrink(normal / per_row(scale, w), _FLAT)
     direction = per_row(-torch.sign(value), w) * torch.sign(normal)
-    most = torch.finfo(wide.dtype).max
-    above = parameter(most if hi is None else hi, normal) - wide
-    below = parameter(-most if lo is None else lo, normal) - wide
+    most = torch.finfo(wide.dtype).max  # 0 times an infinite room would be NaN
+    above = (parameter(most if hi is None else hi, normal) - wide).clamp(max=most)
+    below = (parameter(-most if lo is None else lo, normal) - wide).clamp(min=-most)
     room = torch.maximum(direction * above, direction * below).clamp(min=0)  # 0 where no direction
     need = (value.abs() / scale)[..., None].clamp(max=most)
     find = _greedy if norm == "L1" else _filling

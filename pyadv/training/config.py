@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import numbers
@@ -137,6 +138,11 @@ class Config:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        for name in ("eps", "alpha", "emr_temperature", "gairat_lam", "mail_slope", "mail_bias"):
+            value = getattr(self, name)
+            equal_weights = name == "gairat_lam" and value == math.inf
+            if value is not None and not (math.isfinite(value) or equal_weights):
+                raise ValueError(f"{name} must be finite, got {value}")
         has = METHODS[self.method].settings
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in has:
@@ -174,8 +180,10 @@ class Config:
         exist or has the wrong type.
         """
         types = {f.name: f.type for f in dataclasses.fields(cls)}
-        if unknown := set(values) - set(types):
-            raise ValueError(f"config has unknown settings {sorted(unknown)}")
+        if unknown := sorted(str(name) for name in values if name not in types):
+            near = [n for name in unknown for n in difflib.get_close_matches(name, types, n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"config has unknown settings {unknown}{hint}")
         return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 
     def save(self, path: Path) -> None:

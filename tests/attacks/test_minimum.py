@@ -371,3 +371,13 @@ def test_super_deepfool_is_nearer(problem):
     assert (closer <= plain + 1e-5).all() and closer.sum() < 0.995 * plain.sum()
     with pytest.raises(ValueError, match="attack in L2"):
         DeepFool(norm="Linf", variant="super")
+
+
+@pytest.mark.parametrize("kind", [DDN, FMN, DeepFool])
+def test_infinite_bounds_are_no_bounds(kind):
+    x, y = torch.rand(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2])
+    model = RowLinear(4, dtype=torch.float64)
+    found = [
+        kind(model, steps=3, lo=lo, hi=hi)(x, y) for lo, hi in ((None, None), (-math.inf, math.inf))
+    ]
+    assert torch.equal(*found)

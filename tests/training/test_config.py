@@ -70,6 +70,22 @@ def test_what_is_given_stays() -> None:
     assert Config(eps_warmup=0).resolve(images("mnist", 1)).eps_warmup == 0
 
 
+@pytest.mark.parametrize("name", ["alpha", "emr_temperature", "gairat_lam"])
+def test_numbers_are_finite(name: str) -> None:
+    values = [float("nan"), -float("inf")] + ([] if name == "gairat_lam" else [float("inf")])
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            Config(**{"method": "gairat", name: value}).resolve(images("x", 1))
+    assert Config(method="gairat", gairat_lam=float("inf")).resolve(images("x", 1)).gairat_lam > 1
+
+
+def test_a_misspelt_setting_is_told_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"settings \['epoch', 'optimizer'\]; did you mean epochs\?"
+    ):
+        Config.from_dict({"epoch": 3, "optimizer": "sgd"})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
