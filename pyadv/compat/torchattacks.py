@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.engine.starts import Start
 
 
 class _Attack:
-    attack: type[GradientAttack] = attacks.PGD
+    attack: type[Attack] = attacks.PGD
 
     def __init__(self, model: Callable[..., Any], **settings: Any):
         self.model = model
