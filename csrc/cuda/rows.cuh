@@ -1,5 +1,5 @@
-// Runs a rule on rows (L2Step and the like; see common/projections.h): one block per row. A row
-// that fits is staged in shared memory, so that the rule's passes read global memory once.
+// Runs a row rule (common/rules.h) with one block per row. A row that fits is copied to shared
+// memory first, so that the rule's passes read global memory once.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -9,42 +9,42 @@ namespace pyadv {
 namespace cuda {
 
 constexpr int kRowThreads = 512;
-constexpr int64_t kStageBytes = 48 * 1024;  // what every card gives a block without asking
+constexpr int64_t kStageBytes = 48 * 1024;  // available to a block without an opt-in
 
-// The row a rule walks over, in packs of V elements.
+// The `row` of a row rule, in packs of V elements.
 template <class Rule, class T, int V>
 class Row {
  public:
   using C = compute_t<T>;
   using Pack = Vec<T, V>;
 
-  __device__ __forceinline__ Row(const StepArgs& s, int64_t row) : s_(s), first_(row * s.n) {
-    a_ = static_cast<const T*>(s.x_adv) + first_;
-    g_ = static_cast<const T*>(s.grad) + (Rule::kGrad ? first_ : 0);
+  __device__ __forceinline__ Row(const RuleTensors& s, int64_t row) : s_(s), first_(row * s.n) {
+    x_adv_ = static_cast<const T*>(s.x_adv) + first_;
+    grad_ = static_cast<const T*>(s.grad) + (Rule::kGrad ? first_ : 0);
     x_ = static_cast<const T*>(s.x) + first_;
-    prev_ = static_cast<const T*>(s.x_prev) + (Rule::kPrev ? first_ : 0);
+    x_prev_ = static_cast<const T*>(s.x_prev) + (Rule::kPrev ? first_ : 0);
     lo_ = s.lo.at<C>(first_);
     hi_ = s.hi.at<C>(first_);
   }
 
   __device__ __forceinline__ int64_t size() const { return s_.n; }
 
-  // Puts the row's tensors one after the other into shared memory. No barrier: `each` gives every
-  // thread the packs that it has put there itself.
+  // Copies the row's tensors to shared memory, one after the other. No barrier is needed: each
+  // thread reads only the packs that it has copied itself.
   __device__ __forceinline__ void stage(T* shared) {
     Pack* to = reinterpret_cast<Pack*>(shared);
     const int64_t packs = s_.n / V;
     for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
-      const Packs<Rule, T, V> pack(a_, g_, x_, prev_, i);
-      to[i] = pack.a;
+      const Packs<Rule, T, V> pack(x_adv_, grad_, x_, x_prev_, i);
+      to[i] = pack.x_adv;
       to[packs + i] = pack.x;
-      if (Rule::kGrad) to[2 * packs + i] = pack.g;
-      if (Rule::kPrev) to[3 * packs + i] = pack.prev;
+      if (Rule::kGrad) to[2 * packs + i] = pack.grad;
+      if (Rule::kPrev) to[3 * packs + i] = pack.x_prev;
     }
-    a_ = shared;
+    x_adv_ = shared;
     x_ = shared + s_.n;
-    if (Rule::kGrad) g_ = shared + 2 * s_.n;
-    if (Rule::kPrev) prev_ = shared + 3 * s_.n;
+    if (Rule::kGrad) grad_ = shared + 2 * s_.n;
+    if (Rule::kPrev) x_prev_ = shared + 3 * s_.n;
   }
 
   template <int K, class L, class Term>
@@ -77,22 +77,22 @@ class Row {
     });
   }
 
-  __device__ __forceinline__ void keep() const {
+  __device__ __forceinline__ void copy_input() const {
     for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x)
-      out()[i] = reinterpret_cast<const Pack*>(a_)[i];
+      out()[i] = reinterpret_cast<const Pack*>(x_adv_)[i];
   }
 
  private:
-  // f(element, index) for this thread's elements, V neighbours at a time
+  // Calls f(element, index) for this thread's elements, V neighbours at a time.
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     for (int64_t i = threadIdx.x; i < s_.n / V; i += blockDim.x) {
-      const Packs<Rule, T, V> packs(a_, g_, x_, prev_, i);
+      const Packs<Rule, T, V> packs(x_adv_, grad_, x_, x_prev_, i);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const int64_t at = i * V + k;
-        f(packs.template element<C>(k, s_.elementwise ? s_.lo.at<C>(first_ + at) : lo_,
-                                    s_.elementwise ? s_.hi.at<C>(first_ + at) : hi_),
+        f(packs.template element<C>(k, s_.per_element ? s_.lo.at<C>(first_ + at) : lo_,
+                                    s_.per_element ? s_.hi.at<C>(first_ + at) : hi_),
           at);
       }
     }
@@ -102,29 +102,29 @@ class Row {
     return reinterpret_cast<Pack*>(static_cast<T*>(s_.out) + first_);
   }
 
-  const StepArgs& s_;
+  const RuleTensors& s_;
   int64_t first_;
-  const T *a_, *g_, *x_, *prev_;
+  const T *x_adv_, *grad_, *x_, *x_prev_;
   C lo_, hi_;
 };
 
 template <class Rule, class T, int V>
-__global__ void __launch_bounds__(kRowThreads, 1) rows_kernel(StepArgs s, bool staged) {
+__global__ void __launch_bounds__(kRowThreads, 1) rows_kernel(typename Rule::Args s, bool staged) {
   PYADV_DYNAMIC_SHARED(T, shared);
   const int64_t r = blockIdx.x;
   Row<Rule, T, V> row(s, r);
-  if (s.active != nullptr && !s.active[r]) return row.keep();
+  if (s.active != nullptr && !s.active[r]) return row.copy_input();
   if (staged) row.stage(shared);
-  Rule::template run<compute_t<T>>(row, sizes_at<compute_t<T>>(s, r * s.n));
+  Rule::template run<compute_t<T>>(row, s.template values_at<compute_t<T>>(r * s.n));
 }
 
 template <class Rule, class T, int V>
-int launch_rows(const StepArgs& s, void* stream) {
-  // Slot 2 is the gradient's, slot 3 that of x_prev.
+int launch_rows(const typename Rule::Args& s, void* stream) {
+  // x_adv, x, grad and x_prev are copied to slots 0 to 3.
   const int64_t slots = Rule::kPrev ? 4 : Rule::kGrad ? 3 : 2;
   const int64_t bytes = slots * s.n * static_cast<int64_t>(sizeof(T));
   const bool staged = bytes <= kStageBytes;
-  // As many threads as give each the same number of turns.
+  // The fewest threads for which no thread takes more turns than with kRowThreads.
   const int64_t packs = s.n / V, turns = (packs + kRowThreads - 1) / kRowThreads;
   const int64_t warps = (packs + turns * kWarp - 1) / (turns * kWarp);
   PYADV_LAUNCH((rows_kernel<Rule, T, V>), static_cast<unsigned>(s.rows),
@@ -134,7 +134,7 @@ int launch_rows(const StepArgs& s, void* stream) {
 }
 
 template <class Rule>
-int run_rows(const StepArgs& s, void* stream) {
+int run_rows(const typename Rule::Args& s, void* stream) {
   return dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int V = 16 / sizeof(T);

@@ -19,7 +19,7 @@ struct Better {
   __device__ __forceinline__ bool operator()(int64_t row) const { return k.better<T>(row); }
 };
 
-// z: the pair of tensors; units of U, 16 bytes or 1.
+// blockIdx.z selects the pair of tensors. A unit U is 16 bytes or one.
 template <class U, class Wanted>
 __global__ void __launch_bounds__(kThreads) keep_rows_kernel(KeepRowsArgs k, Wanted wanted) {
   const int64_t units = k.row_bytes / static_cast<int64_t>(sizeof(U));
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) keep_losses_kernel(KeepBestArgs k) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) square_kernel(StepArgs s) {
+__global__ void __launch_bounds__(kThreads) square_kernel(SquareStepArgs s) {
   const Window w = s.window;
   const auto place = [&](uint32_t i, int d, int64_t size) {
     return i / static_cast<uint32_t>(w.stride[d]) % static_cast<uint32_t>(size);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) square_kernel(StepArgs s) {
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     const bool active = s.active == nullptr || s.active[row];
     if (!active && s.out == s.x_adv) continue;
-    const T* from = static_cast<const T*>(active ? s.x_prev : s.x_adv) + row * s.n;
+    const T* from = static_cast<const T*>(active ? s.x_best : s.x_adv) + row * s.n;
     T* out = static_cast<T*>(s.out) + row * s.n;
     const int64_t top = w.top(row), left = w.left(row);
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < s.n;
@@ -83,32 +83,33 @@ void copy_rows(const KeepRowsArgs& k, const Wanted& wanted, void* stream) {
 
 int linf_step(const StepArgs& s, void* stream) { return run_elements<LinfStep>(s, stream); }
 
-int linf_momentum_step(const StepArgs& s, void* stream) {
+int linf_momentum_step(const MomentumStepArgs& s, void* stream) {
   return run_elements<LinfMomentumStep>(s, stream);
 }
 
 int l2_step(const StepArgs& s, void* stream) { return run_rows<L2Step>(s, stream); }
 
-int l2_momentum_step(const StepArgs& s, void* stream) {
+int l2_momentum_step(const MomentumStepArgs& s, void* stream) {
   return run_rows<L2MomentumStep>(s, stream);
 }
 
-int linf_boundary_step(const StepArgs& s, void* stream) {
+int linf_boundary_step(const BoundaryStepArgs& s, void* stream) {
   return run_rows<BoundaryStep<false>>(s, stream);
 }
 
-int l2_boundary_step(const StepArgs& s, void* stream) {
+int l2_boundary_step(const BoundaryStepArgs& s, void* stream) {
   return run_rows<BoundaryStep<true>>(s, stream);
 }
 
-int l1_step(const StepArgs& s, void* stream) { return run_rows<L1Step>(s, stream); }
+int l1_step(const SparseStepArgs& s, void* stream) { return run_rows<L1Step>(s, stream); }
 
 int keep_rows(const KeepRowsArgs& k, void* stream) {
   copy_rows(k, Masked{k.mask}, stream);
   return static_cast<int>(cudaGetLastError());
 }
 
-// A launch of its own for the losses: rows are shared among blocks, which all compare first.
+// The losses need a second launch: several blocks share a row, and all of them must compare its
+// loss before one overwrites it.
 int keep_best(const KeepBestArgs& k, void* stream) {
   return dispatch(k.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -118,7 +119,7 @@ int keep_best(const KeepBestArgs& k, void* stream) {
   });
 }
 
-int square_step(const StepArgs& s, void* stream) {
+int square_step(const SquareStepArgs& s, void* stream) {
   return dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const RowGrid g(s.rows, s.n);

@@ -1,7 +1,6 @@
-// Kernels with one known mistake each, and right ones beside them: what the simulator must catch
-// and what it must let pass. `run(name)` runs one and prints "right", "wrong values" or the
-// error; the sanitizers end the program themselves. tests/test_cuda_on_cpu.py holds what each must
-// say.
+// Kernels with one known mistake each, which the simulator must catch, and correct kernels, which
+// it must let pass. `run(name)` runs one and prints "right", "wrong values" or the error; a
+// sanitizer ends the program itself. tests/test_cuda_on_cpu.py holds the expected output.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -22,8 +21,8 @@ constexpr int kBlock = 128;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 using Four = Vec<float, 4>;
 
-// Twice through shared memory, reversed each time, so that out = in. kAfterWrite, kAfterRead: the
-// barriers that make it right.
+// Reverses the block twice through shared memory, so that out = in. kAfterWrite and kAfterRead are
+// the barriers that it needs.
 template <bool kAfterWrite, bool kAfterRead>
 __global__ void reverse_twice(const float* in, float* out) {
   __shared__ float row[kBlock];
@@ -38,7 +37,7 @@ __global__ void reverse_twice(const float* in, float* out) {
   out[t] = v;
 }
 
-// Sums a block through two shared arrays of one template.
+// Counts the threads of a block with two shared arrays of one template.
 template <class T, bool kInitialise>
 __global__ void count_threads(T* out) {
   __shared__ int count[1];
@@ -124,7 +123,7 @@ __global__ void count_on_earlier_block(float* sums) {
   if (threadIdx.x == 0) sums[blockIdx.x + 1] = sums[blockIdx.x] + 1.0f;
 }
 
-// Every collective against what it should give.
+// Compares every collective with its expected result.
 __global__ void collectives(int* wrong) {
   const int t = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   const int threads = blockDim.x * blockDim.y * blockDim.z, lane = t % 32, base = lane & ~7;
@@ -305,7 +304,7 @@ const std::map<std::string, std::function<bool()>> kCases = {
        return wrong == 0;
      }},
     {"right_after_failure",
-     [] {  // a launch that failed leaves nothing behind
+     [] {  // a failed launch does not affect later ones
        try {
          PYADV_LAUNCH(return_before_barrier, 1, kBlock, 0, nullptr);
        } catch (const std::runtime_error&) {

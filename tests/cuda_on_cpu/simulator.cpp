@@ -18,11 +18,11 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Begin and end of all __shared__ variables (shared_memory.ld); absent in a program without any.
+// Begin and end of all __shared__ variables (shared_memory.ld); null in a program without any.
 extern "C" __attribute__((weak, visibility("hidden"))) uint64_t cuda_shared_begin[],
     cuda_shared_end[];
 
-// Present where AddressSanitizer is: it wants to know which stack is in use.
+// AddressSanitizer's functions, null without it. They tell it which stack is in use.
 extern "C" __attribute__((weak)) void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 extern "C" __attribute__((weak)) void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
@@ -30,8 +30,8 @@ extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volati
 namespace cuda_on_cpu {
 namespace {
 
-// Fibers. Switching is six instructions where we wrote them down; swapcontext, used elsewhere,
-// makes two system calls each time.
+// Fibers. On x86-64 a switch is a few instructions of our own; swapcontext, used elsewhere, makes
+// two system calls each time.
 
 #if defined(__x86_64__)
 struct Context {
@@ -51,7 +51,7 @@ cuda_on_cpu_switch:
 )");
 void start(Context& c, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + bytes);
-  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = nullptr;  // aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   c.sp = top - 6;  // the registers that the first switch pops
 }
@@ -88,7 +88,7 @@ struct Fiber {
     mprotect(memory, kGuard, PROT_NONE);
     start(context, memory + kGuard, kStack, entry);
   }
-  ~Fiber() {  // it may have been left in the middle of a kernel
+  ~Fiber() {  // its thread may have stopped in the middle of a kernel
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, kGuard + kStack);
     munmap(memory, kGuard + kStack);
   }
@@ -102,7 +102,7 @@ bool operator!=(Site a, Site b) {
 enum class State : uint8_t { Ready, AtBarrier, AtShuffle, AtBallot, Returned };
 
 struct Thread {
-  Fiber* fiber = nullptr;  // from the first turn to the last
+  Fiber* fiber = nullptr;  // assigned from the thread's first turn to its last
   State state = State::Ready;
   Site site{};
   unsigned mask = 0, source = 0;
@@ -274,7 +274,7 @@ void Simulator::resume(Thread& t) {
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 }
 
-// Back to the scheduler until it resumes this thread.
+// Switches to the scheduler until it resumes this thread.
 void Simulator::leave() {
   Fiber* fiber = threads_[current_].fiber;
   if (__sanitizer_start_switch_fiber)
@@ -284,7 +284,7 @@ void Simulator::leave() {
     __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 }
 
-// What a fiber does: one thread after another.
+// Body of a fiber: runs one thread after another.
 void Simulator::run_threads() {
   Simulator& s = simulator();
   if (__sanitizer_finish_switch_fiber)
@@ -361,7 +361,7 @@ uint64_t Simulator::wait_for_warp(State state, unsigned mask, uint64_t bits, uns
   return t.result;
 }
 
-// Gives every lane of the mask its result if all are there.
+// Gives every lane of the mask its result once all of them wait.
 void Simulator::complete_warp(unsigned warp, unsigned mask) {
   Thread* lanes = &threads_[warp * kWarp];
   const Thread& t = threads_[current_];
@@ -380,7 +380,7 @@ void Simulator::complete_warp(unsigned warp, unsigned mask) {
   }
 }
 
-// Why the threads that have not returned cannot go on.
+// Returns the reason why the remaining threads cannot continue.
 std::string Simulator::describe_stall() const {
   const auto at = [](State s) { return s == State::AtBarrier ? "barrier" : "warp collective"; };
   for (unsigned i = 0; i < threads_.size(); ++i) {
@@ -405,7 +405,7 @@ std::string Simulator::describe_stall() const {
 
 }  // namespace
 
-// One launch at a time: the state of a block is global, as __shared__ variables are.
+// One launch at a time, because the state of a block and its __shared__ variables are global.
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
             const std::function<void()>& thread) {
   static std::mutex one_at_a_time;
