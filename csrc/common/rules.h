@@ -56,7 +56,7 @@ struct RuleArgs : RuleTensors {
 
 // The longest span in which all parameters are constant, at most `whole`.
 template <template <class> class Params>
-int64_t span_length(const RuleArgs<Params>& args, int64_t whole) {
+PYADV_HD int64_t span_length(const RuleArgs<Params>& args, int64_t whole) {
   int64_t length = shorter_span(args.hi, shorter_span(args.lo, whole));
   args.params.template map<int>([&](const Param& p) {
     length = shorter_span(p, length);

@@ -130,7 +130,7 @@ struct Param {
 
 // The longest span of at most `length` elements in which `p` is constant. The `inner` of parameters
 // nest (the pixels of a channel, the elements of a row), so the smallest one divides the others.
-inline int64_t shorter_span(const Param& p, int64_t length) {
+PYADV_HD int64_t shorter_span(const Param& p, int64_t length) {
   return p.data != nullptr && p.period > 1 && p.inner < length ? p.inner : length;
 }
 
