@@ -154,13 +154,16 @@ PYADV_HD uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// Element i's term of the sum; the row's hash is the mix of that sum.
+// What distinguishes element i from the others of its row.
+PYADV_HD uint64_t hash_offset(uint64_t i) { return 0x9E3779B97F4A7C15u * (i + 1); }
+
+// An element's term of the sum; the row's hash is the mix of that sum.
 template <class T>
-PYADV_HD uint64_t hash_term(const T& value, uint64_t i) {
+PYADV_HD uint64_t hash_term(const T& value, uint64_t offset) {
   const double v = static_cast<double>(widen(value));
   const double canonical = v == 0.0 ? 0.0 : v;  // -0.0
   const uint64_t bits = v != v ? 0x7FF8000000000000u : bit_cast<uint64_t>(canonical);
-  return mix(bits + 0x9E3779B97F4A7C15u * (i + 1));
+  return mix(bits + offset);
 }
 
 }  // namespace pyadv

@@ -133,20 +133,22 @@ struct LinfMomentumStep {
   }
 };
 
-// Square Attack's proposal at element i, which lies in the window: a step of 2 eps from x_best up
-// or down, clipped to the ball, always ends at the border of the ball.
+// Square Attack's proposal inside the window: a step of 2 eps from x_best up or down, clipped to
+// the ball, always ends at the border of the ball.
 struct SquareStep {
+  template <class C>
+  PYADV_HD static C apply(C x_best, C x, C eps, C lo, C hi, bool up) {
+    const Element<C> e{x_best, up ? C(1) : C(-1), x, C(0), lo, hi};
+    return LinfStep::apply(e, StepParams<C>{C(2) * eps, eps});
+  }
+
+  // At element i, with its own parameters.
   template <class T>
-  PYADV_HD static T apply(const SquareStepArgs& s, int64_t i, bool up) {
+  PYADV_HD static T at(const SquareStepArgs& s, int64_t i, bool up) {
     using C = compute_t<T>;
-    const C eps = s.params.eps.at<C>(i);
-    const Element<C> e{widen(static_cast<const T*>(s.x_best)[i]),
-                       up ? C(1) : C(-1),
-                       widen(static_cast<const T*>(s.x)[i]),
-                       C(0),
-                       s.lo.at<C>(i),
-                       s.hi.at<C>(i)};
-    return narrow<T>(LinfStep::apply(e, StepParams<C>{C(2) * eps, eps}));
+    return narrow<T>(apply<C>(widen(static_cast<const T*>(s.x_best)[i]),
+                              widen(static_cast<const T*>(s.x)[i]), s.params.eps.at<C>(i),
+                              s.lo.at<C>(i), s.hi.at<C>(i), up));
   }
 };
 

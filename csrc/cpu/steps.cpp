@@ -78,7 +78,7 @@ void square_step(const SquareStepArgs& s, int64_t begin, int64_t end) {
         for (int64_t y = top; y < top + w.side; ++y)
           for (int64_t z = left; z < left + w.side; ++z) {
             const int64_t i = c * w.stride[0] + y * w.stride[1] + z * w.stride[2];
-            out[i] = SquareStep::apply<T>(s, r * s.n + i, w.up(r, c));
+            out[i] = SquareStep::at<T>(s, r * s.n + i, w.up(r, c));
           }
     }
   });

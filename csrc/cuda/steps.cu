@@ -60,8 +60,56 @@ __global__ void __launch_bounds__(kThreads) square_kernel(SquareStepArgs s) {
       const uint32_t i = static_cast<uint32_t>(at);
       const int64_t y = place(i, 1, w.height) - top, z = place(i, 2, w.width) - left;
       const bool inside = active && y >= 0 && y < w.side && z >= 0 && z < w.side;
-      out[i] = inside ? SquareStep::apply<T>(s, row * s.n + i, w.up(row, place(i, 0, w.channels)))
+      out[i] = inside ? SquareStep::at<T>(s, row * s.n + i, w.up(row, place(i, 0, w.channels)))
                       : from[i];
+    }
+  }
+}
+
+// For contiguous images: x runs over the packs of a line (one channel, one y), y over the lines, z
+// over the rows. All parameters are constant in a line. x is read only in the window.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) square_lines_kernel(SquareStepArgs s) {
+  using C = compute_t<T>;
+  using Pack = Vec<T, V>;
+  const Window w = s.window;
+  const int packs = static_cast<int>(w.width) / V, height = static_cast<int>(w.height);
+  const int lines = static_cast<int>(w.channels) * height, side = static_cast<int>(w.side);
+  for (int64_t row = blockIdx.z; row < s.rows; row += gridDim.z) {
+    const bool active = s.active == nullptr || s.active[row];
+    if (!active && s.out == s.x_adv) continue;
+    const int64_t first = row * s.n, begin = row * (s.n / V);
+    const Pack* from = static_cast<const Pack*>(active ? s.x_best : s.x_adv) + begin;
+    const Pack* x = static_cast<const Pack*>(s.x) + begin;
+    Pack* out = static_cast<Pack*>(s.out) + begin;
+    const int top = static_cast<int>(w.top(row)), left = static_cast<int>(w.left(row));
+    for (int line = blockIdx.y * blockDim.y + threadIdx.y; line < lines;
+         line += gridDim.y * blockDim.y) {
+      const int channel = line / height, y = line - channel * height - top;
+      const bool crosses = active && y >= 0 && y < side;
+      const int64_t at = first + static_cast<int64_t>(line) * w.width;
+      C eps = C(0), lo = C(0), hi = C(0);
+      bool up = false;
+      if (crosses) {
+        eps = s.params.eps.template at<C>(at);
+        lo = s.lo.template at<C>(at);
+        hi = s.hi.template at<C>(at);
+        up = w.up(row, channel);
+      }
+      for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < packs; p += gridDim.x * blockDim.x) {
+        const int64_t i = static_cast<int64_t>(line) * packs + p;
+        const int z = p * V - left;
+        Pack pack = from[i];
+        if (crosses && z + V > 0 && z < side) {
+          const Pack centre = x[i];
+#pragma unroll
+          for (int k = 0; k < V; ++k)
+            if (z + k >= 0 && z + k < side)
+              pack.v[k] = narrow<T>(
+                  SquareStep::apply<C>(widen(pack.v[k]), widen(centre.v[k]), eps, lo, hi, up));
+        }
+        out[i] = pack;
+      }
     }
   }
 }
@@ -122,8 +170,19 @@ int keep_best(const KeepBestArgs& k, void* stream) {
 int square_step(const SquareStepArgs& s, void* stream) {
   return dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const RowGrid g(s.rows, s.n);
-    PYADV_LAUNCH((square_kernel<T>), g.grid, g.block, 0, stream, s);
+    constexpr int V = 16 / sizeof(T);
+    const Window& w = s.window;
+    const bool contiguous = w.stride[2] == 1 && (w.height == 1 || w.stride[1] == w.width) &&
+                            (w.channels == 1 || w.stride[0] == w.height * w.width);
+    if (contiguous && !s.per_element && w.width % V == 0 &&
+        aligned16(s.x_adv, s.x_best, s.x, s.out)) {
+      RowGrid g(w.channels * w.height, w.width / V);
+      g.grid.z = static_cast<unsigned>(s.rows < 65535 ? s.rows : 65535);
+      PYADV_LAUNCH((square_lines_kernel<T, V>), g.grid, g.block, 0, stream, s);
+    } else {
+      const RowGrid g(s.rows, s.n);
+      PYADV_LAUNCH((square_kernel<T>), g.grid, g.block, 0, stream, s);
+    }
     return static_cast<int>(cudaGetLastError());
   });
 }
