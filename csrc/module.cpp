@@ -1,5 +1,5 @@
-// pyadv._C says how the libraries that were compiled ahead beside it were made. No tensor passes
-// through here, so it needs no PyTorch header; the kernels are ops, registered by _ops.so.
+// pyadv._C reports how the libraries beside it were compiled ahead of time. It handles no tensor
+// and needs no PyTorch header; _ops.so registers the kernels.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"  // generated: kBuildInfo, a JSON object per library

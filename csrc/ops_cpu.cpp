@@ -1,4 +1,4 @@
-// The CPU kernels of the ops whose schemas pyadv/ops defines.
+// Registers the CPU kernels of the ops whose schemas pyadv/ops defines.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,7 @@ class Device {
  public:
   explicit Device(const torch::stable::Tensor&) {}
 
-  // Splits the items among torch's threads; `grain` is the number worth one thread.
+  // Splits the items among torch's threads. `grain` is the smallest number worth a thread.
   template <class Args>
   void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items,
            int64_t grain) const {

@@ -1,6 +1,6 @@
-// The CUDA kernels of the ops whose schemas pyadv/ops defines. Needs no CUDA header: the stream is
-// a void*. With PYADV_CUDA_ON_CPU the kernels were compiled by the tests' shim and serve CPU
-// tensors.
+// Registers the CUDA kernels of the ops whose schemas pyadv/ops defines. It needs no CUDA header,
+// because the stream is a void*. With PYADV_CUDA_ON_CPU the tests' shim has compiled the kernels,
+// and they serve CPU tensors.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,7 +23,7 @@ class Device {
   explicit Device(const torch::stable::Tensor&) {}
   void* stream() const { return nullptr; }
 #else
-// The tensor's device and its current stream. The symbol is looked up at run time, because this
+// The tensor's device and its current stream. The symbol is looked up at run time, so that this
 // library also loads into a PyTorch without CUDA.
 class Device {
  public:
@@ -44,7 +44,7 @@ class Device {
   }
 #endif
 
-  // Items and grain are for the CPU's threads; a kernel here finds its own grid.
+  // A CUDA launcher chooses its own grid; only the CPU uses the number of items and the grain.
   template <class Args>
   void run(int (*kernel)(const Args&, void*), const Args& args, int64_t, int64_t) const {
     const int error = kernel(args, stream());

@@ -1,5 +1,5 @@
-"""The CUDA kernels pass the tests of the ops when they run on the CPU, under sanitizers; and the
-simulator that runs them catches the mistakes it is there to catch. See docs/cuda-checks.md."""
+"""The CUDA kernels pass the tests of the ops on the CPU simulator, under sanitizers, and the
+simulator catches known mistakes. See docs/cuda-checks.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyadv import _build
 
 pytestmark = pytest.mark.build
 
-# Those of torch.compile are the same whichever kernels run; convolutions have none for CUDA.
+# torch.compile does not depend on which kernels run, and convolutions have no CUDA kernel.
 _ELSEWHERE = ("test_compile.py", "test_convolution.py")
 OP_TESTS = sorted(
     path.name
@@ -24,7 +24,7 @@ OP_TESTS = sorted(
     if path.name not in _ELSEWHERE
 )
 
-# What each kernel of mistakes.cu must bring to light, as a regular expression.
+# The output that each faulty kernel of mistakes.cu must give, as a regular expression.
 MISTAKES = {
     "no_barrier_after_write": "wrong values",
     "no_barrier_after_read": "wrong values",
@@ -44,6 +44,11 @@ MISTAKES = {
     "masks_do_not_match": "for lane 16",
     "different_barriers": "meet at different barriers",
     "return_before_barrier": "127 of 128 threads wait at the barrier",
+    "no_cluster_barrier_before_read": "wrong values",
+    "no_cluster_barrier_before_return": "shared memory of a block that has returned",
+    "one_block_skips_the_barrier": "which not all threads of the cluster reach",
+    "no_such_block": "the cluster has no such block",
+    "copy_not_waited_for": "wrong values",
 }
 RIGHT = (
     "right_barriers",
@@ -52,6 +57,8 @@ RIGHT = (
     "right_collectives",
     "right_after_failure",
     "right_limits",
+    "right_cluster",
+    "right_copy",
 )
 
 
@@ -86,10 +93,17 @@ def test_simulator_catches(mistakes: Path, name: str, said: str) -> None:
     assert re.search("^right$" if said == "right" else said, output), output
 
 
-@pytest.mark.parametrize("file", OP_TESTS)
-def test_ops(file: str) -> None:
-    """Every test of the ops that is not `slow`, by the file."""
+# The files whose kernels have another form on cards without clusters.
+ROW_TESTS = ("test_steps.py", "test_projections.py")
+
+
+@pytest.mark.parametrize(
+    "file, clusters", [*((f, "1") for f in OP_TESTS), *((f, "0") for f in ROW_TESTS)]
+)
+def test_ops(file: str, clusters: str) -> None:
+    """Run one file of op tests on the simulator, with and without clusters, except slow tests."""
     words, variables = shim.command(["-v", "-m", "not slow and not build", f"tests/ops/{file}"])
+    variables["CUDA_ON_CPU_CLUSTERS"] = clusters
     done = subprocess.run(
         words, env=variables, cwd=shim.REPOSITORY, capture_output=True, text=True, timeout=600
     )

@@ -6,7 +6,7 @@
 namespace pyadv {
 
 struct TrackArgs {
-  const bool* correct;  // [rows], as all
+  const bool* correct;  // all four arrays hold [rows]
   int64_t* kappa;
   bool* active;
   int64_t* patience;

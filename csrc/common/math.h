@@ -7,7 +7,7 @@
 
 namespace pyadv {
 
-// Written so that gcc turns them into blends; the symmetric form (a > b || a != a) stays scalar.
+// gcc vectorises this form; it leaves the symmetric form (a > b || a != a) scalar.
 template <class C>
 PYADV_HD C nan_max(C a, C b) {
   return b >= a ? b : (b != b ? b : a);
@@ -23,7 +23,7 @@ PYADV_HD C magnitude(C v) {
   return std::fabs(v);
 }
 
-// alpha sign(g), 0 where g is 0 or NaN, also for an infinite alpha.
+// alpha sign(g). The result is 0 if g is 0 or NaN, even for an infinite alpha.
 template <class C>
 PYADV_HD C signed_step(C g, C alpha) {
   return (g > C(0) ? alpha : C(0)) - (g < C(0) ? alpha : C(0));
@@ -34,9 +34,10 @@ PYADV_HD C clip(C v, C low, C high) {
   return nan_min(nan_max(v, low), high);
 }
 
-// clip(clip(v, low, high), lo, hi) for low and high that are NaN together. Each line is one max or
-// min instruction, which returns its second operand when one is NaN: the order keeps the NaN of
-// low, and comparisons put back those of lo and hi (outside the loop for a scalar box) and of v.
+// clip(clip(v, low, high), lo, hi), where low and high are NaN together. Each of the first four
+// lines is one max or min instruction, which returns its second operand if either is NaN. That
+// order keeps a NaN of low; the last three lines restore a NaN of lo, hi (outside the loop for a
+// scalar box) or v.
 template <class C>
 PYADV_HD C clip_to_ball_and_box(C v, C low, C high, C lo, C hi) {
   C r = v > low ? v : low;

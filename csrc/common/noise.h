@@ -8,8 +8,8 @@
 
 namespace pyadv {
 
-// A 64-bit value given on the host, or live in device memory.
-struct Word {
+// A 64-bit integer, known on the host or read from device memory when the kernel runs.
+struct Integer {
   const int64_t* data = nullptr;
   int64_t value = 0;
   PYADV_HD uint64_t get() const { return static_cast<uint64_t>(data == nullptr ? value : *data); }
@@ -20,7 +20,7 @@ struct NoiseArgs {
   DType dtype;
   void* out;
   const int64_t* ids;  // [rows]
-  Word seed, stream;
+  Integer seed, stream;
   int64_t rows, n;
 };
 
@@ -31,7 +31,7 @@ struct HashArgs {
   int64_t rows, n;
 };
 
-constexpr int kBlockWords = 4;  // words of one Philox counter
+constexpr int kBlockWords = 4;  // 32-bit words of one Philox block
 
 PYADV_HD int64_t noise_blocks(int64_t n) { return (n + kBlockWords - 1) / kBlockWords; }
 
@@ -42,7 +42,7 @@ struct Words {
 PYADV_HD uint32_t high_word(uint64_t v) { return static_cast<uint32_t>(v >> 32); }
 PYADV_HD uint32_t low_word(uint64_t v) { return static_cast<uint32_t>(v); }
 
-// Philox 4x32-10 of one row: what is constant in it, called with the number of the block.
+// Philox 4x32-10 for one row: holds the words that are constant in the row and computes any block.
 struct Philox {
   uint32_t stream, id_low, id_high, key_low, key_high;
 
@@ -69,7 +69,8 @@ struct Philox {
   }
 };
 
-// The significand's bits, so that rounding cannot reach 1; float64 has the values of float32.
+// Random bits per number: those of T's significand, so that rounding cannot give 1. float64 uses
+// the values of float32.
 template <class T>
 struct UniformBits {
   static constexpr int value = 24;
@@ -94,7 +95,7 @@ struct Uniform {
   }
 };
 
-// cos and sin of t in [-pi/4, pi/4]: the polynomials of Cephes.
+// cos and sin of t in [-pi/4, pi/4], by the polynomials of Cephes.
 PYADV_HD void small_turn(float t, float& cosine, float& sine) {
   const float s = t * t;
   cosine =
@@ -130,7 +131,7 @@ struct Normal {
     for (int i = 0; i < kBlockWords; i += 2) pair(words.w[i], words.w[i + 1], out + i);
   }
 
-  // Box-Muller. The quarter turn is split off in integers, so that the angle is exact.
+  // Box-Muller. Integer arithmetic splits off the quarter turns, so the remaining angle is exact.
   PYADV_HD static void pair(uint32_t length, uint32_t angle, T* out) {
     using C = compute_t<T>;
     const int32_t share = (1 << 24) - static_cast<int32_t>(length >> 8);  // (1 - u) 2^24, never 0
@@ -153,13 +154,16 @@ PYADV_HD uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// What element i of a row adds to the sum whose mix is the row's hash.
+// What distinguishes element i from the others of its row.
+PYADV_HD uint64_t hash_offset(uint64_t i) { return 0x9E3779B97F4A7C15u * (i + 1); }
+
+// An element's term of the sum; the row's hash is the mix of that sum.
 template <class T>
-PYADV_HD uint64_t hash_term(const T& value, uint64_t i) {
+PYADV_HD uint64_t hash_term(const T& value, uint64_t offset) {
   const double v = static_cast<double>(widen(value));
   const double canonical = v == 0.0 ? 0.0 : v;  // -0.0
   const uint64_t bits = v != v ? 0x7FF8000000000000u : bit_cast<uint64_t>(canonical);
-  return mix(bits + 0x9E3779B97F4A7C15u * (i + 1));
+  return mix(bits + offset);
 }
 
 }  // namespace pyadv

@@ -1,27 +1,27 @@
 // Frobenius norms of a list of tensors. Formulas: pyadv/reference/norms.py.
 //
-// The tensors are cut into pieces of kNormPiece elements. Two kernels: the sum of squares of every
-// piece, then for every tensor the root of the sum of its pieces, in order.
+// The tensors are cut into pieces of kNormPiece elements. The first kernel sums the squares of each
+// piece; the second adds the pieces of each tensor, in order, and takes the root.
 #pragma once
 
 #include "common/types.h"
 
 namespace pyadv {
 
-constexpr int kNormTensors =
-    96;  // of one launch: the table is a kernel argument, 4096 bytes at most
+// Tensors per launch. The table is a kernel argument, which has at most 4096 bytes.
+constexpr int kNormTensors = 96;
 constexpr int64_t kNormPiece = 32768;
 
 struct NormArgs {
   DType dtype;
   int64_t tensors;
   double* partial;        // [pieces]
-  void* norms;            // [tensors] of the compute type, as cotangent
-  const void* cotangent;  // backward: of the norms
+  void* norms;            // [tensors], compute type
+  const void* cotangent;  // backward: of the norms, [tensors], compute type
   const void* data[kNormTensors];
   void* grad[kNormTensors];         // backward
   int64_t size[kNormTensors];       // elements
-  int64_t first[kNormTensors + 1];  // piece; the last entry is the number of all pieces
+  int64_t first[kNormTensors + 1];  // first piece of each tensor; last entry: number of pieces
 
   struct Piece {
     int64_t tensor, begin, end;
@@ -46,7 +46,7 @@ struct NormArgs {
     return sum;
   }
 
-  // d norm / d w = w / norm, times this; a zero tensor has gradient 0.
+  // The factor of w in the gradient: cotangent / norm, or 0 for a zero tensor.
   template <class C>
   PYADV_HD C scale(int64_t tensor) const {
     const C norm = static_cast<const C*>(norms)[tensor];

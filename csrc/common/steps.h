@@ -1,25 +1,102 @@
-// Steps: x_adv -> the next iterate, kept in the eps-ball around x and in the box [lo, hi].
-// Specification: pyadv/reference/steps.py. What a rule and a row are: projections.h.
+// Steps: x_adv -> the next iterate, inside the eps-ball around x and inside the box [lo, hi].
+// Specification: pyadv/reference/steps.py. common/rules.h explains rules and rows.
 #pragma once
 
 #include "common/projections.h"
 
 namespace pyadv {
 
-// Copies the rows of one or two pairs of tensors where the mask holds; any type, rows in bytes.
+// alpha: step size; eps: radius of the ball.
+template <class P>
+struct StepParams {
+  P alpha, eps;
+
+  template <class Q, class F>
+  PYADV_HD StepParams<Q> map(const F& f) const {
+    return {f(alpha), f(eps)};
+  }
+};
+
+// momentum: weight of the new step; the rest goes to the previous one.
+template <class P>
+struct MomentumParams {
+  P alpha, eps, momentum;
+
+  template <class Q, class F>
+  PYADV_HD MomentumParams<Q> map(const F& f) const {
+    return {f(alpha), f(eps), f(momentum)};
+  }
+};
+
+// keep: fraction of a row's entries that move.
+template <class P>
+struct SparseParams {
+  P alpha, eps, keep;
+
+  template <class Q, class F>
+  PYADV_HD SparseParams<Q> map(const F& f) const {
+    return {f(alpha), f(eps), f(keep)};
+  }
+};
+
+// value: the linear function at x_adv; share: upper limit of the weight of x; overshoot: factor on
+// the offset to the hyperplane.
+template <class P>
+struct BoundaryParams {
+  P value, share, overshoot;
+
+  template <class Q, class F>
+  PYADV_HD BoundaryParams<Q> map(const F& f) const {
+    return {f(value), f(share), f(overshoot)};
+  }
+};
+
+using StepArgs = RuleArgs<StepParams>;
+using MomentumStepArgs = RuleArgs<MomentumParams>;
+using SparseStepArgs = RuleArgs<SparseParams>;
+using BoundaryStepArgs = RuleArgs<BoundaryParams>;
+
+// One square window per row of images (channels, height, width). Uniform numbers u in [0, 1) choose
+// its top, its left, and a sign for each channel.
+struct Window {
+  const float* u;  // [rows, 2 + channels]
+  int64_t side, channels, height, width;
+  int64_t stride[3];  // of channel, height and width; 1 for dimensions of size 1
+
+  PYADV_HD const float* uniforms(int64_t row) const { return u + row * (2 + channels); }
+  PYADV_HD int64_t top(int64_t row) const { return corner(uniforms(row)[0], height - side); }
+  PYADV_HD int64_t left(int64_t row) const { return corner(uniforms(row)[1], width - side); }
+  PYADV_HD bool up(int64_t row, int64_t channel) const {
+    return uniforms(row)[2 + channel] >= 0.5f;
+  }
+
+  // A place in 0 .. most, for any value of v, NaN included.
+  PYADV_HD static int64_t corner(float v, int64_t most) {
+    const float at = v * static_cast<float>(most + 1);
+    return !(at >= 0.0f) ? 0 : at < static_cast<float>(most) ? static_cast<int64_t>(at) : most;
+  }
+};
+
+struct SquareStepArgs : RuleArgs<BallParams> {
+  const void* x_best;
+  Window window;
+};
+
+// Copies the rows of one or two pairs of tensors where the mask is true. Rows are bytes, of any
+// dtype.
 struct KeepRowsArgs {
   const bool* mask;
   const void* from[2];
-  void* to[2];  // the second is null where there is one pair
+  void* to[2];  // the second is null if there is only one pair
   int64_t rows, row_bytes;
 };
 
-// The same where a row's loss is above its best, which then becomes the loss; never for NaN.
+// Copies the rows whose loss is above the best loss so far, and the loss. A NaN is never better.
 struct KeepBestArgs {
   DType dtype;  // of the losses
   const void* loss;
   void* best;
-  KeepRowsArgs pairs;  // without a mask
+  KeepRowsArgs pairs;  // its mask is null
 
   template <class T>
   PYADV_HD bool better(int64_t row) const {
@@ -31,142 +108,175 @@ struct KeepBestArgs {
   }
 };
 
-// momentum on the way from the iterate to z, the rest on the way of the last step.
-template <class C>
-PYADV_HD C mixed(const Element<C>& e, C z, C momentum) {
-  return e.a + momentum * (z - e.a) + (C(1) - momentum) * (e.a - e.prev);
-}
-
 struct LinfStep {
+  using Args = StepArgs;
   static constexpr bool kGrad = true, kPrev = false;
   template <class C>
-  PYADV_HD static C apply(const Element<C>& e, const Sizes<C>& s) {
-    return linf_clip(e.a + signed_step(e.g, s.alpha), e, s.eps);
+  PYADV_HD static C apply(const Element<C>& e, const StepParams<C>& p) {
+    return linf_clip(e.x_adv + signed_step(e.grad, p.alpha), e, p.eps);
   }
 };
+
+// x_adv + momentum (z - x_adv) + (1 - momentum) (x_adv - x_prev).
+template <class C>
+PYADV_HD C with_momentum(const Element<C>& e, C z, C momentum) {
+  return e.x_adv + momentum * (z - e.x_adv) + (C(1) - momentum) * (e.x_adv - e.x_prev);
+}
 
 struct LinfMomentumStep {
+  using Args = MomentumStepArgs;
   static constexpr bool kGrad = true, kPrev = true;
   template <class C>
-  PYADV_HD static C apply(const Element<C>& e, const Sizes<C>& s) {
-    return linf_clip(mixed(e, LinfStep::apply(e, s), s.momentum), e, s.eps);
+  PYADV_HD static C apply(const Element<C>& e, const MomentumParams<C>& p) {
+    const C z = LinfStep::apply(e, StepParams<C>{p.alpha, p.eps});
+    return linf_clip(with_momentum(e, z, p.momentum), e, p.eps);
   }
 };
 
-// 2 eps from the best point along the sign of the window, which is the border of the ball.
+// Square Attack's proposal inside the window: a step of 2 eps from x_best up or down, clipped to
+// the ball, always ends at the border of the ball.
 struct SquareStep {
+  template <class C>
+  PYADV_HD static C apply(C x_best, C x, C eps, C lo, C hi, bool up) {
+    const Element<C> e{x_best, up ? C(1) : C(-1), x, C(0), lo, hi};
+    return LinfStep::apply(e, StepParams<C>{C(2) * eps, eps});
+  }
+
+  // At element i, with its own parameters.
   template <class T>
-  PYADV_HD static T apply(const StepArgs& s, int64_t i, bool positive) {
+  PYADV_HD static T at(const SquareStepArgs& s, int64_t i, bool up) {
     using C = compute_t<T>;
-    const C eps = s.eps.at<C>(i);
-    const Element<C> e{widen(static_cast<const T*>(s.x_prev)[i]),
-                       positive ? C(1) : C(-1),
-                       widen(static_cast<const T*>(s.x)[i]),
-                       C(0),
-                       s.lo.at<C>(i),
-                       s.hi.at<C>(i)};
-    return narrow<T>(LinfStep::apply(e, Sizes<C>{C(2) * eps, eps, C(0), C(0)}));
+    return narrow<T>(apply<C>(widen(static_cast<const T*>(s.x_best)[i]),
+                              widen(static_cast<const T*>(s.x)[i]), s.params.eps.at<C>(i),
+                              s.lo.at<C>(i), s.hi.at<C>(i), up));
   }
 };
 
-// a + size (g scale): the scale brings tiny and huge gradients to ordinary size.
+// x_adv + size (grad scale). `scale` brings tiny and huge gradients to ordinary size first.
 template <class C>
 struct AlongGradient {
   C scale, size;
-  PYADV_HD C operator()(const Element<C>& e) const { return e.a + e.g * scale * size; }
+  PYADV_HD C operator()(const Element<C>& e) const { return e.x_adv + e.grad * scale * size; }
 };
 
 template <class C>
 struct Gradient {
-  PYADV_HD C operator()(const Element<C>& e) const { return e.g; }
+  PYADV_HD C operator()(const Element<C>& e) const { return e.grad; }
 };
 
-// Sets `z` to the point alpha along the gradient, in the ball and the box; false where the gradient
-// has an entry that is not finite. With d = a - x and the unit gradient u, one pass gives
-// ||d + alpha u||^2 = d.d + 2 alpha d.u + alpha^2. Three serve where a sum under- or overflows, or
-// where the terms cancel and the result matters.
+// Sets `z` to the point alpha along the gradient, projected onto ball and box. Returns false if the
+// gradient has an entry that is not finite.
+//
+// With d = x_adv - x and u = grad / ||grad||, one pass gives
+// ||d + alpha u||^2 = d.d + 2 alpha d.u + alpha^2. Three passes are needed if a sum under- or
+// overflows, or if the terms cancel and the length decides whether the row leaves the ball.
 template <class C, class Row>
-PYADV_HD bool l2_along_gradient(const Row& row, const Sizes<C>& s, L2Clip<C, AlongGradient<C>>& z) {
+PYADV_HD bool l2_along_gradient(const Row& row, C alpha, C eps, L2Clip<C, AlongGradient<C>>& z) {
   double total[3];
   row.template sums<3, C>(
       [&](const Element<C>& e, C(&t)[3]) PYADV_INLINE_LAMBDA {
-        const C d = e.a - e.x;
-        t[0] = e.g * e.g;
-        t[1] = d * e.g;
+        const C d = e.x_adv - e.x;
+        t[0] = e.grad * e.grad;
+        t[1] = d * e.grad;
         t[2] = d * d;
       },
       total);
   if (is_ordinary<C>(total[0], row.size())) {
-    const double alpha = s.alpha, eps = s.eps, size = alpha / sqrt(total[0]);
-    const double parts = total[2] + alpha * alpha, square = parts + 2.0 * size * total[1];
-    const bool cancels = !(4.0 * square > parts), far_inside = 2.0 * parts <= eps * eps;
+    const double step = alpha, radius = eps, size = step / sqrt(total[0]);
+    const double parts = total[2] + step * step, square = parts + 2.0 * size * total[1];
+    const bool cancels = !(4.0 * square > parts), far_inside = 2.0 * parts <= radius * radius;
     if (!cancels || far_inside) {
       const double length = far_inside ? 0.0 : sqrt(square);
-      z = {{C(1), static_cast<C>(size)}, length > eps, static_cast<C>(eps / length)};
+      z = {{C(1), static_cast<C>(size)}, length > radius, static_cast<C>(radius / length)};
       return true;
     }
   }
   const Norm<C> norm = l2_norm<C>(row, Gradient<C>{});
   if (!norm.finite()) return false;
-  const C size = norm.value > 0 ? s.alpha / norm.value : C(0);
-  z = l2_clip<C>(row, AlongGradient<C>{norm.scale, size}, s.eps);
+  const C size = norm.value > 0 ? alpha / norm.value : C(0);
+  z = l2_clip<C>(row, AlongGradient<C>{norm.scale, size}, eps);
   return true;
 }
 
 struct L2Step {
+  using Args = StepArgs;
   static constexpr bool kGrad = true, kPrev = false;
   template <class C, class Row>
-  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+  PYADV_HD static void run(const Row& row, const StepParams<C>& p) {
     L2Clip<C, AlongGradient<C>> z;
-    if (!l2_along_gradient(row, s, z)) return row.keep();
+    if (!l2_along_gradient(row, p.alpha, p.eps, z)) return row.copy_input();
     row.store(z);
   }
 };
 
-// The least offset d in a norm by which a point reaches the hyperplane g.d = -value inside the box:
-// the entries set out together, at the same speed in Linf and at that of their slope in L2, and
-// stop where the box ends. `unit` is a power of two that brings the largest slope to about 1.
+template <class C, class Z>
+struct WithMomentum {
+  Z z;
+  C momentum;
+  PYADV_HD C operator()(const Element<C>& e) const { return with_momentum(e, z(e), momentum); }
+};
+
+struct L2MomentumStep {
+  using Args = MomentumStepArgs;
+  static constexpr bool kGrad = true, kPrev = true;
+  template <class C, class Row>
+  PYADV_HD static void run(const Row& row, const MomentumParams<C>& p) {
+    L2Clip<C, AlongGradient<C>> z;
+    if (!l2_along_gradient(row, p.alpha, p.eps, z)) return row.copy_input();
+    row.store(l2_clip<C>(row, WithMomentum<C, L2Clip<C, AlongGradient<C>>>{z, p.momentum}, p.eps));
+  }
+};
+
+// The smallest offset d, in Linf or L2, that moves a point onto the hyperplane grad.d = -value and
+// keeps it in the box. All entries start moving at time 0, with equal speed (Linf) or with the
+// speed of their slope (L2), and an entry stops where it meets the box.
 template <class C, bool kL2>
 struct ToHyperplane {
-  bool from_x;
-  C side, unit, time;
+  bool from_x;  // the point is x, else x_adv
+  C side;       // sign of the change that the linear function needs
+  C unit;       // power of two that scales the largest slope to about 1
+  C time;       // when the point reaches the hyperplane
 
-  PYADV_HD C start(const Element<C>& e) const { return from_x ? e.x : e.a; }
+  PYADV_HD C start(const Element<C>& e) const { return from_x ? e.x : e.x_adv; }
   PYADV_HD C slope(const Element<C>& e) const {
-    const C s = magnitude(e.g) * unit;
+    const C s = magnitude(e.grad) * unit;
     return s > C(1e-18) ? s : C(0);
   }
   PYADV_HD C direction(const Element<C>& e) const {
-    return slope(e) > 0 ? (e.g > 0 ? side : -side) : C(0);
+    return slope(e) > 0 ? (e.grad > 0 ? side : -side) : C(0);
   }
-  PYADV_HD C room(const Element<C>& e) const {
+  // Distance to the box in the direction of the move.
+  PYADV_HD C limit(const Element<C>& e) const {
     const C d = direction(e), up = e.hi - start(e), down = start(e) - e.lo;
     const C left = d > 0 ? up : d < 0 ? down : C(0);
     return left > 0 ? left : C(0);
   }
+  // Distance covered by `time` if there were no box.
   PYADV_HD C reach(const Element<C>& e) const { return kL2 ? time * slope(e) : time; }
   PYADV_HD C length(const Element<C>& e) const {
-    const C most = room(e), far = reach(e);
+    const C most = limit(e), far = reach(e);
     return far < most ? far : most;
   }
   PYADV_HD C operator()(const Element<C>& e) const { return direction(e) * length(e); }
 };
 
-// Sets `way.time`, by Newton's steps from 0, and gives the length of the way. Entries that the box
-// has stopped only become more, so this ends, and on the right piece of what is gained over time.
+// Sets `way.time` and returns the length of the offset. The change of the linear function is a
+// concave, piecewise linear function of time; Newton's method from 0 follows it. Entries that have
+// met the box stay there, so the search ends, on the right piece.
 template <bool kL2, class C, class Row>
 PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& way) {
-  double total[4];  // speed of the gain; gains, number and squared length of the stopped entries
+  // Rate of change from the moving entries; change, number and squared length of the stopped ones.
+  double total[4];
   const auto pass = [&](double time) PYADV_INLINE_LAMBDA {
     way.time = static_cast<C>(time);
     row.template sums<4, C>(
         [&](const Element<C>& e, C(&s)[4]) PYADV_INLINE_LAMBDA {
-          const C slope = way.slope(e), most = way.room(e);
-          const bool free = way.reach(e) < most;
-          s[0] = free ? (kL2 ? slope * slope : slope) : C(0);
-          s[1] = free ? C(0) : slope * most;
-          s[2] = free ? C(0) : C(1);
-          s[3] = free ? C(0) : most * most;
+          const C slope = way.slope(e), most = way.limit(e);
+          const bool moving = way.reach(e) < most;
+          s[0] = moving ? (kL2 ? slope * slope : slope) : C(0);
+          s[1] = moving ? C(0) : slope * most;
+          s[2] = moving ? C(0) : C(1);
+          s[3] = moving ? C(0) : most * most;
         },
         total);
   };
@@ -185,111 +295,99 @@ PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& wa
   return row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return way.length(e); });
 }
 
+// The point between x_adv and x, each moved to the hyperplane, with weight `share` on the side of
+// x.
 template <class C, bool kL2>
-struct Between {
+struct BetweenMovedPoints {
   ToHyperplane<C, kL2> way, way_of_x;
   C overshoot, share;
   PYADV_HD C operator()(const Element<C>& e) const {
-    const C p = e.a + overshoot * way(e), q = e.x + overshoot * way_of_x(e);
+    const C p = e.x_adv + overshoot * way(e), q = e.x + overshoot * way_of_x(e);
     return clip(share < C(0.5) ? p + share * (q - p) : q - (q - p) * (C(1) - share), e.lo, e.hi);
   }
 };
 
-// FAB's step. Its value is in `alpha`, its overshoot in `eps`, its share in `momentum`.
+// FAB's step.
 template <bool kL2>
 struct BoundaryStep {
+  using Args = BoundaryStepArgs;
   static constexpr bool kGrad = true, kPrev = false;
   template <class C, class Row>
-  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+  PYADV_HD static void run(const Row& row, const BoundaryParams<C>& given) {
     constexpr C kShortest = C(1e-8);
     const C largest =
-        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
-    if (!(largest <= Range<C>::kLargest)) return row.keep();
+        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.grad); });
+    if (!(largest <= Range<C>::kLargest)) return row.copy_input();
     const C unit = largest > 0 ? unit_scale(largest) : C(1);
-    double along[1];  // the gradient, scaled, from x_adv to x
+    double change[1];  // of the scaled linear function, from x_adv to x
     row.template sums<1, C>([&](const Element<C>& e, C(&t)[1])
-                                PYADV_INLINE_LAMBDA { t[0] = (e.x - e.a) * (e.g * unit); },
-                            along);
-    const auto to = [&](double value, bool from_x, ToHyperplane<C, kL2>& way) PYADV_INLINE_LAMBDA {
+                                PYADV_INLINE_LAMBDA { t[0] = (e.x - e.x_adv) * (e.grad * unit); },
+                            change);
+    const auto find = [&](double value, bool from_x,
+                          ToHyperplane<C, kL2>& way) PYADV_INLINE_LAMBDA {
       way = {from_x, value > 0 ? C(-1) : value < 0 ? C(1) : C(0), unit, C(0)};
       const double need = fabs(value) < Range<C>::kLargest ? fabs(value) : Range<C>::kLargest;
       const C length = find_hyperplane(row, need, way);
       return length > kShortest ? length : kShortest;
     };
-    Between<C, kL2> point;
-    const double value = static_cast<double>(s.alpha) * unit;
-    const C length = to(value, false, point.way);
-    const C length_of_x = to(value + along[0], true, point.way_of_x);
+    BetweenMovedPoints<C, kL2> point;
+    const double value = static_cast<double>(given.value) * unit;
+    const C length = find(value, false, point.way);
+    const C length_of_x = find(value + change[0], true, point.way_of_x);
     const C share = length / (length + length_of_x);
-    point.overshoot = s.eps;
-    point.share = share < s.momentum ? share : s.momentum;
+    point.overshoot = given.overshoot;
+    point.share = share < given.share ? share : given.share;
     row.store(point);
   }
 };
 
-template <class C, class Z>
-struct Mixed {
-  Z z;
-  C momentum;
-  PYADV_HD C operator()(const Element<C>& e) const { return mixed(e, z(e), momentum); }
-};
-
-struct L2MomentumStep {
-  static constexpr bool kGrad = true, kPrev = true;
-  template <class C, class Row>
-  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
-    L2Clip<C, AlongGradient<C>> z;
-    if (!l2_along_gradient(row, s, z)) return row.keep();
-    row.store(l2_clip<C>(row, Mixed<C, L2Clip<C, AlongGradient<C>>>{z, s.momentum}, s.eps));
-  }
-};
-
-// Moves the entries of at least `smallest`, which is not 0.
+// Moves the entries whose |grad| is at least `smallest` > 0 by `size`, up or down.
 template <class C>
 struct AlongLargest {
   C smallest, size;
   PYADV_HD C operator()(const Element<C>& e) const {
-    return e.a + (e.g >= smallest ? size : C(0)) - (e.g <= -smallest ? size : C(0));
+    return e.x_adv + (e.grad >= smallest ? size : C(0)) - (e.grad <= -smallest ? size : C(0));
   }
 };
 
 template <class C>
-struct Bits {
+struct SignedBits {
   using type = int32_t;
 };
 template <>
-struct Bits<double> {
+struct SignedBits<double> {
   using type = int64_t;
 };
 
-// How many |g| are at least `smallest`: no other threshold with `wanted` or more is larger. Bisects
-// on the bits of non-negative floats, which are in the order of the values, and by the share of the
-// entries in between, in turns.
+// A threshold and how many |grad| reach it.
 template <class C>
-struct Largest {
+struct Selection {
   C smallest;
   double count;
 };
 
+// Returns the largest threshold that at least `wanted` entries reach. The bits of non-negative
+// floats have the order of their values, so the search bisects on bits, alternating with an
+// interpolation by the number of entries in the bracket.
 template <class C, class Row>
-PYADV_HD Largest<C> largest_gradients(const Row& row, double wanted, C largest) {
-  using B = typename Bits<C>::type;
+PYADV_HD Selection<C> largest_gradients(const Row& row, double wanted, C largest) {
+  using B = typename SignedBits<C>::type;
   const auto count = [&](C smallest) PYADV_INLINE_LAMBDA {
     double total[1];
     row.template sums<1, C>(
         [&](const Element<C>& e, C(&t)[1])
-            PYADV_INLINE_LAMBDA { t[0] = magnitude(e.g) >= smallest ? C(1) : C(0); },
+            PYADV_INLINE_LAMBDA { t[0] = magnitude(e.grad) >= smallest ? C(1) : C(0); },
         total);
     return total[0];
   };
   // At least `wanted` entries reach `low`, fewer reach `high`.
   B low = 0, high = bit_cast<B>(largest) + 1;
   double at_low = row.size(), at_high = 0;
-  for (bool share = false; high - low > 1; share = !share) {
+  for (bool interpolate = false; high - low > 1; interpolate = !interpolate) {
     const C from = bit_cast<C>(low), to = bit_cast<C>(high);
     const double part = (at_low - wanted) / (at_low - at_high);
-    B middle =
-        share ? bit_cast<B>(static_cast<C>(from + (to - from) * part)) : low + (high - low) / 2;
+    B middle = interpolate ? bit_cast<B>(static_cast<C>(from + (to - from) * part))
+                           : low + (high - low) / 2;
     if (!(middle > low)) middle = low + 1;
     if (!(middle < high)) middle = high - 1;
     const double reached = count(bit_cast<C>(middle));
@@ -297,25 +395,26 @@ PYADV_HD Largest<C> largest_gradients(const Row& row, double wanted, C largest) 
     (reached > wanted ? low : high) = middle;
     (reached > wanted ? at_low : at_high) = reached;
   }
-  if (low == 0) return {bit_cast<C>(high), at_high};  // zeros do not move
+  if (low == 0) return {bit_cast<C>(high), at_high};  // entries that are 0 do not move
   return {bit_cast<C>(low), at_low};
 }
 
 struct L1Step {
+  using Args = SparseStepArgs;
   static constexpr bool kGrad = true, kPrev = false;
   template <class C, class Row>
-  PYADV_HD static void run(const Row& row, const Sizes<C>& s) {
+  PYADV_HD static void run(const Row& row, const SparseParams<C>& p) {
     const C largest =
-        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.g); });
-    if (!(largest <= Range<C>::kLargest)) return row.keep();
-    // The rank in single precision, as in AutoAttack.
+        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(e.grad); });
+    if (!(largest <= Range<C>::kLargest)) return row.copy_input();
+    // The rank is computed in single precision, as AutoAttack does.
     const float n = static_cast<float>(row.size());
-    const float below = (1.0f - static_cast<float>(s.keep)) * n;
+    const float below = (1.0f - static_cast<float>(p.keep)) * n;
     const double rank = below > 0 ? (below < n - 1 ? floor(static_cast<double>(below)) : n - 1) : 0;
-    const Largest<C> kept = largest_gradients<C>(row, row.size() - rank, largest);
+    const Selection<C> kept = largest_gradients<C>(row, row.size() - rank, largest);
     const AlongLargest<C> moved{kept.smallest,
-                                kept.count > 0 ? s.alpha / static_cast<C>(kept.count) : C(0)};
-    row.store(l1_box_clip<C>(row, moved, s.eps));
+                                kept.count > 0 ? p.alpha / static_cast<C>(kept.count) : C(0)};
+    row.store(l1_box_clip<C>(row, moved, p.eps));
   }
 };
 

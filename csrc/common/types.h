@@ -1,8 +1,7 @@
-// Storage types and their arithmetic type: 16-bit floats widen to float and are rounded once.
+// Storage types and their arithmetic types. 16-bit floats are widened to float and rounded once.
 #pragma once
 
 #include <cstring>
-#include <initializer_list>
 
 #include "common/macros.h"
 
@@ -49,8 +48,8 @@ PYADV_HD float widen(const Half& v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
   return f;
 #else
-  // Branch-free, so that the loop vectorises: normal numbers by exponent re-bias, the rest by
-  // magic.
+  // Without branches, so that loops vectorise. Normal numbers: change the exponent's bias. Others:
+  // let a float subtraction normalise them.
   const uint32_t w = static_cast<uint32_t>(v.bits) << 16;
   const uint32_t sign = w & 0x80000000u;
   const uint32_t two_w = w + w;
@@ -84,7 +83,7 @@ PYADV_HD Half narrow<Half>(float v) {
   uint32_t bias = two_w & 0xFF000000u;
   bias = bias < 0x71000000u ? 0x71000000u : bias;
   const float magnitude = bit_cast<float>(w & 0x7FFFFFFFu);
-  const float scaled = (magnitude * 0x1.0p+112f) * 0x1.0p-110f;  // overflows to inf where half does
+  const float scaled = (magnitude * 0x1.0p+112f) * 0x1.0p-110f;  // infinite where half overflows
   const uint32_t bits = bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + scaled);
   const uint32_t nonsign = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
   const uint32_t sign = (w & 0x80000000u) >> 16;
@@ -97,7 +96,7 @@ struct Tag {
   using type = T;
 };
 
-// Calls f(Tag<T>{}) with the storage type.
+// Calls f(Tag<T>{}) with the storage type T of `dtype`.
 template <class F>
 auto dispatch(DType dtype, F&& f) -> decltype(f(Tag<float>{})) {
   switch (dtype) {
@@ -112,8 +111,8 @@ auto dispatch(DType dtype, F&& f) -> decltype(f(Tag<float>{})) {
   }
 }
 
-// A scalar or a tensor parameter (alpha, eps, lo, hi) in the arithmetic type of the op. Element i
-// of the flat data reads data[(i / inner) % period]; data == nullptr means the host value for all.
+// A scalar or tensor parameter (alpha, eps, lo, hi) in the op's arithmetic type. Element i of the
+// data reads data[(i / inner) % period]; if data is null, every element reads the host's `value`.
 struct Param {
   const void* data = nullptr;
   double value = 0.0;
@@ -124,18 +123,15 @@ struct Param {
   PYADV_HD C at(int64_t i) const {
     if (data == nullptr) return static_cast<C>(value);
     if (period == 1) return *static_cast<const C*>(data);
-    const int64_t k = inner == 1 ? i : i / inner;  // divisions only where needed: they are slow
+    const int64_t k = inner == 1 ? i : i / inner;  // divisions are slow
     return static_cast<const C*>(data)[k < period ? k : k % period];
   }
 };
 
-// The longest span with constant parameters, at most `whole`. The `inner` of parameters nest
-// (pixels of a channel, elements of a row), so the smallest divides the others.
-inline int64_t span_length(std::initializer_list<const Param*> params, int64_t whole) {
-  int64_t length = whole;
-  for (const Param* p : params)
-    if (p->data != nullptr && p->period > 1 && p->inner < length) length = p->inner;
-  return length > 1 ? length : 1;
+// The longest span of at most `length` elements in which `p` is constant. The `inner` of parameters
+// nest (the pixels of a channel, the elements of a row), so the smallest one divides the others.
+PYADV_HD int64_t shorter_span(const Param& p, int64_t length) {
+  return p.data != nullptr && p.period > 1 && p.inner < length ? p.inner : length;
 }
 
 }  // namespace pyadv

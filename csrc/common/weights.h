@@ -1,5 +1,6 @@
-// Instance weights: a function of each row's value, then one normaliser for the batch. Formulas:
-// pyadv/reference/weights.py. In double, since the batch is small and weights span many magnitudes.
+// Instance weights: a function of each row's kappa or margin, then one normaliser for the batch.
+// Formulas: pyadv/reference/weights.py. The arithmetic is double, because the batch is small and
+// weights span many orders of magnitude.
 #pragma once
 
 #include "common/losses.h"
@@ -10,7 +11,7 @@ namespace pyadv {
 enum class WeightKind { Tanh, Sigmoid, Discrete, Mail };
 enum class Normalize { None, Mean, Sum, Times3 };
 
-// From weights to results: weight / divisor * factor + least.
+// A result is weight / divisor * factor + least.
 struct Normaliser {
   double divisor, factor, least;
 };
@@ -19,10 +20,10 @@ struct WeightArgs {
   WeightKind kind;
   Normalize normalize;
   DType dtype;           // of margin and out
-  const int64_t* kappa;  // [rows], or
-  const void* margin;    // [rows]
-  Param slope, centre;   // Mail: of the margin; Tanh, Sigmoid: centre is lambda
-  double half, steps;    // GAIRAT: the kappa with weight sigma(lambda), and K
+  const int64_t* kappa;  // [rows]; GAIRAT
+  const void* margin;    // [rows]; MAIL
+  Param slope, centre;   // slope and bias of MAIL; slope and lambda of GAIRAT
+  double half, steps;    // GAIRAT: the kappa at which the weight is sigma(lambda), and K
   void* out;             // [rows]
   int64_t rows;
 
@@ -39,7 +40,7 @@ struct WeightArgs {
     return Logistic(kind == WeightKind::Tanh ? 2.0 * a : a).sigmoid();
   }
 
-  // `total` is the sum of the weights; where that is 0, all of them are taken to be 1.
+  // `total` is the sum of the weights. If it is 0, every weight counts as 1.
   PYADV_HD Normaliser normaliser(double total) const {
     const double count = static_cast<double>(rows);
     const bool none = total == 0.0;

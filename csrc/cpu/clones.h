@@ -1,5 +1,5 @@
-// Runs a loop with the widest instruction set the processor has, chosen at run time. The one place
-// with a compiler builtin for a processor; elsewhere the baseline loop is used.
+// Runs a loop with the processor's widest instruction set, chosen at run time. Only this header
+// uses compiler builtins of one processor; other processors run the baseline loop.
 #pragma once
 
 #include <utility>
@@ -55,9 +55,9 @@ __attribute__((target(PYADV_AVX512))) void run_avx512(Args... args) {
   Loop::run(args...);
 }
 
-// With an AVX-512 clone besides, for loops that arithmetic limits while the data are in cache: a
-// fifth faster for the Linf step of 128x3x32x32, a tenth for the L2 step, a fifth for the losses of
-// 1000 classes. Every clone costs compile time.
+// `run` with an additional AVX-512 clone, for loops that arithmetic limits while the data are in
+// cache. It is a fifth faster for the Linf step of 128x3x32x32 and the losses of 1000 classes, a
+// tenth for the L2 step. Every clone costs compile time.
 template <class Loop, class... Args>
 void run_wide(Args... args) {
   has_avx512() ? run_avx512<Loop>(args...) : run<Loop>(args...);

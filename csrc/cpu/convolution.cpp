@@ -15,12 +15,12 @@ namespace pyadv {
 namespace cpu {
 namespace {
 
-constexpr int64_t kLineFloats = 16;  // of a cache line
+constexpr int64_t kLineFloats = 16;  // floats per cache line
 
-constexpr int64_t kMostTiles = 48;  // at a time
+constexpr int64_t kMostTiles = 48;  // tiles per block, at most
 
-// Few tiles keep their points in the cache; more use a panel of weights, which come from memory if
-// they are many, more often. Multiples of kRows.
+// Tiles per block, a multiple of kRows. Few tiles keep their points in the cache. More tiles reuse
+// a panel of weights more often, which pays when the weights come from memory.
 int64_t block_of(int64_t inputs, int64_t outputs) {
   return inputs * outputs <= 256 * 256 ? 12 : kMostTiles;
 }
@@ -29,12 +29,12 @@ int64_t whole_lines(int64_t floats) {
   return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
 }
 
-// Where a tile is.
+// The position of a tile.
 struct Place {
   int64_t image, row, column;
 };
 
-// Of the tiles [begin, end), at most kMostTiles; returns their number.
+// Sets the positions of the tiles [begin, end), at most kMostTiles, and returns their number.
 int64_t places_of(const WinogradArgs& a, int64_t begin, int64_t end, Place* places) {
   const int64_t per_image = a.tiles_down * a.tiles_across;
   for (int64_t tile = begin; tile < end; ++tile)
@@ -42,7 +42,7 @@ int64_t places_of(const WinogradArgs& a, int64_t begin, int64_t end, Place* plac
   return std::max<int64_t>(end - begin, 0);
 }
 
-// Room that a thread keeps from call to call: fresh pages would cost a tenth of the convolution.
+// Returns a buffer that the thread keeps between calls; fresh pages would cost a tenth of the time.
 float* room_of(int64_t floats) {
   thread_local std::unique_ptr<float[]> kept;
   thread_local int64_t size = 0;
@@ -86,11 +86,11 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }
 #undef PYADV_TARGET
 }  // namespace baseline
 
-// One line of G w, in double precision, rounded once in the end.
+// Computes U in double precision and rounds once.
 struct WeightLoop {
   PYADV_HD static void line(const double* w, int from, double* u, int to, bool two_taps) {
     constexpr double near = kNear, far = kFar, near2 = near * near, far2 = far * far;
-    // With the point 0, and without.
+    // Factors of G at the points +-near and +-far; the point 0 exists unless there are two taps.
     const double at_near = 1 / (2 * near * (near2 - far2) * (two_taps ? 1 : near)),
                  at_far = 1 / (2 * far * (far2 - near2) * (two_taps ? 1 : far));
     const double sign = two_taps ? -1 : 1;

@@ -1,4 +1,4 @@
-// CPU kernels: each works on the items [begin, end) of the flat or row range its caller splits.
+// CPU kernels. Each one computes the items [begin, end); the caller splits the range among threads.
 #pragma once
 
 #include "common/convolution.h"
@@ -14,20 +14,20 @@ namespace cpu {
 
 // items: elements
 void linf_step(const StepArgs& args, int64_t begin, int64_t end);
-void linf_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
-void linf_project(const StepArgs& args, int64_t begin, int64_t end);
+void linf_momentum_step(const MomentumStepArgs& args, int64_t begin, int64_t end);
+void linf_project(const ProjectionArgs& args, int64_t begin, int64_t end);
 // items: rows
 void l2_step(const StepArgs& args, int64_t begin, int64_t end);
-void l2_momentum_step(const StepArgs& args, int64_t begin, int64_t end);
-void l1_step(const StepArgs& args, int64_t begin, int64_t end);
-void linf_boundary_step(const StepArgs& args, int64_t begin, int64_t end);
-void l2_boundary_step(const StepArgs& args, int64_t begin, int64_t end);
+void l2_momentum_step(const MomentumStepArgs& args, int64_t begin, int64_t end);
+void l1_step(const SparseStepArgs& args, int64_t begin, int64_t end);
+void linf_boundary_step(const BoundaryStepArgs& args, int64_t begin, int64_t end);
+void l2_boundary_step(const BoundaryStepArgs& args, int64_t begin, int64_t end);
 void keep_rows(const KeepRowsArgs& args, int64_t begin, int64_t end);
 void keep_best(const KeepBestArgs& args, int64_t begin, int64_t end);
-void square_step(const StepArgs& args, int64_t begin, int64_t end);
-void l2_project(const StepArgs& args, int64_t begin, int64_t end);
-void l2_box_project(const StepArgs& args, int64_t begin, int64_t end);
-void l1_project(const StepArgs& args, int64_t begin, int64_t end);
+void square_step(const SquareStepArgs& args, int64_t begin, int64_t end);
+void l2_project(const ProjectionArgs& args, int64_t begin, int64_t end);
+void l2_box_project(const ProjectionArgs& args, int64_t begin, int64_t end);
+void l1_project(const ProjectionArgs& args, int64_t begin, int64_t end);
 
 // items: rows
 void attack_loss(const AttackArgs& args, int64_t begin, int64_t end);

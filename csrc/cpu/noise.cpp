@@ -44,8 +44,8 @@ void noise(const NoiseArgs& args, int64_t begin, int64_t end) {
 struct HashLoop {
   template <class T>
   PYADV_HD static void run(const T* x, int64_t n, uint64_t* sum) {
-    uint64_t total = 0;  // integers: any order gives the same bits
-    for (int64_t i = 0; i < n; ++i) total += hash_term(x[i], static_cast<uint64_t>(i));
+    uint64_t total = 0;  // an integer sum has the same bits in any order
+    for (int64_t i = 0; i < n; ++i) total += hash_term(x[i], hash_offset(static_cast<uint64_t>(i)));
     *sum = total;
   }
 };

@@ -1,5 +1,5 @@
-// Reductions over a row: explicit lanes, so that they vectorise and give the same bits with every
-// instruction set. For use inside a loop struct that cpu::run() dispatches (see clones.h).
+// Reductions over a row. Explicit lanes make them vectorise and give the same bits with every
+// instruction set. Call them from a loop struct that cpu::run() dispatches (clones.h).
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace cpu {
 constexpr int kLanes = 32;
 constexpr int64_t kFlush = 64 * kLanes;  // elements between two flushes of the lanes into double
 
-// K sums over i in [0, n) in one pass: term(i, t) fills the terms C t[K] of element i.
+// Computes K sums over i in [0, n) in one pass; term(i, t) sets the terms C t[K] of element i.
 template <int K, class C, class Term>
 PYADV_HD void sums(int64_t n, const Term& term, double (&total)[K]) {
   for (int j = 0; j < K; ++j) total[j] = 0.0;
@@ -37,7 +37,7 @@ PYADV_HD void sums(int64_t n, const Term& term, double (&total)[K]) {
   }
 }
 
-// Sum of value(i) over i in [0, n).
+// Returns the sum of value(i) over i in [0, n).
 template <class C, class Value>
 PYADV_HD double sum(int64_t n, const Value& value) {
   double total[1];
@@ -45,12 +45,12 @@ PYADV_HD double sum(int64_t n, const Value& value) {
   return total[0];
 }
 
-// Largest value(i) over i in [0, n), at least `least`; NaN if one is NaN.
+// Returns the largest value(i) over i in [0, n), at least `least`; NaN if any is NaN.
 template <class C, class Value>
 PYADV_HD C maximum(int64_t n, const Value& value, C least) {
   C most = least;
   const int64_t whole = n - n % kLanes;
-  if (whole > 0) {  // a short row would pay for empty lanes
+  if (whole > 0) {  // skips the lanes for a short row
     C lane[kLanes];
     for (int k = 0; k < kLanes; ++k) lane[k] = least;
     for (int64_t i = 0; i < whole; i += kLanes) {

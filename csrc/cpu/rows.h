@@ -1,4 +1,4 @@
-// Runs a rule on rows (L2Step and the like; see common/projections.h).
+// Runs a row rule (common/rules.h).
 #pragma once
 
 #include <algorithm>
@@ -25,11 +25,11 @@ struct VaryingBox {
   PYADV_HD C hi(int64_t i) const { return high[i]; }
 };
 
-// The row a rule walks over, in its arithmetic type.
+// The `row` of a row rule, in its arithmetic type.
 template <class Rule, class C, class Box>
 class Row {
  public:
-  PYADV_HD Row(const StepPointers<C>& pointers, int64_t n, const Box& box)
+  PYADV_HD Row(const RulePointers<C>& pointers, int64_t n, const Box& box)
       : p_(pointers), n_(n), box_(box) {}
 
   PYADV_HD int64_t size() const { return n_; }
@@ -50,8 +50,8 @@ class Row {
     for (int64_t i = 0; i < n_; ++i) p_.out[i] = value(at(i));
   }
 
-  PYADV_HD void keep() const {
-    if (p_.out != p_.a) std::copy(p_.a, p_.a + n_, p_.out);
+  PYADV_HD void copy_input() const {
+    if (p_.out != p_.x_adv) std::copy(p_.x_adv, p_.x_adv + n_, p_.out);
   }
 
  private:
@@ -59,16 +59,16 @@ class Row {
     return element_at<Rule>(p_, i, box_.lo(i), box_.hi(i));
   }
 
-  StepPointers<C> p_;
+  RulePointers<C> p_;
   int64_t n_;
   Box box_;
 };
 
 template <class Rule>
 struct RowLoop {
-  template <class C, class Box>
-  PYADV_HD static void run(const StepPointers<C>& p, int64_t n, Box box, Sizes<C> sizes) {
-    Rule::template run<C>(Row<Rule, C, Box>(p, n, box), sizes);
+  template <class C, class Box, class Values>
+  PYADV_HD static void run(const RulePointers<C>& p, int64_t n, Box box, Values values) {
+    Rule::template run<C>(Row<Rule, C, Box>(p, n, box), values);
   }
 };
 
@@ -88,14 +88,14 @@ struct NarrowLoop {
   }
 };
 
-// A row as the rules take it. 16-bit rows are widened once, since a rule passes over them several
-// times, and rounded once.
+// Gives a row rule a row in its arithmetic type. A rule makes several passes, so rows of 16-bit
+// floats are widened once into a buffer and rounded once at the end.
 template <class C>
 class WideRow {
  public:
   explicit WideRow(int64_t) {}
   template <class Run>
-  void around(const StepPointers<C>& p, int64_t, Run&& run) {
+  void around(const RulePointers<C>& p, int64_t, Run&& run) {
     run(p);
   }
 };
@@ -105,14 +105,14 @@ class NarrowRow {
  public:
   explicit NarrowRow(int64_t n) : buffer_(static_cast<size_t>(4 * n)) {}
   template <class Run>
-  void around(const StepPointers<T>& p, int64_t n, Run&& run) {
+  void around(const RulePointers<T>& p, int64_t n, Run&& run) {
     float* wide = buffer_.data();
     const auto widened = [&](const T* from, int slot) {
       if (from != nullptr) cpu::run<WidenLoop>(from, wide + slot * n, n);
       return wide + slot * n;
     };
-    const StepPointers<float> q{widened(p.a, 0), widened(p.g, 1), widened(p.x, 2),
-                                widened(p.prev, 3), wide};
+    const RulePointers<float> q{widened(p.x_adv, 0), widened(p.grad, 1), widened(p.x, 2),
+                                widened(p.x_prev, 3), wide};
     run(q);
     cpu::run<NarrowLoop>(static_cast<const float*>(wide), p.out, n);
   }
@@ -122,25 +122,26 @@ class NarrowRow {
 };
 
 template <class Rule>
-void run_rows(const StepArgs& s, int64_t begin, int64_t end) {
+void run_rows(const typename Rule::Args& s, int64_t begin, int64_t end) {
   dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using C = compute_t<T>;
     std::conditional_t<std::is_same<T, C>::value, WideRow<C>, NarrowRow<T>> rows(s.n);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = r * s.n;
-      const StepPointers<T> p = pointers_at<T>(s, i);
+      const RulePointers<T> p = pointers_at<T>(s, i);
       if (s.active != nullptr && !s.active[r]) {
-        if (p.out != p.a) std::copy(p.a, p.a + s.n, p.out);
+        if (p.out != p.x_adv) std::copy(p.x_adv, p.x_adv + s.n, p.out);
         continue;
       }
-      rows.around(p, s.n, [&](const StepPointers<C>& q) {
-        const Sizes<C> sizes = sizes_at<C>(s, i);
-        if (s.elementwise)
-          run<RowLoop<Rule>>(q, s.n, VaryingBox<C>{values_at<C>(s.lo, i), values_at<C>(s.hi, i)},
-                             sizes);
+      rows.around(p, s.n, [&](const RulePointers<C>& q) {
+        const auto values = s.template values_at<C>(i);
+        if (s.per_element)
+          run<RowLoop<Rule>>(
+              q, s.n, VaryingBox<C>{values_from<C>(s.lo, i), values_from<C>(s.hi, i)}, values);
         else
-          run_wide<RowLoop<Rule>>(q, s.n, ScalarBox<C>{s.lo.at<C>(i), s.hi.at<C>(i)}, sizes);
+          run_wide<RowLoop<Rule>>(
+              q, s.n, ScalarBox<C>{s.lo.template at<C>(i), s.hi.template at<C>(i)}, values);
       });
     }
   });

@@ -1,4 +1,4 @@
-// Splits a flat range into spans in which every parameter and the row are constant.
+// Splits a flat range into spans of one row in which every parameter is constant.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 namespace pyadv {
 namespace cpu {
 
-// Calls f(first, last) for the spans of [begin, end); spans start at multiples of `length`.
+// Calls f(first, last) for each span of [begin, end). Spans start at multiples of `length`.
 template <class F>
 void for_spans(int64_t begin, int64_t end, int64_t length, F&& f) {
   for (int64_t i = begin; i < end;) {

@@ -14,25 +14,27 @@ void linf_step(const StepArgs& s, int64_t begin, int64_t end) {
   run_elements<LinfStep>(s, begin, end);
 }
 
-void linf_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
+void linf_momentum_step(const MomentumStepArgs& s, int64_t begin, int64_t end) {
   run_elements<LinfMomentumStep>(s, begin, end);
 }
 
 void l2_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L2Step>(s, begin, end); }
 
-void l2_momentum_step(const StepArgs& s, int64_t begin, int64_t end) {
+void l2_momentum_step(const MomentumStepArgs& s, int64_t begin, int64_t end) {
   run_rows<L2MomentumStep>(s, begin, end);
 }
 
-void linf_boundary_step(const StepArgs& s, int64_t begin, int64_t end) {
+void linf_boundary_step(const BoundaryStepArgs& s, int64_t begin, int64_t end) {
   run_rows<BoundaryStep<false>>(s, begin, end);
 }
 
-void l2_boundary_step(const StepArgs& s, int64_t begin, int64_t end) {
+void l2_boundary_step(const BoundaryStepArgs& s, int64_t begin, int64_t end) {
   run_rows<BoundaryStep<true>>(s, begin, end);
 }
 
-void l1_step(const StepArgs& s, int64_t begin, int64_t end) { run_rows<L1Step>(s, begin, end); }
+void l1_step(const SparseStepArgs& s, int64_t begin, int64_t end) {
+  run_rows<L1Step>(s, begin, end);
+}
 
 namespace {
 
@@ -61,13 +63,13 @@ void keep_best(const KeepBestArgs& k, int64_t begin, int64_t end) {
   });
 }
 
-void square_step(const StepArgs& s, int64_t begin, int64_t end) {
+void square_step(const SquareStepArgs& s, int64_t begin, int64_t end) {
   const Window& w = s.window;
   dispatch(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int64_t r = begin; r < end; ++r) {
       const bool active = s.active == nullptr || s.active[r];
-      const T* from = static_cast<const T*>(active ? s.x_prev : s.x_adv) + r * s.n;
+      const T* from = static_cast<const T*>(active ? s.x_best : s.x_adv) + r * s.n;
       T* out = static_cast<T*>(s.out) + r * s.n;
       if (out != from) std::copy(from, from + s.n, out);
       if (!active) continue;
@@ -76,7 +78,7 @@ void square_step(const StepArgs& s, int64_t begin, int64_t end) {
         for (int64_t y = top; y < top + w.side; ++y)
           for (int64_t z = left; z < left + w.side; ++z) {
             const int64_t i = c * w.stride[0] + y * w.stride[1] + z * w.stride[2];
-            out[i] = SquareStep::apply<T>(s, r * s.n + i, w.up(r, c));
+            out[i] = SquareStep::at<T>(s, r * s.n + i, w.up(r, c));
           }
     }
   });

@@ -8,7 +8,7 @@ namespace pyadv {
 namespace cpu {
 namespace {
 
-// With the kind and the type known, both loops vectorise.
+// Both loops vectorise because the kind and the type are constants.
 template <WeightKind Kind, DType Type>
 struct WeightsLoop {
   static PYADV_HD void run(const WeightArgs* given) {

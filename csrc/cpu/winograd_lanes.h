@@ -1,9 +1,9 @@
-// Winograd's convolution in the vectors of one instruction set; convolution.cpp includes this once
-// for each, in a namespace of its own, with PYADV_TARGET (the attribute of its functions), kLanes,
-// kRows, Lanes, splat(s) and fma(a, b, c) = a b + c defined. Generic vectors in a function that is
-// compiled for several sets would be cut to the smallest of them.
+// Winograd's convolution with the vectors of one instruction set. convolution.cpp includes this
+// file once per instruction set, in a namespace that defines PYADV_TARGET (the attribute of its
+// functions), kLanes, kRows, Lanes, splat(s) and fma(a, b, c) = a b + c. One function compiled for
+// several sets would have to use the smallest vectors of them.
 
-constexpr int kVectors = 2;  // of a row of products, in registers
+constexpr int kVectors = 2;  // vectors per row of products, held in registers
 constexpr int kStrip = kVectors * kLanes;
 
 PYADV_TARGET inline Lanes load(const float* from) {
@@ -14,7 +14,7 @@ PYADV_TARGET inline Lanes load(const float* from) {
 
 PYADV_TARGET inline void store(float* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
 
-// Of the last channels, `count` of them.
+// Loads the last `count` channels; the other lanes are 0.
 PYADV_TARGET inline Lanes load(const float* from, int64_t count) {
   if (count == kLanes) return load(from);
   Lanes v = splat(0.0f);
@@ -27,16 +27,17 @@ PYADV_TARGET inline void store(float* to, Lanes v, int64_t count) {
   std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(float));
 }
 
-// The forms: how one line of pixels becomes points (B^T d) and one line of points pixels (A^T m).
-// Lines lie in steps of `from` and `to`. `slot` is the place of a point's U.
+// Each form converts one line of pixels to points (`input`, B^T d) and one line of points to pixels
+// (`output`, A^T m). `from` and `to` are the distances between neighbours of a line. `slot` is the
+// index of a point's U.
 
-// The points +-p of the line (even, odd), a polynomial's parts.
+// Evaluates the polynomial with these even and odd parts at +p and -p.
 PYADV_TARGET inline void at_both(float p, Lanes even, Lanes odd, Lanes* plus, Lanes* minus) {
   *plus = fma(splat(p), odd, even);
   *minus = fma(splat(-p), odd, even);
 }
 
-// Four values of A^T m for the points +-near, +-far and infinity.
+// Computes four values of A^T m from the points +-near, +-far and infinity.
 PYADV_TARGET inline void four_outputs(const Lanes* m, int from, Lanes last, Lanes* y, int to) {
   const Lanes n0 = m[0], n1 = m[from], f0 = m[2 * from], f1 = m[3 * from];
   const Lanes near_even = n0 + n1, near_odd = n0 - n1, far_even = f0 + f1, far_odd = f0 - f1;
@@ -65,7 +66,7 @@ struct Stride1 {
   }
 };
 
-// Of five pixels with two taps: the points +-near, +-far, infinity.
+// Converts five pixels to the points +-near, +-far, infinity, for two taps.
 PYADV_TARGET inline void two_taps(Lanes d0, Lanes d1, Lanes d2, Lanes d3, Lanes d4, Lanes* t,
                                   int to) {
   at_both(kNear, fma(splat(-kFar2), d1, d3), fma(splat(-kFar2), d0, d2), t, t + to);
@@ -103,7 +104,7 @@ struct Transposed2 {
   }
 };
 
-// v[point][channel] for one tile, `line` from point to point.
+// Computes v[point][channel] for one tile; points are `line` floats apart.
 template <class Form>
 PYADV_TARGET inline void gather(const WinogradArgs& a, const Place& tile, const float* zeros,
                                 float* v, int64_t line) {
@@ -136,7 +137,7 @@ PYADV_TARGET inline void gather(const WinogradArgs& a, const Place& tile, const 
 }
 
 // m[row][strip] = sum over channels of v[row][channel] u[channel][strip]. The sum runs in the order
-// of the channels for any number of rows, so a tile's result does not depend on its company.
+// of the channels for any number of rows, so a tile's result does not depend on the other tiles.
 template <int R>
 PYADV_TARGET inline void multiply(const float* v, int64_t v_step, const float* u, int64_t channels,
                                   float* m, int64_t m_step) {
@@ -171,7 +172,7 @@ PYADV_TARGET inline void multiply_rows(const float* v, int64_t v_step, int64_t r
   }
 }
 
-// The output pixels of one tile for the channels of one panel.
+// Writes the output pixels of one tile for the channels of one panel.
 template <class Form>
 PYADV_TARGET inline void scatter(const WinogradArgs& a, const Place& tile, int64_t panel,
                                  const float* m) {
@@ -197,7 +198,7 @@ PYADV_TARGET inline void scatter(const WinogradArgs& a, const Place& tile, int64
       for (int64_t j = 0; j < columns; ++j, at += a.outputs) {
         Lanes y = row[j] + bias;
         if (a.added != nullptr) y = y + load(a.added + at, count);
-        if (a.relu) y = y < splat(0.0f) ? splat(0.0f) : y;  // NaN stays, as in PyTorch
+        if (a.relu) y = y < splat(0.0f) ? splat(0.0f) : y;  // keeps NaN, as PyTorch does
         if (a.mask != nullptr) y = load(a.mask + at, count) <= splat(0.0f) ? splat(0.0f) : y;
         store(a.out + at, y, count);
       }
@@ -205,8 +206,8 @@ PYADV_TARGET inline void scatter(const WinogradArgs& a, const Place& tile, int64
   }
 }
 
-// Fetches pixel k of what each tile, side x side pixels, brings in or gives out, and of that the
-// channels asked for. Spread over the multiplications, this hides much of the way to memory.
+// Prefetches some channels of pixel k of each tile of side x side pixels. Calls spread over the
+// multiplications hide much of the memory latency.
 PYADV_TARGET inline void prefetch(const float* images, const Place* tiles, int64_t count, int side,
                                   int k, int64_t height, int64_t width, int64_t pixel,
                                   int64_t channels) {
@@ -220,12 +221,12 @@ PYADV_TARGET inline void prefetch(const float* images, const Place* tiles, int64
   }
 }
 
-// The tiles [begin, end), a block of them at a time, small enough for the cache.
+// Computes the tiles [begin, end) in blocks that fit the cache.
 template <class Form>
 PYADV_TARGET inline void convolve(const WinogradArgs& a, int64_t begin, int64_t end) {
   constexpr int S = Form::kSide;
   const int64_t block = block_of(a.inputs, a.outputs), line = whole_lines(a.inputs);
-  // From tile to tile a cache line more, so that not all fall into the same few sets.
+  // One extra cache line between tiles keeps them from falling into the same few cache sets.
   const int64_t v_step = S * S * line + kLineFloats, m_step = S * S * kPanel + kLineFloats;
   const int64_t slot_size = a.inputs * kPanel, panels = panels_of(a.outputs);
   float* const zeros = room_of(line + block * (v_step + m_step));

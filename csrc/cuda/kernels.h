@@ -1,5 +1,5 @@
-// CUDA kernels: each launches on the given stream and returns a cudaError_t as int (0: success).
-// No CUDA header here, so that the tensor glue compiles with the host compiler alone.
+// Launchers of the CUDA kernels. Each one returns a cudaError_t as int; 0 is success. This header
+// includes nothing of CUDA, so that the host compiler can compile the tensor glue.
 #pragma once
 
 #include "common/geometry.h"
@@ -13,20 +13,20 @@ namespace pyadv {
 namespace cuda {
 
 int linf_step(const StepArgs& args, void* stream);
-int linf_momentum_step(const StepArgs& args, void* stream);
+int linf_momentum_step(const MomentumStepArgs& args, void* stream);
 int l2_step(const StepArgs& args, void* stream);
-int l2_momentum_step(const StepArgs& args, void* stream);
-int l1_step(const StepArgs& args, void* stream);
-int linf_boundary_step(const StepArgs& args, void* stream);
-int l2_boundary_step(const StepArgs& args, void* stream);
+int l2_momentum_step(const MomentumStepArgs& args, void* stream);
+int l1_step(const SparseStepArgs& args, void* stream);
+int linf_boundary_step(const BoundaryStepArgs& args, void* stream);
+int l2_boundary_step(const BoundaryStepArgs& args, void* stream);
 int keep_rows(const KeepRowsArgs& args, void* stream);
 int keep_best(const KeepBestArgs& args, void* stream);
-int square_step(const StepArgs& args, void* stream);
+int square_step(const SquareStepArgs& args, void* stream);
 
-int linf_project(const StepArgs& args, void* stream);
-int l2_project(const StepArgs& args, void* stream);
-int l2_box_project(const StepArgs& args, void* stream);
-int l1_project(const StepArgs& args, void* stream);
+int linf_project(const ProjectionArgs& args, void* stream);
+int l2_project(const ProjectionArgs& args, void* stream);
+int l2_box_project(const ProjectionArgs& args, void* stream);
+int l1_project(const ProjectionArgs& args, void* stream);
 
 int attack_loss(const AttackArgs& args, void* stream);
 int weighted_cross_entropy(const LossArgs& args, void* stream);

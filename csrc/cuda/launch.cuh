@@ -1,5 +1,5 @@
-// Launching: one macro, so that the kernels also compile for the CPU in the tests' CUDA shim, which
-// defines PYADV_LAUNCH, PYADV_DYNAMIC_SHARED and multiprocessors() before this header is read.
+// Launches kernels through a macro, so that the tests can compile them for the CPU. Their shim
+// defines PYADV_LAUNCH, PYADV_DYNAMIC_SHARED and multiprocessors() before it includes this header.
 #pragma once
 
 #include "common/macros.h"
@@ -36,7 +36,7 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
-// Blocks of kThreads that the card holds at once; kernels stride over what is beyond.
+// Blocks of kThreads that the card runs at once. Kernels loop over the rest of the work.
 inline int64_t resident_blocks() { return static_cast<int64_t>(multiprocessors()) * 8; }
 
 inline unsigned elementwise_blocks(int64_t work) {
@@ -44,8 +44,8 @@ inline unsigned elementwise_blocks(int64_t work) {
   return static_cast<unsigned>(needed < resident_blocks() ? needed : resident_blocks());
 }
 
-// For kernels that work on rows: x runs over the `work` items of a row, y over the rows, so that no
-// thread has to divide. Short rows share a block. Kernels stride over both.
+// Grid of a kernel on rows: x runs over the `work` items of a row and y over the rows, so that no
+// thread divides. Short rows share a block. Kernels loop over both.
 struct RowGrid {
   dim3 grid, block;
 
@@ -54,7 +54,7 @@ struct RowGrid {
     while (block.x < kThreads && block.x < work) block.x *= 2;
     block.y = kThreads / block.x;
     const int64_t across = (work + block.x - 1) / block.x, down = (rows + block.y - 1) / block.y;
-    const int64_t most = 4 * resident_blocks();  // some to spare evens out the end
+    const int64_t most = 4 * resident_blocks();  // several waves of blocks even out the end
     grid.x = static_cast<unsigned>(across < most ? across : most);
     const int64_t left = most / grid.x < 65535 ? most / grid.x : 65535;
     grid.y = static_cast<unsigned>(down < left ? down : left);

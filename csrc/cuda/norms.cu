@@ -9,8 +9,8 @@ namespace pyadv {
 namespace cuda {
 namespace {
 
-// Calls f(Tag<V>, i) for the elements i of a piece that this thread owns: V = 16 bytes at a time
-// where the pointers allow it, the rest one by one.
+// Calls f(Tag<Vec>, i) for the elements of a piece that belong to this thread: 16 bytes at a time
+// if the pointers are aligned, the rest one by one.
 template <class T, class F>
 __device__ __forceinline__ void for_piece(const NormArgs::Piece& p, bool aligned, F&& f) {
   constexpr int V = 16 / sizeof(T);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) norm_pieces_kernel(NormArgs args) {
   if (threadIdx.x == 0) args.partial[blockIdx.x] = static_cast<double>(sum);
 }
 
-// One thread per tensor: a tensor has few pieces.
+// One thread per tensor; a tensor has few pieces.
 template <class C>
 __global__ void __launch_bounds__(kNormTensors) norm_roots_kernel(NormArgs args) {
   const int64_t t = threadIdx.x;

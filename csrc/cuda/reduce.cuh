@@ -1,5 +1,5 @@
-// Reductions over a warp and over a block, in a fixed order; every thread gets the result. All
-// threads of the block must call; blockDim.x is a multiple of 32.
+// Reductions over a warp and over a block, in a fixed order. Every thread gets the result. All
+// threads of the block must call them, and blockDim.x must be a multiple of 32.
 #pragma once
 
 #include "common/math.h"
@@ -16,7 +16,7 @@ struct Add {
   }
 };
 
-// NaN if one is NaN.
+// The result is NaN if either value is.
 struct Max {
   template <class V>
   __device__ __forceinline__ V operator()(V a, V b) const {
@@ -32,7 +32,7 @@ __device__ __forceinline__ V warp_reduce(V v, Op op) {
   return v;
 }
 
-// K values at once, for one pair of barriers.
+// Reduces K values with one pair of barriers.
 template <int K, class V, class Op>
 __device__ __forceinline__ void block_reduce(V (&v)[K], V identity, Op op) {
   __shared__ V partial[K][kWarp];
@@ -46,7 +46,7 @@ __device__ __forceinline__ void block_reduce(V (&v)[K], V identity, Op op) {
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < K; ++k) v[k] = warp_reduce(lane < warps ? partial[k][lane] : identity, op);
-  __syncthreads();  // `partial` may be written again
+  __syncthreads();  // before the next call overwrites `partial`
 }
 
 template <class V, class Op>

@@ -1,4 +1,4 @@
-// 16-byte loads and stores where every pointer allows them.
+// 16-byte loads and stores, for pointers that are aligned to 16 bytes.
 #pragma once
 
 #include "common/types.h"
@@ -6,7 +6,7 @@
 namespace pyadv {
 namespace cuda {
 
-// V elements in one access: 16 bytes, or a single element.
+// V elements that one access reads or writes: 16 bytes, or one element.
 template <class T, int V>
 struct alignas(V == 1 ? alignof(T) : 16) Vec {
   T v[V];

@@ -8,7 +8,7 @@ namespace pyadv {
 namespace cuda {
 namespace {
 
-// One block: a batch has few rows, and the normaliser needs all of them.
+// A single block, because the normaliser needs all rows and a batch has few.
 __global__ void __launch_bounds__(kThreads) weights_kernel(WeightArgs args) {
   double total = 0.0;
   for (int64_t row = threadIdx.x; row < args.rows; row += kThreads) total += args.weight(row);

@@ -1,5 +1,4 @@
-// Winograd's convolution: channels-last tensors to pointers. On the CPU alone; elsewhere
-// the reference serves.
+// Winograd's convolution: converts channels-last tensors to pointers. Only the CPU has a kernel.
 #pragma once
 
 #include "common/convolution.h"
@@ -30,7 +29,7 @@ inline Tensor winograd_weight(const Tensor& weight, bool transposed, int64_t str
   args.inputs = weight.size(transposed ? 0 : 1);
   args.output_stride = weight.stride(transposed ? 1 : 0);
   args.input_stride = weight.stride(transposed ? 0 : 1);
-  if (transposed) {  // turned by half a circle: from the last element backwards
+  if (transposed) {  // rotated by 180 degrees: read from the last element backwards
     args.weight += 2 * (args.row_stride + args.column_stride);
     args.row_stride = -args.row_stride;
     args.column_stride = -args.column_stride;
@@ -45,7 +44,7 @@ inline Tensor winograd_weight(const Tensor& weight, bool transposed, int64_t str
   return out;
 }
 
-// `padding`: by how many pixels the first tile's input reaches beyond the edge.
+// `padding`: pixels by which the first tile's input reaches beyond the edge.
 inline Tensor winograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& added, const OptionalTensor& mask, bool relu,
                        int64_t outputs, int64_t height, int64_t width, int64_t padding,
@@ -71,7 +70,7 @@ inline Tensor winograd(const Tensor& x, const Tensor& weight, const OptionalTens
   args.padding = padding;
   STD_TORCH_CHECK(u.size(0) == panels_of(outputs) && u.size(1) == kSlots &&
                       u.size(2) == args.inputs && u.size(3) == kPanel,
-                  op, ": weight must be what winograd_weight made for these channels");
+                  op, ": weight must be the result of winograd_weight for these channels");
   Tensor shift = weight;
   if (bias.has_value()) {
     check_float(op, "bias", *bias, 1);

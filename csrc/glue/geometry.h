@@ -1,4 +1,4 @@
-// Geometry: tensors in, one kernel launch.
+// Geometry: converts the tensors and launches one kernel.
 #pragma once
 
 #include "common/geometry.h"
@@ -6,10 +6,10 @@
 
 namespace pyadv {
 
-// A (B,) tensor that a kernel changes; one with gaps goes through a copy.
-class Changed {
+// A (B,) tensor that a kernel changes in place. A tensor with gaps goes through a copy.
+class InPlace {
  public:
-  Changed(const char* op, const char* name, const Tensor& t, ScalarType type, const Tensor& like)
+  InPlace(const char* op, const char* name, const Tensor& t, ScalarType type, const Tensor& like)
       : t_(t), block_(torch::stable::contiguous(t)) {
     STD_TORCH_CHECK(t.scalar_type() == type && same_shape(t, like) && t.is_cuda() == like.is_cuda(),
                     op, ": ", name, " has the wrong dtype, shape or device");
@@ -30,9 +30,9 @@ inline void track(const Tensor& correct, Tensor kappa, Tensor active, Tensor pat
   const char* op = "track";
   STD_TORCH_CHECK(correct.scalar_type() == ScalarType::Bool && correct.dim() <= 1, op,
                   ": correct must be a bool tensor with one value per row");
-  Changed k(op, "kappa", kappa, ScalarType::Long, correct);
-  Changed a(op, "active", active, ScalarType::Bool, correct);
-  Changed p(op, "patience", patience, ScalarType::Long, correct);
+  InPlace k(op, "kappa", kappa, ScalarType::Long, correct);
+  InPlace a(op, "active", active, ScalarType::Bool, correct);
+  InPlace p(op, "patience", patience, ScalarType::Long, correct);
   if (correct.numel() == 0) return;
   backend::Device device(correct);
   const Tensor dense = torch::stable::contiguous(correct);

@@ -1,4 +1,4 @@
-// Noise: tensors in, one kernel launch.
+// Noise: converts the tensors and launches one kernel.
 #pragma once
 
 #include "common/noise.h"
@@ -9,20 +9,20 @@ namespace pyadv {
 constexpr int64_t kBlockGrain = 4096;  // Philox blocks worth a thread
 constexpr int64_t kHashGrain = 16384;  // hashed elements worth a thread
 
-inline Word word_of(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+inline Integer integer_of(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == 1, op, ": ", name,
                   " must be one int64 value");
   STD_TORCH_CHECK(t.is_cpu() || t.is_cuda() == like.is_cuda(), op, ": ", name,
                   " is on another device than the first tensor");
-  Word word;
+  Integer integer;
   if (t.is_cpu())
-    word.value = *t.const_data_ptr<int64_t>();
+    integer.value = *t.const_data_ptr<int64_t>();
   else
-    word.data = t.const_data_ptr<int64_t>();
-  return word;
+    integer.data = t.const_data_ptr<int64_t>();
+  return integer;
 }
 
-// The noise is made in row-major order and then copied if `like` lies otherwise.
+// Draws the noise in row-major order and copies it if `like` has another layout.
 template <class Kernel>
 Tensor keyed(const char* op, Kernel kernel, const Tensor& like, const Tensor& ids,
              const Tensor& seed, const Tensor& stream) {
@@ -32,8 +32,8 @@ Tensor keyed(const char* op, Kernel kernel, const Tensor& like, const Tensor& id
   STD_TORCH_CHECK(row_size(like) <= int64_t{1} << 34, op, ": a row has more than 2^34 elements");
   NoiseArgs args{};
   args.dtype = dtype_of(op, like);
-  args.seed = word_of(op, "seed", seed, like);
-  args.stream = word_of(op, "stream", stream, like);
+  args.seed = integer_of(op, "seed", seed, like);
+  args.stream = integer_of(op, "stream", stream, like);
   args.rows = rows_of(like);
   args.n = row_size(like);
   Tensor out = torch::stable::empty_like(like);

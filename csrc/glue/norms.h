@@ -1,4 +1,4 @@
-// Norms: lists of tensors in, one launch for every kNormTensors of them.
+// Norms: converts lists of tensors and launches once for every kNormTensors of them.
 #pragma once
 
 #include "common/norms.h"
@@ -8,7 +8,7 @@ namespace pyadv {
 
 constexpr int64_t kPieceGrain = 2;  // pieces worth a thread
 
-// Enters the tensors [begin, end) into the table. Their data may lie in any dense order.
+// Returns the table of the tensors [begin, end). Their data may have any dense layout.
 inline NormArgs norm_table(DType dtype, const std::vector<Tensor>& weights, size_t begin,
                            size_t end) {
   NormArgs args{};
@@ -23,7 +23,7 @@ inline NormArgs norm_table(DType dtype, const std::vector<Tensor>& weights, size
   return args;
 }
 
-// Calls f(args, begin) for every table's worth of tensors.
+// Calls f(args, begin) for every table; `begin` is the index of its first tensor.
 template <class F>
 void for_tables(DType dtype, const std::vector<Tensor>& weights, F&& f) {
   for (size_t begin = 0; begin < weights.size(); begin += kNormTensors)

@@ -1,5 +1,5 @@
-// From tensors to pointers: layouts, parameters, checks. Included by ops_cpu.cpp and ops_cuda.cpp
-// alone; each defines `backend` first (the kernels' namespace, the device guard and the launch).
+// Converts tensors to pointers: layouts, parameters, checks. Only ops_cpu.cpp and ops_cuda.cpp
+// include it. Each of them first defines `backend`: the kernels, the device guard and the launch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,14 +38,15 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   return DType::Float;
 }
 
-// The type the arithmetic runs in, and the type of losses and other reductions.
+// The type of the arithmetic, and of losses and other reductions.
 inline ScalarType compute_type(DType dtype) {
   return dtype == DType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) { return a.sizes().equals(b.sizes()); }
 
-// The Python functions check with fuller messages; this guards the memory of direct callers.
+// Guards the memory of code that calls the op directly; the Python functions check the same with
+// fuller messages.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(same_shape(t, like), op, ": ", name, " has another shape than the first tensor");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name,
@@ -59,7 +61,7 @@ inline int64_t row_size(const Tensor& t) {
   return rows == 0 ? 0 : t.numel() / rows;
 }
 
-// Every element of one memory block exactly once, in some order of the dimensions.
+// Whether the elements fill one memory block without gaps, in some order of the dimensions.
 inline bool is_dense(const Tensor& t) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < t.dim(); ++d)
@@ -73,7 +75,7 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// The same, and each row (dimension 0) is one block.
+// Whether t is dense and each row (dimension 0) is one block.
 inline bool has_dense_rows(const Tensor& t) {
   return is_dense(t) && (t.dim() == 0 || t.size(0) <= 1 || t.stride(0) == row_size(t));
 }
@@ -84,7 +86,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// `t` itself when its strides are those of `like` (dense), else a copy in that layout.
+// Returns `t` if its strides equal those of the dense tensor `like`, else a copy in that layout.
 inline Tensor in_layout_of(const Tensor& like, const Tensor& t) {
   if (same_layout(t, like)) return t;
   Tensor copy = torch::stable::empty_like(like);
@@ -92,10 +94,11 @@ inline Tensor in_layout_of(const Tensor& like, const Tensor& t) {
   return copy;
 }
 
-// Where a kernel writes: `out` itself if its rows are dense, else a block that is copied to it.
+// The memory that a kernel writes: `out` itself if its rows are dense, else a block that `finish`
+// copies to it.
 class Output {
  public:
-  enum class Content { Overwritten, Kept };  // Kept: the kernel does not write all of it
+  enum class Content { Overwritten, Kept };  // Kept: the kernel writes only a part
   explicit Output(const Tensor& out, Content content = Content::Overwritten)
       : out_(out), direct_(has_dense_rows(out)), block_(direct_ ? out : fresh(out)) {
     if (!direct_ && content == Content::Kept) torch::stable::copy_(block_, out);
@@ -116,7 +119,7 @@ class Output {
   Tensor block_;
 };
 
-// A (B,) bool mask; a missing one stands for all rows.
+// An optional (B,) bool mask. Without one, all rows are active.
 class Mask {
  public:
   Mask(const char* op, const OptionalTensor& given, const Tensor& like) {
@@ -133,13 +136,14 @@ class Mask {
   OptionalTensor kept_;
 };
 
-// Parameters of a step as the kernels want them; keeps the tensors made on the way alive.
+// Converts tensor parameters to what kernels read, and keeps temporary tensors alive.
 class Parameters {
  public:
   Parameters(const char* op, const Tensor& block, DType dtype)
       : op_(op), block_(block), type_(compute_type(dtype)) {}
 
-  // `absent` stands for a missing box side: the infinity that never binds.
+  // `absent` replaces a parameter that is not given: the infinity that never binds, for a side of
+  // the box.
   Param add(const OptionalTensor& given, double absent = 0.0) {
     Param p;
     p.value = absent;
@@ -160,45 +164,40 @@ class Parameters {
                       ": a 1-D parameter needs one value per row");
       p.inner = row_size(block_);
     } else if (!by_row(t, p) && !by_channel(t, p)) {
-      elementwise_ = true;
+      within_rows_ = true;
     }
     kept_.push_back(std::move(t));
     return p;
   }
 
-  bool elementwise() const { return elementwise_; }
+  // Whether some parameter so far differs within a row in a way that Param cannot describe.
+  bool differ_within_rows() const { return within_rows_; }
 
-  // The value is the same in all of a row (needed where rules work on whole rows).
   bool constant_in_rows(const Param& p) const {
     return p.period == 1 || p.inner == row_size(block_);
   }
 
-  // One value per element, in the layout of the data, for parameters no shorter rule describes: of
-  // one row that all rows share, unless a parameter differs between rows.
-  void expand(std::initializer_list<Param*> params,
-              std::initializer_list<const OptionalTensor*> given) {
-    bool differs = false;
-    for (const OptionalTensor* t : given)
-      differs = differs || (t->has_value() && (*t)->numel() > 1 &&
-                            ((*t)->dim() == 1 || (*t)->dim() == block_.dim()) && (*t)->size(0) > 1);
-    const Tensor like = differs ? block_ : torch::stable::narrow(block_, 0, 0, 1);
-    auto source = given.begin();
-    for (Param* p : params) {
-      Tensor full = torch::stable::empty_like(like);
-      if (full.scalar_type() != type_) full = torch::stable::to(full, type_);
-      const OptionalTensor& t = **source++;
-      if (!t.has_value()) {
-        torch::stable::fill_(full, p->value);
-      } else if (t->dim() == 1 && t->numel() > 1) {
-        std::vector<int64_t> shape(static_cast<size_t>(block_.dim()), 1);
-        shape[0] = t->numel();
-        torch::stable::copy_(full, torch::stable::view(*t, shape));
-      } else {
-        torch::stable::copy_(full, *t);
-      }
-      *p = Param{full.const_data_ptr(), 0.0, 1, full.numel()};
-      kept_.push_back(std::move(full));
+  // Whether rows may have different values of the parameter.
+  bool differs_between_rows(const OptionalTensor& given) const {
+    return given.has_value() && given->numel() > 1 &&
+           (given->dim() == 1 || given->dim() == block_.dim()) && given->size(0) > 1;
+  }
+
+  // The parameter as one value per element of `like`, which is the data or its first row.
+  Param per_element(const OptionalTensor& given, const Tensor& like, double absent = 0.0) {
+    Tensor full = torch::stable::empty_like(like);
+    if (full.scalar_type() != type_) full = torch::stable::to(full, type_);
+    if (!given.has_value()) {
+      torch::stable::fill_(full, absent);
+    } else if (given->dim() == 1 && given->numel() > 1) {
+      std::vector<int64_t> shape(static_cast<size_t>(block_.dim()), 1);
+      shape[0] = given->numel();
+      torch::stable::copy_(full, torch::stable::view(*given, shape));
+    } else {
+      torch::stable::copy_(full, *given);
     }
+    kept_.push_back(full);
+    return Param{full.const_data_ptr(), 0.0, 1, full.numel()};
   }
 
  private:
@@ -229,8 +228,30 @@ class Parameters {
   const char* op_;
   Tensor block_;
   ScalarType type_;
-  bool elementwise_ = false;
+  bool within_rows_ = false;
   std::vector<Tensor> kept_;
 };
+
+// The two forms of an op that computes one tensor like its first argument, made from a function
+// that writes to its first parameter.
+template <auto write>
+struct Forms;
+
+template <class... Args, void (*write)(Tensor&, const Tensor&, Args...)>
+struct Forms<write> {
+  static Tensor returning(const Tensor& first, Args... args) {
+    Tensor out = torch::stable::empty_like(first);
+    write(out, first, args...);
+    return out;
+  }
+  static void writing(const Tensor& first, Args... args, Tensor out) { write(out, first, args...); }
+};
+
+// Registers `name`, which returns a new tensor, and `name`_out, which writes to its last argument.
+template <auto write, class Library>
+void register_forms(Library& m, const std::string& name) {
+  m.impl(name.c_str(), TORCH_BOX(&Forms<write>::returning));
+  m.impl((name + "_out").c_str(), TORCH_BOX(&Forms<write>::writing));
+}
 
 }  // namespace pyadv

@@ -1,4 +1,4 @@
-// Weights: tensors in, one kernel launch.
+// Weights: converts the tensors and launches one kernel.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-"""Noise that is a function of a key: the same sample gets the same noise in any batch, order,
-process and on any device, and torch's generator is left alone.
+"""Noise as a function of a key: a sample gets the same noise in any batch and order, in any process
+and on any device. Torch's generator is not used.
 
 The bits come from the counter-based generator Philox 4x32-10 (Salmon et al., "Parallel Random
 Numbers: As Easy as 1, 2, 3", SC 2011). Element e of a row, counted in row-major order whatever the
@@ -36,7 +36,7 @@ _row_hash = register(
 
 
 def keyed_uniform(like: Tensor, ids: Tensor, seed: int | Tensor, stream: int | Tensor) -> Tensor:
-    """Uniform noise in [0, 1): u = (word >> 8) 2^-24.
+    """Draw uniform noise in [0, 1): u = (word >> 8) 2^-24.
 
     Equal bit for bit to `reference.keyed_uniform`, on every device. float64 gets the values of
     float32; float16 and bfloat16 get them rounded down to multiples of 2^-11 and 2^-8, since
@@ -59,7 +59,7 @@ def keyed_uniform(like: Tensor, ids: Tensor, seed: int | Tensor, stream: int | T
 
 
 def keyed_normal(like: Tensor, ids: Tensor, seed: int | Tensor, stream: int | Tensor) -> Tensor:
-    """Standard normal noise: Box-Muller on the words (0, 1) and (2, 3) of each block.
+    """Draw standard normal noise by Box-Muller from the words (0, 1) and (2, 3) of each block.
 
     With u and v the uniforms of the two words, the pair is sqrt(-2 log(1 - u)) times cos(2 pi v)
     and sin(2 pi v), computed in float32 (float64 for float64). The kernels agree with each other
@@ -72,11 +72,11 @@ def keyed_normal(like: Tensor, ids: Tensor, seed: int | Tensor, stream: int | Te
 
 
 def row_hash(x: Tensor) -> Tensor:
-    """(B,) int64: a 64-bit hash of each row's values, the default sample id.
+    """Return a 64-bit hash of each row's values, (B,) int64; it is the default sample id.
 
-    It depends on the values and their row-major places alone: not on the memory layout, the other
-    rows, the device, or the dtype as long as the values are the same (0.1 in float16 is another
-    number than 0.1 in float32). -0.0 counts as 0.0 and all NaN as one. It is no cryptographic hash.
+    It depends only on the values and their row-major places: not on the memory layout, the other
+    rows, the device, or the dtype if the values are equal (0.1 in float16 differs from 0.1 in
+    float32). -0.0 counts as 0.0, and all NaN are equal. It is no cryptographic hash.
 
     With bits_i the 64 bits of value i in float64 and mix the finaliser of splitmix64 (Steele et
     al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014):

@@ -40,7 +40,9 @@ def linf_project(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """min(max(x_adv, x - eps), x + eps), then the box: the nearest point of both where x is in it.
+    """Return min(max(x_adv, x - eps), x + eps), clipped to the box.
+
+    That is the nearest point of ball and box if x lies in the box.
 
     Equals `reference.linf_project` bit for bit; a NaN stays.
     """
@@ -60,9 +62,9 @@ def l2_project(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x + (x_adv - x) min(1, eps / ||x_adv - x||), then the box, per sample.
+    """Return x + (x_adv - x) min(1, eps / ||x_adv - x||), clipped to the box, per sample.
 
-    The result lies in both where x lies in the box; where x does not, the box wins. A row inside
+    The result lies in ball and box if x lies in the box; otherwise the box wins. A row inside
     the ball is only clipped. Norms are right for entries of any size.
 
     Args:
@@ -85,11 +87,11 @@ def l1_project(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The Euclidean projection onto the intersection of the L1 ball and the box, per sample.
+    """Return the Euclidean projection onto the intersection of L1 ball and box, per sample.
 
-    x + sign(d) min(max(|d| - threshold, 0), room) for d = x_adv - x, where room is what the box
-    leaves on that side of x (0 where x itself is outside: then the box wins). The threshold makes
-    the L1 norm eps; it is found in a few linear passes instead of a sort.
+    It is x + sign(d) min(max(|d| - threshold, 0), room) for d = x_adv - x, where room is the
+    distance from x to the box on that side (0 if x itself is outside: then the box wins). The
+    threshold makes the L1 norm eps; a few linear passes find it, without a sort.
 
     Source: Croce and Hein, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image
     Classifiers" (ICML 2021), section 2.

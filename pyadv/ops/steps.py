@@ -1,11 +1,11 @@
-"""Steps of projected-gradient attacks: one launch from an iterate to the next, inside ball and box.
+"""Steps of projected-gradient attacks: one launch computes the next iterate, inside ball and box.
 
 All take float16, bfloat16, float32 or float64 tensors of any memory layout, (B, ...) with the
-samples in the first dimension, and give no gradient. `alpha`, `eps`, `lo` and `hi` are floats or
+samples in the first dimension, and have no gradient. `alpha`, `eps`, `lo` and `hi` are floats or
 tensors: 1-D of length B is per sample, any other shape must broadcast to x (per channel:
 (1, C, 1, 1)); `lo=None` or `hi=None` leaves that side of the box open. The L2 and L1 steps work on
-whole rows: their `alpha` and `eps` are floats or per sample. Rows where `active` (B,) is False come
-back bit for bit. `out=` writes the result into a tensor, which may be `x_adv` itself. Common
+whole rows: their `alpha` and `eps` are floats or per sample. Rows where `active` (B,) is False are
+returned bit for bit. `out=` writes the result into a tensor, which may be `x_adv` itself. Common
 errors:
 
     TypeError: not floating-point tensors, or of different dtypes.
@@ -34,7 +34,7 @@ from pyadv.ops.arguments import (
 )
 from pyadv.ops.registry import like_first, no_output, register, register_out
 
-_ELEMENTWISE = ("linf_step", "linf_momentum_step", "square_step")  # sizes of any shape
+_ELEMENTWISE = ("linf_step", "linf_momentum_step", "square_step")  # alpha and eps of any shape
 _STEP = "Tensor x_adv, Tensor grad, Tensor x, Tensor alpha, Tensor eps"
 _MOMENTUM_STEP = (
     "Tensor x_adv, Tensor x_prev, Tensor grad, Tensor x, Tensor alpha, Tensor eps, Tensor momentum"
@@ -102,7 +102,7 @@ def linf_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One signed-gradient step: min(max(x_adv + alpha sign(grad), x - eps), x + eps), then the box.
+    """Take a signed-gradient step: min(max(x_adv + alpha sign(grad), x - eps), x + eps), then box.
 
     A NaN element of the gradient does not move, an infinite one moves by its sign. The result
     equals `reference.linf_step` bit for bit.
@@ -115,7 +115,7 @@ def linf_step(
         eps: radius of the Linf ball, >= 0, in units of x.
         lo, hi: the box.
         active: (B,) bool; rows that are False stay as they are.
-        out: where to write; `out=x_adv` steps in place.
+        out: tensor to write to; `out=x_adv` steps in place.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (ICLR
     2018), section 2.1.
@@ -137,11 +137,11 @@ def l2_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One normalised-gradient step, x_adv + alpha grad / ||grad||, then the L2 ball, then the box.
+    """Take a normalised-gradient step, x_adv + alpha grad / ||grad||, then the L2 ball and the box.
 
-    A row moves by alpha whatever the size of its gradient (there is no additive epsilon), and not
-    at all where the gradient is zero. A row whose gradient has a NaN or an infinity comes back bit
-    for bit. Arguments as in `linf_step`; `alpha` and `eps` are floats or (B,).
+    A row moves by alpha for any size of its gradient (there is no additive epsilon), and does not
+    move if the gradient is zero. A row whose gradient has a NaN or an infinity is returned bit for
+    bit. Arguments as in `linf_step`; `alpha` and `eps` are floats or (B,).
 
     Source: Madry et al. (ICLR 2018), appendix; projection as in `l2_project`.
     """
@@ -163,11 +163,12 @@ def l1_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One sparse signed step: alpha sign(grad) / count over the `count` entries of largest |grad|,
-    then `l1_project`, so that a row moves by alpha in the L1 norm where nothing binds.
+    """Move the `count` entries of largest |grad| by alpha sign(grad) / count, then `l1_project`.
+
+    A row thus moves by alpha in the L1 norm if neither ball nor box binds.
 
     A row keeps the entries of at least the |grad| of rank floor((1 - keep) n) from below, ties
-    included, zeros excluded. A row whose gradient has a NaN or an infinity comes back bit for bit.
+    included, zeros excluded. A row whose gradient has a NaN or an infinity is returned bit for bit.
 
     Args:
         keep: fraction of the n entries of a row to move, in [0, 1] (at least one moves); a float
@@ -195,9 +196,11 @@ def stepper(
     hi: float | Tensor | None,
     keep: float | Tensor,
 ) -> Callable[[Tensor, Tensor, Tensor | None], None]:
-    """The step of a norm for a loop of many: a function of (x_adv, grad, active) that steps in
-    place. The parameters are checked here, once; that x_adv and grad are like x, and share no
-    memory, the loop has to know."""
+    """Return a function of (x_adv, grad, active) that takes this norm's step in place.
+
+    The parameters are checked here, once. The function does not check that x_adv and grad are like
+    x and share no memory.
+    """
     op = _IN_PLACE[norm]
     name = f"{norm.lower()}_step"
     parameters = _parameters(name, x, alpha, eps, lo, hi)
@@ -224,11 +227,12 @@ def linf_momentum_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """APGD's update: P(x_adv + momentum (z - x_adv) + (1 - momentum) (x_adv - x_prev)), where
-    z = P(x_adv + alpha sign(grad)) and P is `linf_project`.
+    """Take APGD's step: P(x_adv + momentum (z - x_adv) + (1 - momentum) (x_adv - x_prev)).
+
+    Here z = P(x_adv + alpha sign(grad)), and P is `linf_project`.
 
     Args:
-        x_prev: the iterate before x_adv. `out` may be x_prev: the two then swap roles.
+        x_prev: the iterate before x_adv. `out` may be x_prev.
         momentum: weight of the new step, in [0, 1]; APGD uses 0.75, and 1 at its first iteration.
             The other arguments are those of `linf_step`.
 
@@ -256,7 +260,7 @@ def l2_momentum_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """APGD's update with z = P(x_adv + alpha grad / ||grad||), P being `l2_project` (not exact).
+    """Take APGD's step with z = P(x_adv + alpha grad / ||grad||); P is `l2_project`, not exact.
 
     Gradients are treated as in `l2_step`, the arguments are those of `linf_momentum_step`; `alpha`
     and `eps` are floats or (B,).
@@ -281,20 +285,21 @@ def linf_boundary_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One step of the fast adaptive boundary attack: to the hyperplane where a linear function is
-    zero, from x_adv and from x, and to a point between the two.
+    """Take a step of the fast adaptive boundary attack.
 
-    With d(p) the least offset in the norm by which p reaches the hyperplane inside the box (or gets
-    as near as the box allows), and s = min(|d(x_adv)| / (|d(x_adv)| + |d(x)|), share), the result
-    is (1 - s) (x_adv + overshoot d(x_adv)) + s (x + overshoot d(x)), in the box. An entry whose
-    gradient is 0, or about 1e18 times smaller than the row's largest, does not move.
+    It moves x_adv and x onto the hyperplane where a linear function is zero and returns a point
+    between the two. Let d(p) be the smallest offset in the norm by which p reaches the hyperplane
+    inside the box (or gets as near as the box allows), and
+    s = min(|d(x_adv)| / (|d(x_adv)| + |d(x)|), share). The result is
+    (1 - s) (x_adv + overshoot d(x_adv)) + s (x + overshoot d(x)), clipped to the box. An entry
+    whose gradient is 0, or about 1e18 times smaller than the row's largest, does not move.
 
     Args:
-        grad: gradient of the linear function. A row with an entry that is not finite comes back
-            bit for bit.
-        value: its value at x_adv; a float or (B,).
-        share: the most of the way from x, in [0, 1]; a float or (B,).
-        overshoot: how far to go, 1 for as far as the hyperplane; a float >= 0 or (B,). The other
+        grad: gradient of the linear function. A row with an entry that is not finite is
+            returned bit for bit.
+        value: the linear function's value at x_adv; a float or (B,).
+        share: upper limit of the weight of x, in [0, 1]; a float or (B,).
+        overshoot: factor on the offset, 1 ends at the hyperplane; a float >= 0 or (B,). The other
             arguments are those of `linf_step`.
 
     Source: Croce and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary
@@ -319,7 +324,7 @@ def l2_boundary_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The same in L2. See `linf_boundary_step`."""
+    """Take a step of the fast adaptive boundary attack in L2. See `linf_boundary_step`."""
     args = _boundary_args(
         "l2_boundary_step", x_adv, grad, x, value, share, overshoot, lo, hi, active
     )
@@ -360,18 +365,21 @@ def square_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Square Attack's proposal in the Linf ball: x_best, but in one square of each image every
-    channel goes to a border of the ball, x - eps or x + eps, and into the box.
+    """Propose Square Attack's next point: x_best with one square of each image changed.
+
+    In the square every channel moves to the border of the Linf ball, x - eps or x + eps, clipped to
+    the box.
 
     The square's first row is floor(u_0 (H - side + 1)), its first column floor(u_1 (W - side + 1)),
     and channel c goes up where u_{2 + c} >= 1/2. In it the result is `linf_step(x_best, +-1, x,
     2 eps, eps)`; elsewhere it is x_best, bit for bit.
 
     Args:
-        x_adv: what rows that are not active keep, images (B, C, H, W) of less than 2^31 elements.
+        x_adv: values of the rows that are not active; images (B, C, H, W) of less than 2^31
+            elements.
         x_best: the best points so far, inside the ball, of the same shape and dtype.
         u: (B, 2 + C) float32, uniform numbers in [0, 1).
-        side: of the square, in 1 .. min(H, W).
+        side: side of the square, in 1 .. min(H, W).
         out: where to write; it may be x_adv or x_best, not x. The other arguments are those of
             `linf_step`.
 
@@ -443,14 +451,15 @@ def keep_best_(
     x_best: Tensor,
     grad_best: Tensor | None,
 ) -> None:
-    """Keep the best so far: where loss > loss_best, loss becomes loss_best, and the rows of x and
-    grad those of x_best and grad_best. A NaN is never better.
+    """Copy loss and the rows of x and grad to the best ones where loss > loss_best.
+
+    A NaN is never better.
 
     Args:
         loss, loss_best: (B,) of one floating dtype.
         x, x_best, grad, grad_best: (B, ...), all of one shape and floating dtype; both gradients
-            may be None. The three named best are changed in place; they may share no memory with
-            each other or with the rest.
+            may be None. The three best tensors change in place; they may share no memory with each
+            other or with the rest.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, shared memory, one gradient without the

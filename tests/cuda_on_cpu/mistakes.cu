@@ -1,7 +1,6 @@
-// Kernels with one known mistake each, and right ones beside them: what the simulator must catch
-// and what it must let pass. `run(name)` runs one and prints "right", "wrong values" or the
-// error; the sanitizers end the program themselves. tests/test_cuda_on_cpu.py holds what each must
-// say.
+// Kernels with one known mistake each, which the simulator must catch, and correct kernels, which
+// it must let pass. `run(name)` runs one and prints "right", "wrong values" or the error; a
+// sanitizer ends the program itself. tests/test_cuda_on_cpu.py holds the expected output.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -11,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 
@@ -22,8 +22,8 @@ constexpr int kBlock = 128;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 using Four = Vec<float, 4>;
 
-// Twice through shared memory, reversed each time, so that out = in. kAfterWrite, kAfterRead: the
-// barriers that make it right.
+// Reverses the block twice through shared memory, so that out = in. kAfterWrite and kAfterRead are
+// the barriers that it needs.
 template <bool kAfterWrite, bool kAfterRead>
 __global__ void reverse_twice(const float* in, float* out) {
   __shared__ float row[kBlock];
@@ -38,7 +38,7 @@ __global__ void reverse_twice(const float* in, float* out) {
   out[t] = v;
 }
 
-// Sums a block through two shared arrays of one template.
+// Counts the threads of a block with two shared arrays of one template.
 template <class T, bool kInitialise>
 __global__ void count_threads(T* out) {
   __shared__ int count[1];
@@ -124,7 +124,7 @@ __global__ void count_on_earlier_block(float* sums) {
   if (threadIdx.x == 0) sums[blockIdx.x + 1] = sums[blockIdx.x] + 1.0f;
 }
 
-// Every collective against what it should give.
+// Compares every collective with its expected result.
 __global__ void collectives(int* wrong) {
   const int t = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   const int threads = blockDim.x * blockDim.y * blockDim.z, lane = t % 32, base = lane & ~7;
@@ -144,6 +144,47 @@ __global__ void collectives(int* wrong) {
   check(__syncthreads_count(1) == threads);
   check(__syncthreads_or(t == 1) && !__syncthreads_or(0));
   check(__syncthreads_and(1) && !__syncthreads_and(t != 1));
+}
+
+// Every thread of a cluster adds the ranks of its blocks, which the blocks publish. kBefore and
+// kAfter: the barriers that it needs.
+template <bool kBefore, bool kAfter>
+__global__ void sum_ranks(float* out, unsigned blocks) {
+  __shared__ double rank[1];
+  if (threadIdx.x == 0) rank[0] = cluster_rank();
+  if (kBefore) cluster_barrier();
+  double sum = 0.0;
+  for (unsigned k = 0; k < blocks; ++k) sum += cluster_read(rank, k);
+  if (kAfter) cluster_barrier();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<float>(sum);
+}
+
+__global__ void one_block_skips_the_barrier() {
+  if (blockIdx.x != 1) cluster_barrier();
+}
+
+__global__ void no_such_block(float* out) {
+  __shared__ double value[1];
+  value[0] = 1.0;
+  cluster_barrier();
+  *out = static_cast<float>(cluster_read(value, 3));
+}
+
+template <bool kWait>
+__global__ void copy_through_shared(const float* in, float* out) {
+  PYADV_DYNAMIC_SHARED(Four, shared);
+  copy_async16(shared + threadIdx.x, in + 4 * threadIdx.x);
+  if (kWait) copies_wait();
+  reinterpret_cast<Four*>(out)[threadIdx.x] = shared[threadIdx.x];
+}
+
+template <bool kBefore, bool kAfter>
+bool sums_ranks() {
+  std::vector<float> out(3 * 4 * 64);
+  PYADV_LAUNCH_CLUSTER((sum_ranks<kBefore, kAfter>), 4, 12, 64, 0, nullptr, out.data(), 4u);
+  for (const float v : out)
+    if (v != 6.0f) return false;
+  return true;
 }
 
 __global__ void nothing() {}
@@ -305,13 +346,39 @@ const std::map<std::string, std::function<bool()>> kCases = {
        return wrong == 0;
      }},
     {"right_after_failure",
-     [] {  // a launch that failed leaves nothing behind
+     [] {  // a failed launch does not affect later ones
        try {
          PYADV_LAUNCH(return_before_barrier, 1, kBlock, 0, nullptr);
        } catch (const std::runtime_error&) {
          return kCases.at("right_collectives")() && kCases.at("right_barriers")();
        }
        return false;
+     }},
+    {"right_cluster", [] { return sums_ranks<true, true>(); }},
+    {"no_cluster_barrier_before_read", [] { return sums_ranks<false, true>(); }},
+    {"no_cluster_barrier_before_return", [] { return sums_ranks<true, false>(); }},
+    {"one_block_skips_the_barrier",
+     [] {
+       PYADV_LAUNCH_CLUSTER(one_block_skips_the_barrier, 2, 4, 32, 0, nullptr);
+       return true;
+     }},
+    {"no_such_block",
+     [] {
+       float out;
+       PYADV_LAUNCH_CLUSTER(no_such_block, 2, 2, 32, 0, nullptr, &out);
+       return true;
+     }},
+    {"right_copy",
+     [] {
+       return keeps([](auto in, auto out) {
+         PYADV_LAUNCH((copy_through_shared<true>), 1, kBlock / 4, 4 * kBlock, nullptr, in, out);
+       });
+     }},
+    {"copy_not_waited_for",
+     [] {
+       return keeps([](auto in, auto out) {
+         PYADV_LAUNCH((copy_through_shared<false>), 1, kBlock / 4, 4 * kBlock, nullptr, in, out);
+       });
      }},
     {"right_limits",
      [] {

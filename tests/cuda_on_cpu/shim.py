@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU (see README.md) and runs op tests on them:
+"""Build the CUDA kernels for the CPU (see README.md) and run op tests on them:
 
 python tests/cuda_on_cpu/shim.py tests/ops/test_steps.py [any pytest arguments]
 """
@@ -20,7 +20,8 @@ REPOSITORY = HERE.parent.parent
 WORK = REPOSITORY / "build" / "cuda_on_cpu"
 
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-# As plain C++ after the stand-ins; each __shared__ variable in a section of its own.
+# Compiles as plain C++, with the replacements included first. Each __shared__ variable gets its own
+# section.
 AS_CPP = (
     f"-include{HERE / 'cuda_on_cpu.h'}",
     "-fdata-sections",
@@ -32,7 +33,7 @@ LINK = (f"-Wl,-T,{HERE / 'shared_memory.ld'}",)
 
 
 def commands(sources: Sequence[Path], host: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
-    """Each source with its command, given the command for host C++, and the simulator."""
+    """Return each source and the simulator with its command; `host` is the command for host C++."""
     kernels = [
         (path, (*host, *SANITIZE, *(AS_CPP if path.suffix == ".cu" else ("-DPYADV_CUDA_ON_CPU",))))
         for path in sources
@@ -41,7 +42,7 @@ def commands(sources: Sequence[Path], host: Sequence[str]) -> list[tuple[Path, t
 
 
 def plan() -> _build.Plan:
-    """The library of the CUDA kernels, sanitized, as kernels for CPU tensors."""
+    """Return the plan of the sanitized CUDA kernels, as kernels for CPU tensors."""
     csrc, torch = _build.source_root(), _build.this_torch()
     cuda, cpu = _build.plan_cuda(csrc, torch), _build.plan_cpu(csrc, torch)
     host = next(command for path, command in cuda.compile if path.suffix == ".cpp")
@@ -55,7 +56,7 @@ def plan() -> _build.Plan:
 
 
 def build(what: _build.Plan) -> Path:
-    """Compile what has changed; one process at a time."""
+    """Compile changed files and return the library; processes take turns."""
     WORK.mkdir(parents=True, exist_ok=True)
     with (WORK / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,9 +64,9 @@ def build(what: _build.Plan) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """What a process needs that loads a sanitized library into a Python that is not."""
+    """Return the environment in which an unsanitized Python can load a sanitized library."""
     compiler = _build.find_compiler()
-    # libstdc++ comes along so that AddressSanitizer finds the function that throws.
+    # AddressSanitizer needs libstdc++ loaded first, to find the function that throws.
     preload = [
         subprocess.run(
             [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -83,7 +84,7 @@ def environment() -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command and environment of a pytest run on the kernels' build for the CPU."""
+    """Return the command and environment of a pytest run on the CPU build of the CUDA kernels."""
     library = build(plan())
     return (
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],

@@ -18,11 +18,11 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Begin and end of all __shared__ variables (shared_memory.ld); absent in a program without any.
+// Begin and end of all __shared__ variables (shared_memory.ld); null in a program without any.
 extern "C" __attribute__((weak, visibility("hidden"))) uint64_t cuda_shared_begin[],
     cuda_shared_end[];
 
-// Present where AddressSanitizer is: it wants to know which stack is in use.
+// AddressSanitizer's functions, null without it. They tell it which stack is in use.
 extern "C" __attribute__((weak)) void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 extern "C" __attribute__((weak)) void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
@@ -30,8 +30,8 @@ extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volati
 namespace cuda_on_cpu {
 namespace {
 
-// Fibers. Switching is six instructions where we wrote them down; swapcontext, used elsewhere,
-// makes two system calls each time.
+// Fibers. On x86-64 a switch is a few instructions of our own; swapcontext, used elsewhere, makes
+// two system calls each time.
 
 #if defined(__x86_64__)
 struct Context {
@@ -51,7 +51,7 @@ cuda_on_cpu_switch:
 )");
 void start(Context& c, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + bytes);
-  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = nullptr;  // aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   c.sp = top - 6;  // the registers that the first switch pops
 }
@@ -88,7 +88,7 @@ struct Fiber {
     mprotect(memory, kGuard, PROT_NONE);
     start(context, memory + kGuard, kStack, entry);
   }
-  ~Fiber() {  // it may have been left in the middle of a kernel
+  ~Fiber() {  // its thread may have stopped in the middle of a kernel
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, kGuard + kStack);
     munmap(memory, kGuard + kStack);
   }
@@ -99,28 +99,67 @@ bool operator!=(Site a, Site b) {
   return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file) != 0);
 }
 
-enum class State : uint8_t { Ready, AtBarrier, AtShuffle, AtBallot, Returned };
+std::string to_string(Site site) {
+  return std::string(site.file) + ":" + std::to_string(site.line);
+}
+
+enum class State : uint8_t { Ready, AtBarrier, AtClusterBarrier, AtShuffle, AtBallot, Returned };
+
+struct Copy {
+  void* to;
+  char bytes[16];
+};
 
 struct Thread {
-  Fiber* fiber = nullptr;  // from the first turn to the last
+  Fiber* fiber = nullptr;  // assigned from the thread's first turn to its last
   State state = State::Ready;
   Site site{};
   unsigned mask = 0, source = 0;
   uint64_t bits = 0, result = 0;
+  std::vector<Copy> copies;  // started, not finished
   bool waits_in_warp() const { return state == State::AtShuffle || state == State::AtBallot; }
 };
 
 constexpr unsigned kWarp = 32;
 
-class Simulator {
+struct Free {
+  void operator()(void* p) const { free(p); }
+};
+
+// One block of a launch.
+struct Block {
+  uint3 index{};
+  std::vector<Thread> threads_;
+  std::vector<std::vector<unsigned>> ready_;  // by warp
+  std::vector<unsigned> warp_order_;
+  bool keep_order_ = false;
+  unsigned at_barrier_ = 0, at_cluster_barrier_ = 0, returned_ = 0;
+  int votes_ = 0, counted_ = 0;
+  std::unique_ptr<void, Free> dynamic_;  // dynamic shared memory
+  std::vector<uint64_t> statics_;        // __shared__ variables while another block runs
+
+  bool is_ready() const {
+    for (const std::vector<unsigned>& lanes : ready_)
+      if (!lanes.empty()) return true;
+    return false;
+  }
+};
+
+// The running block is the base class; the other blocks of its cluster wait in `cluster_`.
+class Simulator : private Block {
  public:
   void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
-              const std::function<void()>& thread);
+              const std::function<void()>& thread, unsigned cluster);
   cudaError_t take_error() { return std::exchange(error_, cudaSuccess); }
   cudaError_t set_shared_limit(const void* kernel, int bytes);
   void seed(unsigned value) { random_.seed(value); }
 
-  void* dynamic_shared() { return shared_.get(); }
+  void* dynamic_shared() { return dynamic_.get(); }
+  unsigned rank() const { return rank_; }
+  void wait_for_cluster(Site site);
+  const void* cluster_address(const void* p, unsigned rank, Site site);
+  void start_copy(void* to, const void* bytes);
+  void finish_copies();
   unsigned current() const { return current_; }
   void wait_for_block(Site site);
   int count_in_block(bool vote, Site site);
@@ -128,9 +167,13 @@ class Simulator {
 
  private:
   static void run_threads();
-  bool refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared);
-  void run_block();
-  void fill_shared(size_t dynamic);
+  bool refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared, unsigned cluster);
+  void run_cluster(const std::vector<uint3>& blocks);
+  void start_block(uint3 index);
+  void exchange(unsigned rank);
+  bool pick_block();
+  bool complete_cluster_barrier();
+  void fill_shared();
   bool pick();
   void resume(Thread& t);
   void leave();
@@ -147,18 +190,11 @@ class Simulator {
   // of the launch
   Kernel kernel_{};
   const std::function<void()>* body_ = nullptr;
-  struct Free {
-    void operator()(void* p) const { free(p); }
-  };
-  std::unique_ptr<void, Free> shared_;
+  size_t dynamic_bytes_ = 0;
 
-  // of the block
-  std::vector<Thread> threads_;
-  std::vector<std::vector<unsigned>> ready_;  // by warp
-  std::vector<unsigned> warp_order_;
-  bool keep_order_ = false;
-  unsigned current_ = 0, at_barrier_ = 0, returned_ = 0;
-  int votes_ = 0, counted_ = 0;
+  std::vector<Block> cluster_;  // the entry of the running block is empty
+  unsigned rank_ = 0;           // of the running block
+  unsigned current_ = 0;        // thread of the running block
   std::string failure_;
 
   // fibers
@@ -175,11 +211,12 @@ Simulator& simulator() {
   return s;
 }
 
-bool Simulator::refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared) {
+bool Simulator::refuses(Kernel kernel, dim3 grid, dim3 block, size_t shared, unsigned cluster) {
   const bool sizes = grid.x >= 1 && grid.x <= 0x7FFFFFFFu && grid.y >= 1 && grid.y <= 65535 &&
                      grid.z >= 1 && grid.z <= 65535 && block.x >= 1 && block.x <= 1024 &&
                      block.y >= 1 && block.y <= 1024 && block.z >= 1 && block.z <= 64 &&
-                     static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
+                     static_cast<uint64_t>(block.x) * block.y * block.z <= 1024 && cluster >= 1 &&
+                     cluster <= 8 && grid.x % cluster == 0;
   const auto limit = shared_limits_.find(kernel.address);
   const size_t most = limit == shared_limits_.end() ? 48 << 10 : limit->second;
   if (!sizes)
@@ -196,24 +233,25 @@ cudaError_t Simulator::set_shared_limit(const void* kernel, int bytes) {
 }
 
 void Simulator::launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
-                       const std::function<void()>& thread) {
-  if (refuses(kernel, grid, block, shared)) return;
+                       const std::function<void()>& thread, unsigned cluster) {
+  if (refuses(kernel, grid, block, shared, cluster)) return;
   kernel_ = kernel;
   body_ = &thread;
   gridDim = grid;
   blockDim = block;
-  // Of the exact size, so that AddressSanitizer sees the end.
-  void* memory = nullptr;
-  if (shared != 0 && posix_memalign(&memory, 16, shared) != 0) throw std::bad_alloc();
-  shared_.reset(memory);
-  std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
-  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
-  std::shuffle(blocks.begin(), blocks.end(), random_);  // no block may count on an earlier one
-  for (const uint64_t i : blocks) {
-    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y)};
-    fill_shared(shared);
-    run_block();
+  dynamic_bytes_ = shared;
+  std::vector<uint64_t> clusters(static_cast<uint64_t>(grid.x / cluster) * grid.y * grid.z);
+  for (uint64_t i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  // A random order, since no block may depend on an earlier one.
+  std::shuffle(clusters.begin(), clusters.end(), random_);
+  const unsigned across = grid.x / cluster;
+  for (const uint64_t i : clusters) {
+    std::vector<uint3> blocks(cluster);
+    for (unsigned rank = 0; rank < cluster; ++rank)
+      blocks[rank] = {static_cast<unsigned>(i % across) * cluster + rank,
+                      static_cast<unsigned>(i / across % grid.y),
+                      static_cast<unsigned>(i / across / grid.y)};
+    run_cluster(blocks);
     if (!failure_.empty()) {
       idle_.clear();
       fibers_.clear();  // some wait in the middle of the kernel
@@ -222,13 +260,16 @@ void Simulator::launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
   }
 }
 
-void Simulator::fill_shared(size_t dynamic) {
+void Simulator::fill_shared() {
   for (volatile uint64_t* p = cuda_shared_begin; p < cuda_shared_end; ++p) *p = ~0ull;
-  if (dynamic != 0) memset(shared_.get(), 0xFF, dynamic);
+  if (dynamic_bytes_ != 0) memset(dynamic_.get(), 0xFF, dynamic_bytes_);
 }
 
-void Simulator::run_block() {
+// Makes the block ready to run, as the running block.
+void Simulator::start_block(uint3 index) {
   const unsigned n = blockDim.x * blockDim.y * blockDim.z, warps = (n + kWarp - 1) / kWarp;
+  static_cast<Block&>(*this) = Block{};
+  this->index = index;
   threads_.assign(n, Thread{});
   ready_.assign(warps, {});
   warp_order_.resize(warps);
@@ -236,10 +277,121 @@ void Simulator::run_block() {
   for (unsigned t = 0; t < n; ++t) ready_[t / kWarp].push_back(t);
   std::shuffle(warp_order_.begin(), warp_order_.end(), random_);
   keep_order_ = random_() & 1;  // half the blocks let some warps run as far ahead as they can
-  at_barrier_ = returned_ = 0;
-  votes_ = 0;
-  while (failure_.empty() && pick()) resume(threads_[current_]);
-  if (failure_.empty() && returned_ < n) failure_ = kernel_.name + (": " + describe_stall());
+  // Exactly the size asked for, so that AddressSanitizer sees the end.
+  void* memory = nullptr;
+  if (dynamic_bytes_ != 0 && posix_memalign(&memory, 16, dynamic_bytes_) != 0)
+    throw std::bad_alloc();
+  dynamic_.reset(memory);
+  fill_shared();
+}
+
+// Exchanges the running block, with its __shared__ variables, for block `rank` of the cluster.
+void Simulator::exchange(unsigned rank) {
+  if (rank == rank_) return;
+  const size_t words = static_cast<size_t>(cuda_shared_end - cuda_shared_begin);
+  volatile uint64_t* const live = cuda_shared_begin;
+  statics_.resize(words);
+  for (size_t i = 0; i < words; ++i) statics_[i] = live[i];
+  std::swap(static_cast<Block&>(*this), cluster_[rank_]);
+  std::swap(static_cast<Block&>(*this), cluster_[rank]);
+  rank_ = rank;
+  if (statics_.size() == words)  // it has run before
+    for (size_t i = 0; i < words; ++i) live[i] = statics_[i];
+}
+
+void Simulator::run_cluster(const std::vector<uint3>& blocks) {
+  cluster_.clear();
+  cluster_.resize(blocks.size());
+  rank_ = 0;
+  start_block(blocks[0]);
+  for (unsigned rank = 1; rank < blocks.size(); ++rank) {
+    exchange(rank);
+    start_block(blocks[rank]);
+  }
+  while (failure_.empty() && pick_block()) {
+    blockIdx = index;
+    while (failure_.empty() && pick()) resume(threads_[current_]);
+  }
+  for (unsigned rank = 0; failure_.empty() && rank < blocks.size(); ++rank) {
+    exchange(rank);
+    if (returned_ < threads_.size()) failure_ = kernel_.name + (": " + describe_stall());
+  }
+}
+
+// Makes a random block that can continue the running one. Returns false if there is none.
+bool Simulator::pick_block() {
+  const unsigned n = static_cast<unsigned>(cluster_.size()), first = n == 1 ? 0 : random_() % n;
+  do {
+    for (unsigned k = 0; k < n; ++k) {
+      const unsigned rank = (first + k) % n;
+      if (rank == rank_ ? !is_ready() : !cluster_[rank].is_ready()) continue;
+      exchange(rank);
+      return true;
+    }
+  } while (complete_cluster_barrier());
+  return false;
+}
+
+// Lets all threads of the cluster pass its barrier if all of them wait there.
+bool Simulator::complete_cluster_barrier() {
+  const auto state = [this](unsigned rank) -> Block& {
+    return rank == rank_ ? static_cast<Block&>(*this) : cluster_[rank];
+  };
+  const Site first = state(0).threads_[0].site;
+  for (unsigned rank = 0; rank < cluster_.size(); ++rank) {
+    const Block& block = state(rank);
+    if (block.at_cluster_barrier_ != block.threads_.size()) return false;
+    for (const Thread& t : block.threads_) {
+      if (t.site != first) {
+        failure_ =
+            std::string(kernel_.name) + ": threads of one cluster meet at different barriers";
+        return false;
+      }
+    }
+  }
+  for (unsigned rank = 0; rank < cluster_.size(); ++rank) {
+    Block& block = state(rank);
+    block.at_cluster_barrier_ = 0;
+    for (unsigned i = 0; i < block.threads_.size(); ++i) {
+      block.threads_[i].state = State::Ready;
+      block.ready_[i / kWarp].push_back(i);
+    }
+  }
+  return true;
+}
+
+void Simulator::wait_for_cluster(Site site) {
+  Thread& t = threads_[current_];
+  t.state = State::AtClusterBarrier;
+  t.site = site;
+  ++at_cluster_barrier_;
+  leave();
+}
+
+const void* Simulator::cluster_address(const void* p, unsigned rank, Site site) {
+  const auto at = [](const void* q) { return reinterpret_cast<uintptr_t>(q); };
+  if (rank >= cluster_.size()) fail(to_string(site) + ": the cluster has no such block");
+  if (rank == rank_) return p;
+  const Block& block = cluster_[rank];
+  if (block.returned_ == block.threads_.size())
+    fail(to_string(site) + ": reads the shared memory of a block that has returned");
+  if (at(p) >= at(cuda_shared_begin) && at(p) < at(cuda_shared_end))
+    return reinterpret_cast<const char*>(block.statics_.data()) + (at(p) - at(cuda_shared_begin));
+  if (at(p) < at(dynamic_.get()) || at(p) >= at(dynamic_.get()) + dynamic_bytes_)
+    fail(to_string(site) + ": not an address in shared memory");
+  return static_cast<const char*>(block.dynamic_.get()) + (at(p) - at(dynamic_.get()));
+}
+
+void Simulator::start_copy(void* to, const void* bytes) {
+  Copy copy{to, {}};
+  memcpy(copy.bytes, bytes, sizeof(copy.bytes));
+  threads_[current_].copies.push_back(copy);
+}
+
+void Simulator::finish_copies() {
+  for (const Copy& copy : threads_[current_].copies)
+    memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
+  threads_[current_].copies.clear();
 }
 
 // Draws the next thread: its warp by a fixed or a turning order, the lane at random.
@@ -274,7 +426,7 @@ void Simulator::resume(Thread& t) {
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 }
 
-// Back to the scheduler until it resumes this thread.
+// Switches to the scheduler until it resumes this thread.
 void Simulator::leave() {
   Fiber* fiber = threads_[current_].fiber;
   if (__sanitizer_start_switch_fiber)
@@ -284,7 +436,7 @@ void Simulator::leave() {
     __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 }
 
-// What a fiber does: one thread after another.
+// Body of a fiber: runs one thread after another.
 void Simulator::run_threads() {
   Simulator& s = simulator();
   if (__sanitizer_finish_switch_fiber)
@@ -308,10 +460,6 @@ void Simulator::fail(const std::string& what) {
   failure_ = std::string(kernel_.name) + ": " + what;
   leave();
   abort();  // a failed launch is never resumed
-}
-
-std::string to_string(Site site) {
-  return std::string(site.file) + ":" + std::to_string(site.line);
 }
 
 void Simulator::wait_for_block(Site site) {
@@ -361,7 +509,7 @@ uint64_t Simulator::wait_for_warp(State state, unsigned mask, uint64_t bits, uns
   return t.result;
 }
 
-// Gives every lane of the mask its result if all are there.
+// Gives every lane of the mask its result once all of them wait.
 void Simulator::complete_warp(unsigned warp, unsigned mask) {
   Thread* lanes = &threads_[warp * kWarp];
   const Thread& t = threads_[current_];
@@ -380,7 +528,7 @@ void Simulator::complete_warp(unsigned warp, unsigned mask) {
   }
 }
 
-// Why the threads that have not returned cannot go on.
+// Returns the reason why the remaining threads cannot continue.
 std::string Simulator::describe_stall() const {
   const auto at = [](State s) { return s == State::AtBarrier ? "barrier" : "warp collective"; };
   for (unsigned i = 0; i < threads_.size(); ++i) {
@@ -397,6 +545,10 @@ std::string Simulator::describe_stall() const {
     }
   }
   for (const Thread& t : threads_)
+    if (t.state == State::AtClusterBarrier)
+      return "deadlock: a thread waits at the cluster's barrier at " + to_string(t.site) +
+             ", which not all threads of the cluster reach";
+  for (const Thread& t : threads_)
     if (t.state == State::AtBarrier)
       return "deadlock: " + std::to_string(at_barrier_) + " of " + std::to_string(threads_.size()) +
              " threads wait at the barrier at " + to_string(t.site) + ", the others have returned";
@@ -405,17 +557,24 @@ std::string Simulator::describe_stall() const {
 
 }  // namespace
 
-// One launch at a time: the state of a block is global, as __shared__ variables are.
+// One launch at a time, because the state of a block and its __shared__ variables are global.
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared,
-            const std::function<void()>& thread) {
+            const std::function<void()>& thread, unsigned cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> guard(one_at_a_time);
-  simulator().launch(kernel, grid, block, shared, thread);
+  simulator().launch(kernel, grid, block, shared, thread, cluster);
 }
 
 void* dynamic_shared() { return simulator().dynamic_shared(); }
 void random_order(unsigned seed) { simulator().seed(seed); }
 unsigned lane() { return simulator().current() % kWarp; }
+unsigned cluster_rank() { return simulator().rank(); }
+void cluster_barrier(Site site) { simulator().wait_for_cluster(site); }
+const void* cluster_address(const void* p, unsigned rank, Site site) {
+  return simulator().cluster_address(p, rank, site);
+}
+void start_copy(void* to, const void* bytes) { simulator().start_copy(to, bytes); }
+void finish_copies() { simulator().finish_copies(); }
 void block_barrier(Site site) { simulator().wait_for_block(site); }
 int block_count(bool vote, Site site) { return simulator().count_in_block(vote, site); }
 uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source, Site site) {

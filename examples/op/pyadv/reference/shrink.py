@@ -1,0 +1,14 @@
+"""Soft thresholding in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyadv.tensors import finish, parameter, widen
+
+
+def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
+    """x - min(max(x, -threshold), threshold). See `ops.shrink`."""
+    wide = widen(x)
+    limit = parameter(threshold, wide)
+    return finish(wide - wide.clamp(-limit, limit), x, None)
