@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyadv.tensors import finish, parameter, widen
+from pyadv.tensors import finish, broadcastable, widen
 
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
     """x - min(max(x, -threshold), threshold). See `ops.shrink`."""
     wide = widen(x)
-    limit = parameter(threshold, wide)
+    limit = broadcastable(threshold, wide)
     return finish(wide - wide.clamp(-limit, limit), x, None)
