@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from fuzz import kills
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

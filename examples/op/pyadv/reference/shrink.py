@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyadv.tensors import finish, broadcastable, widen
+from pyadv.tensors import broadcastable, finish, widen
 
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
