@@ -238,15 +238,15 @@ def refuse_overlap(
         return
     if not t.is_contiguous() and _is_expanded(t):
         raise ValueError(
-            f"{op}: {name} must have an element of memory for each of its own, got shape "
+            f"{op}: {name} must have its own memory for each element, got shape "
             f"{list(t.shape)} with strides {list(t.stride())}"
         )
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{op}: {name} was made in inference mode, outside of which it cannot be written"
+            f"{op}: {name} was made in inference mode and can only be written in that mode"
         )
     if t.is_neg():
-        raise ValueError(f"{op}: {name} must not be a lazily negated view, which nothing can write")
+        raise ValueError(f"{op}: {name} must not be a lazily negated view, which cannot be written")
     for other in others:
         if not isinstance(other, Tensor) or (other is t and same_allowed):
             continue
