@@ -30,8 +30,8 @@ def flatten(t: Tensor) -> Tensor:
 
 
 def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return a number, or a 0-dim, per-sample (B,) or broadcastable tensor, with the dtype and
-    device of `like` and a shape that broadcasts to it."""
+    """Return a float, 0-dim, per-sample (B,) or broadcastable value in the dtype, on the device and in
+    a shape that broadcasts against `like`."""
     if not isinstance(value, Tensor):  # filled on the device: a copy would wait for it
         return torch.full((), value, dtype=like.dtype, device=like.device)
     t = value.to(like.device, like.dtype)

@@ -1,7 +1,5 @@
-"""The CUDA kernels compile without warnings or spills, with 16-byte accesses and exact arithmetic.
-
-PyTorch loads the library. No test needs a GPU. See docs/cuda-checks.md.
-"""
+"""What the CUDA compiler says about the kernels, which needs no GPU: no warnings, no spills,
+16-byte accesses, exact arithmetic, and a library that PyTorch loads. See docs/cuda-checks.md."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ pytestmark = [
 
 @dataclass
 class Usage:
-    """The resources that one kernel takes on one architecture."""
+    """What one kernel takes on one architecture."""
 
     kernel: str
     architecture: str
@@ -40,8 +38,7 @@ class Usage:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the CUDA library for both architectures, with warnings as errors, beside its
-    build.log."""
+    """The CUDA library for both architectures, warnings being errors; build.log lies beside it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
         plan = _build.plan_cuda(CSRC, _build.this_torch())
@@ -77,7 +74,7 @@ def test_all_kernels_are_compiled_for_both_architectures(
 
 
 def test_registers_suffice(usage: list[Usage]) -> None:
-    """No kernel uses local memory, and at least 512 threads fit on a multiprocessor."""
+    """Nothing lives in local memory, and at least 512 threads fit on a multiprocessor."""
     for u in usage:
         print(f"{u.architecture} {u.registers:3} registers  {u.kernel}")
     assert [u for u in usage if u.stack or u.spills] == []
@@ -86,7 +83,7 @@ def test_registers_suffice(usage: list[Usage]) -> None:
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the body of every kernel in PTX, by its mangled name."""
+    """The body of every kernel in PTX, by its mangled name."""
     nvcc, bodies = _build.find_cuda() / "bin" / "nvcc", {}
     for source in SOURCES:
         out = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
@@ -99,7 +96,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_vector_kernels_access_16_bytes(ptx: dict[str, str]) -> None:
-    """A kernel <T, V, ...> with V elements per access loads and stores them in one instruction."""
+    """A kernel <T, V, ...> with V elements per access does load and store them at once."""
     vector = {
         name: body
         for name, body in ptx.items()
@@ -112,11 +109,8 @@ def test_vector_kernels_access_16_bytes(ptx: dict[str, str]) -> None:
 
 
 def test_arithmetic_is_not_contracted(ptx: dict[str, str]) -> None:
-    """No multiplication and addition are fused, because the reference rounds after each.
-
-    The losses are excepted: they need not equal the reference bit for bit, and functions of the
-    device such as `log` contract.
-    """
+    """No multiplication and addition is rounded once where the reference rounds twice. The losses
+    are not held to the reference bit for bit, and the device's own functions contract."""
     exact = {name: body for name, body in ptx.items() if "_losses_cu_" not in name}
     assert exact
     assert [name for name, body in exact.items() if "fma.rn.f32" in body] == []

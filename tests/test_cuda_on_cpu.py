@@ -1,7 +1,5 @@
-"""The CUDA kernels pass the tests of the ops on the CPU, under sanitizers.
-
-The simulator that runs them detects known mistakes. See docs/cuda-checks.md.
-"""
+"""The CUDA kernels pass the tests of the ops when they run on the CPU, under sanitizers; and the
+simulator that runs them catches the mistakes it is there to catch. See docs/cuda-checks.md."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from pyadv import _build
 
 pytestmark = pytest.mark.build
 
-# Tests of torch.compile do not depend on the kernels, and convolutions have no CUDA kernels.
+# Those of torch.compile are the same whichever kernels run; convolutions have none for CUDA.
 _ELSEWHERE = ("test_compile.py", "test_convolution.py")
 OP_TESTS = sorted(
     path.name
@@ -26,7 +24,7 @@ OP_TESTS = sorted(
     if path.name not in _ELSEWHERE
 )
 
-# A regular expression for the error that each kernel of mistakes.cu must cause.
+# What each kernel of mistakes.cu must bring to light, as a regular expression.
 MISTAKES = {
     "no_barrier_after_write": "wrong values",
     "no_barrier_after_read": "wrong values",
@@ -90,7 +88,7 @@ def test_simulator_catches(mistakes: Path, name: str, said: str) -> None:
 
 @pytest.mark.parametrize("file", OP_TESTS)
 def test_ops(file: str) -> None:
-    """Every test of the ops passes, except those marked `slow`."""
+    """Every test of the ops that is not `slow`, by the file."""
     words, variables = shim.command(["-v", "-m", "not slow and not build", f"tests/ops/{file}"])
     done = subprocess.run(
         words, env=variables, cwd=shim.REPOSITORY, capture_output=True, text=True, timeout=600
