@@ -30,8 +30,8 @@ def flatten(t: Tensor) -> Tensor:
 
 
 def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return a float, 0-dim, per-sample (B,) or broadcastable value in the dtype, on the device and in
-    a shape that broadcasts against `like`."""
+    """Return a float, 0-dim, per-sample (B,) or broadcastable value in the dtype of `like`, on its
+    device, in a shape that broadcasts against it."""
     if not isinstance(value, Tensor):  # filled on the device: a copy would wait for it
         return torch.full((), value, dtype=like.dtype, device=like.device)
     t = value.to(like.device, like.dtype)
