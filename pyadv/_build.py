@@ -346,7 +346,7 @@ def serves(compiled: Iterable[str], card: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to build one library: everything that decides its bytes, and the commands.
+    """The plan to build one library: everything that decides its bytes, and the commands.
 
     `recipe` and `tools` hold no time and no folder of this machine (unless CXX names one in a
     flag), so equal content has an equal key everywhere. They are hashed separately, so that a
@@ -708,7 +708,7 @@ def build_ahead(csrc: Path, package: Path, work: Path) -> list[Path]:
     if wanted == "1" or (wanted == "auto" and torch.cuda and find_cuda()):
         plans.append(plan_cuda(csrc, torch))
     plans.append(plan_module(csrc, work, plans))
-    leftover = package / "_ops_cuda.so"  # from an earlier build
+    leftover = package / "_ops_cuda.so"  # an earlier build may have left it
     for path in (leftover, manifest_path(leftover)):
         path.unlink(missing_ok=True)
     placed = []

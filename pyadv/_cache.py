@@ -47,7 +47,7 @@ def after_fork() -> None:
     _locks.clear()
 
 
-# Which folders are used
+# Choice of folders
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which searches are recorded as CUDA graphs, and when a recording serves.
+"""Recordings of searches as CUDA graphs, and the conditions under which a recording is replayed.
 
 A replay launches the kernels of all steps at once. They read and write the memory they were
 recorded with. So everything that may differ from call to call (images, labels, radii, the key of

@@ -264,7 +264,7 @@ def test_damaged_npz_files(tmp_path: Path) -> None:
 def test_npz_with_a_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (10, 6, 7, 3), dtype=np.uint8)
-    y = rng.integers(0, 4, (10, 1))  # as Keras stores CIFAR labels
+    y = rng.integers(0, 4, (10, 1))  # the shape in which Keras stores CIFAR labels
     np.savez(tmp_path / "a.npz", x_train=x[:6], y_train=y[:6], x_test=x[6:], y_test=y[6:])
     data = load(tmp_path / "a.npz")
     assert data.name == "a" and data.shape == (3, 6, 7)

@@ -37,7 +37,8 @@ class Masked(nn.Module):
 
 
 def problem(n=60, flips=6):
-    """A linear model of four classes, images, and its predictions with a few wrong labels."""
+    """Return a linear model of four classes, images, and its predictions with a few wrong
+    labels."""
     torch.manual_seed(3)
     model, x = RowLinear(27, classes=4), torch.rand(n, 3, 3, 3)
     with torch.no_grad():

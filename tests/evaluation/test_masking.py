@@ -51,7 +51,7 @@ def found(report: MaskingReport) -> set[str]:
 
 
 def saturated(m: Faulty, x: Tensor) -> Tensor:
-    """A model with margins beyond 104, where the float32 softmax has no gradient left."""
+    """Return a model with margins beyond 104, where the float32 softmax has no gradient left."""
     return 200 * m.honest(x)
 
 
