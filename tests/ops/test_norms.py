@@ -163,7 +163,7 @@ def test_refuses_bad_arguments(device):
         (ValueError, "a spectral norm needs at least two dimensions", ([w[0]], "spectral")),
     ):
         for op in (ops.norms, ops.log_norm_product):
-            with pytest.raises(error, match=f"norms: {message}"):
+            with pytest.raises(error, match=f"{op.__name__}: {message}"):
                 op(*args)
 
 
