@@ -110,8 +110,8 @@ def winograd_conv2d(
     The result has no gradient.
 
     Rounding errors are about five times those of `conv2d`: 1e-6 of the outputs' standard deviation
-    on 128 channels. The result of a sample depends neither on its batch nor on the number
-    of threads. A NaN or an infinity in the input reaches all outputs of its tiles.
+    on 128 channels. The result of a sample depends neither on its batch nor on the number of
+    threads. A NaN or an infinity in the input reaches all outputs of its tiles.
 
     Args:
         x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.

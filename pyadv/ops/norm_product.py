@@ -21,9 +21,8 @@ class NormProduct(nn.Module):
     """A module that computes log prod_l ||W_l|| over the linear and convolution layers of a model.
 
     A call returns the 0-dim logarithm, `norms()` the norm of each layer by name; both are
-    differentiable. A layer counts
-    once, with the shapes of its first call; layers that a forward pass in eval mode does not reach,
-    biases and normalisation layers do not count.
+    differentiable. A layer counts once, with the shapes of its first call; layers that a forward
+    pass in eval mode does not reach, biases and normalisation layers do not count.
 
     The spectral norm is ||W v|| with v a unit vector from power iteration on W^T W, held constant
     in the gradient (u v^T). It never exceeds the true value. In training mode each call first does

@@ -142,7 +142,7 @@ def test_duplicates_are_attacked_once_and_counted_as_often_as_given() -> None:
 
 
 class Scaled(nn.Module):
-    """A wrapper with the same parameters and buffers as what it wraps."""
+    """A wrapper with the same parameters and buffers as the model that it wraps."""
 
     def __init__(self, net: nn.Module):
         super().__init__()

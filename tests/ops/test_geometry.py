@@ -105,7 +105,11 @@ def test_refuses_bad_arguments(device):
         (ValueError, "correct must have shape", (correct[:, None], kappa, active, patience)),
         (ValueError, "kappa shares memory", (correct, kappa, active, kappa)),
         (ValueError, "active shares memory", (active, kappa, active, patience)),
-        (ValueError, "patience must have its own memory", (correct, kappa, active, patience[:1].expand(3))),
+        (
+            ValueError,
+            "patience must have its own memory",
+            (correct, kappa, active, patience[:1].expand(3)),
+        ),
     ):
         with pytest.raises(error, match=f"track: {message}"):
             ops.track(*args)
