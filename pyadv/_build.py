@@ -136,14 +136,14 @@ def time_limit() -> float | None:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr. A closed or broken stderr must not stop a build."""
+    """Print a line to stderr. Ignore a closed or broken stderr, which must not stop a build."""
     if sys.stderr is not None:  # print(file=None) would write to stdout
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """Give a RuntimeWarning. A closed or broken stderr must not stop a build."""
+    """Give a RuntimeWarning. Ignore a closed or broken stderr, which must not stop a build."""
     with contextlib.suppress(OSError, ValueError):
         warnings.warn(f"pyadv: {message}", RuntimeWarning, stacklevel=3)
 
@@ -170,7 +170,7 @@ class Torch:
 
     @property
     def standard(self) -> str:
-        """The flag for the C++ standard that its headers need. Our own sources are C++17."""
+        """Return the flag for the C++ standard that its headers need. Our own sources are C++17."""
         release = tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
         return "-std=c++20" if release >= (2, 13) else "-std=c++17"
 
@@ -346,7 +346,7 @@ def serves(compiled: Iterable[str], card: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to build one library: everything that decides its bytes, and the commands.
+    """The plan to build one library: everything that decides its bytes, and the commands.
 
     `recipe` and `tools` hold no time and no folder of this machine (unless CXX names one in a
     flag), so equal content has an equal key everywhere. They are hashed separately, so that a
@@ -375,8 +375,8 @@ class Plan:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The conditions outside the key that can make a build fail: search paths, and which files
-        the tools are. A failure is remembered for this environment only."""
+        """Return the conditions outside the key that can make a build fail: search paths, and the
+        files of the tools. A failure is remembered for this environment only."""
         found = {name: os.environ.get(name, "") for name in _ENVIRONMENT}
         words = {word for _, command in self.compile for word in command}
         for word in sorted(word for word in words if not word.startswith("-")):
@@ -388,7 +388,7 @@ class Plan:
 
     @property
     def seconds(self) -> int:
-        """A rough estimate of the build's wall time, shown to the user."""
+        """Return a rough estimate of the build's wall time, for a message to the user."""
         work = sum(20 if source.suffix == ".cu" else 6 for source, _ in self.compile)
         return round(max(work / (os.cpu_count() or 1), 5))
 
@@ -636,12 +636,13 @@ def _run(
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process that leads a session, and everything it has started: politely, then not."""
+    """End a process that leads a session, and everything it has started: by SIGTERM, then
+    SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2)
-    # ninja gives each compiler a process group of its own; the session is what they share.
+    # ninja gives each compiler its own process group, but all of them are in this session.
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             session = int(stat.read_text(errors="replace").rpartition(")")[2].split()[3])
@@ -683,13 +684,13 @@ def _ninja_file(plans: Iterable[Plan]) -> str:
 
 
 def fingerprint(path: Path) -> dict[str, object]:
-    """Return the size and the hash of a file, which tell a whole library from a damaged one."""
+    """Return the size and the hash of a file, which detect a damaged library."""
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def manifest_path(library: Path) -> Path:
-    """Return where a library that was built ahead has its fingerprint."""
+    """Return the path of the fingerprint of a library that was built ahead."""
     return library.with_name(f"{library.name}.json")
 
 
@@ -707,7 +708,7 @@ def build_ahead(csrc: Path, package: Path, work: Path) -> list[Path]:
     if wanted == "1" or (wanted == "auto" and torch.cuda and find_cuda()):
         plans.append(plan_cuda(csrc, torch))
     plans.append(plan_module(csrc, work, plans))
-    leftover = package / "_ops_cuda.so"  # from an earlier build
+    leftover = package / "_ops_cuda.so"  # an earlier build may have left it
     for path in (leftover, manifest_path(leftover)):
         path.unlink(missing_ok=True)
     placed = []

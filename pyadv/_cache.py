@@ -47,13 +47,13 @@ def after_fork() -> None:
     _locks.clear()
 
 
-# Which folders are used
+# Choice of folders
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A cache folder that is not used. `setting` names it to the user, `why` says the reason and
-    `remedy` how to change that. `preferred` tells whether it would have been the first choice."""
+    `remedy` how to change that. `preferred` is whether it would have been the first choice."""
 
     setting: str
     why: str

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def start_host_copy(t: Tensor) -> Callable[[], Tensor | None]:
-    """`t` on its way to the host. The result gives it once it is there, until then None; of a
-    tensor on the CPU that is at once."""
+    """Start to copy `t` to the host and return a function that gives the copy once it has arrived,
+    and None before. A tensor on the CPU is returned at once."""
     if t.is_cpu:
         return lambda: t
     there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)

@@ -1,5 +1,7 @@
-"""Loading of the compiled kernels: built ahead, else from the cache, else compiled now, else the
-PyTorch reference runs.
+"""Loading of the compiled kernels.
+
+The order is: kernels built ahead, kernels from the cache, kernels compiled now, and the PyTorch
+reference if there are none.
 
 `load()` runs at the first use of any op and does its work once per process. Importing this module
 compiles nothing and loads nothing.
@@ -32,7 +34,8 @@ _NOT_LOADED = "not loaded yet: the first op loads it"
 
 
 class NativeError(RuntimeError):
-    """PYADV_NATIVE=1 or `pyadv.build()` asked for native kernels, and they are not available."""
+    """An error that says why native kernels, which PYADV_NATIVE=1 or `pyadv.build()` asked for, are
+    not available."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Status:
 
     @property
     def backend(self) -> str:
-        """ "native" if the CPU kernels are loaded, else "reference"."""
+        """Return "native" if the CPU kernels are loaded, else "reference"."""
         return "native" if self.cpu.path else "reference"
 
 
@@ -126,7 +129,7 @@ def build(force: bool = False) -> Status:
 
 
 def status() -> Status:
-    """Return the kernels that this process uses right now. Loads nothing."""
+    """Return the kernels that this process uses right now, without loading any."""
     return _status or Status(Kernels(reason=_NOT_LOADED), Kernels(reason=_NOT_LOADED))
 
 
@@ -136,8 +139,8 @@ def describe(kernels: Kernels) -> str:
 
 
 def report() -> str:
-    """Return a text about what runs and why, for `pyadv info` and bug reports. Loads the
-    kernels."""
+    """Load the kernels and return a text about the kernels that run and why, for `pyadv info` and
+    bug reports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the text below says the same
         with contextlib.suppress(NativeError):
@@ -309,7 +312,8 @@ def _from_cache(plan: _build.Plan, force: bool) -> Kernels:
 
 
 def _raise_remembered(entry: Path, plan: _build.Plan) -> None:
-    """Raise what an earlier process met, instead of compiling the same sources in vain again."""
+    """Raise the error that an earlier process had with these sources, instead of compiling
+    again."""
     if message := _cache.remembered(entry, plan):
         raise _build.CompileError(f"remembered from an earlier try: {message}")
 

@@ -1,4 +1,4 @@
-"""What the pictures have in common. Needs matplotlib."""
+"""Colours and axes of all pictures. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PURPLE, GOLD, GREY = "#6b46c1", "#b7791f", "#4a5568"
 
 
 def plain(axes: Axes) -> None:
-    """Two spines, and a light grid behind the data."""
+    """Draw two spines, and a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What all tests share: devices, seeds, and that a run says which kernels it tested."""
+"""Devices and seeds of all tests, and a header that says which kernels the run tests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 from pyadv import _native
 
-# The CUDA kernels compiled for the CPU (tests/cuda_on_cpu); they serve CPU tensors of this run.
+# A library of CUDA kernels compiled for the CPU (tests/cuda_on_cpu). In this run they process CPU
+# tensors.
 _CUDA_ON_CPU = os.environ.get("PYADV_TEST_CUDA_ON_CPU")
 if _CUDA_ON_CPU:
     torch.ops.load_library(_CUDA_ON_CPU)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # With PYADV_NATIVE=1 a run on the reference must not pass for a native one.
+    # With PYADV_NATIVE=1 the run stops here if the native kernels do not load.
     try:
         _native.load()
     except _native.NativeError as error:
@@ -50,11 +51,11 @@ if torch.cuda.is_available():
 
 @pytest.fixture(params=_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that there is; the header of the run names them."""
+    """Return each available device in turn; the header of the run names them."""
     return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Each test draws the same numbers, whichever tests ran before it."""
+    """Seed torch's generator, so that a test does not depend on the tests that ran before it."""
     torch.manual_seed(0)

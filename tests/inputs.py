@@ -1,7 +1,7 @@
 """Awkward inputs that the tests of all ops share: shapes, dtypes, memory layouts, special values.
 
-Everything is drawn from a generator of its own, so that a test's inputs do not depend on the tests
-before it.
+Each function uses its own generator, so that the inputs of a test do not depend on the tests that
+ran before it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# (B, ...): around the widths of SIMD and 16-byte accesses, one row, one element, no rows, no
-# elements.
+# (B, ...): sizes around the widths of SIMD and 16-byte accesses, one row, one element, no rows and
+# no elements.
 SHAPES = (
     (4, 3, 8, 8),
     (2, 3, 5, 7),
@@ -41,24 +41,24 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _sliced(t: Tensor) -> Tensor:
-    """Starts one element off any 16-byte boundary; still dense."""
+    """Copy into dense memory that starts one element after a 16-byte boundary."""
     room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
     return room[1:].view(t.shape).copy_(t)
 
 
 def _strided(t: Tensor) -> Tensor:
-    """Gaps between the elements of the last dimension."""
+    """Copy with gaps between the elements of the last dimension."""
     room = torch.empty((*t.shape, 2), dtype=t.dtype, device=t.device)
     return room[..., 0].copy_(t)
 
 
 def _transposed(t: Tensor) -> Tensor:
-    """The batch is the innermost dimension in memory."""
+    """Copy with the batch as the innermost dimension in memory."""
     room = torch.empty(tuple(reversed(t.shape)), dtype=t.dtype, device=t.device)
     return room.permute(tuple(reversed(range(t.dim())))).copy_(t)
 
 
-# Every function returns the values of its argument in another memory layout.
+# Each function returns the values of its argument in another memory layout.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": _channels_last,
@@ -69,12 +69,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def expanded(row: Tensor, rows: int) -> Tensor:
-    """The row (...) as a batch (rows, ...) that holds it once in memory."""
+    """Return a row (...) as a batch (rows, ...) that holds it in memory once."""
     return row.expand(rows, *row.shape)
 
 
 def layout_pairs() -> Iterator[tuple[str, str]]:
-    """Pairs of layout names for two arguments of one op: each against contiguous, and alike."""
+    """Yield pairs of layout names for two arguments: each layout with contiguous and with
+    itself."""
     for name in LAYOUTS:
         yield name, "contiguous"
         if name != "contiguous":
@@ -114,12 +115,12 @@ def labels(rows: int, classes: int, seed: int = 0, device: str | torch.device = 
 
 
 def alternating(rows: int, device: str | torch.device = "cpu") -> Tensor:
-    """(rows,) bool mask: True, False, True, ..."""
+    """Return a bool mask (rows,): True, False, True, ..."""
     return (torch.arange(rows) % 2 == 0).to(device)
 
 
 def with_specials(t: Tensor, seed: int = 0) -> Tensor:
-    """A copy of `t` with SPECIALS (as far as there is room) at random places."""
+    """Return a copy of `t` with SPECIALS (as many as it has room for) at random places."""
     flat = t.detach().clone(memory_format=torch.contiguous_format).flatten()
     count = min(len(SPECIALS), flat.numel())
     places = torch.randperm(flat.numel(), generator=generator(seed))[:count].to(t.device)
@@ -128,7 +129,7 @@ def with_specials(t: Tensor, seed: int = 0) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal element for element, NaN where NaN is, same dtype, shape and strides."""
+    """Assert equal elements (NaN equals NaN), dtype, shape and strides."""
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if actual.numel():
@@ -141,8 +142,8 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_within_twice(actual: Tensor, by_torch: Tensor, exact: Tensor, ulps: float = 1.0) -> None:
-    """The rule for reductions: the largest error against float64 is at most twice that of PyTorch's
-    own form in the same dtype, plus `ulps` units in the last place of the largest value."""
+    """Assert the accuracy of a reduction: its largest error against float64 is at most twice that
+    of PyTorch in the same dtype, plus `ulps` units in the last place of the largest value."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if not exact.numel():
         return

@@ -1,4 +1,4 @@
-"""Linear classifiers, and how far their nearest decision boundary is."""
+"""Linear classifiers with known distances to their nearest decision boundaries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 
 
 def unbounded(classes: int, norm: str, device):
-    """A model, seven inputs with their labels, and |margin| / ||w||_q of the nearest class."""
+    """Return a model, seven inputs, their labels, and |margin| / ||w||_q of the nearest class."""
     generator = torch.Generator().manual_seed(classes)
     net = RowLinear(30, classes, dtype=torch.float64).to(device)
     x = torch.rand(7, 30, dtype=torch.float64, generator=generator).to(device)
@@ -28,8 +28,11 @@ def unbounded(classes: int, norm: str, device):
 
 
 def in_the_box(norm: str, device):
-    """The same for two classes and the box [0, 1], which binds: the label of each of nine inputs
-    changes at 60 % of what the box allows."""
+    """Return a model of two classes, nine inputs, their labels, and the distances in the box [0,
+    1].
+
+    The box binds: each label changes at 60 % of the change of the margin that the box allows.
+    """
     generator = torch.Generator().manual_seed(1)
     draw = dict(generator=generator, dtype=torch.float64)
     x, w = torch.rand(9, 8, **draw).to(device), torch.randn(8, **draw).to(device)

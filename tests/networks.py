@@ -7,7 +7,8 @@ from torch import nn
 
 
 class RowLinear(nn.Module):
-    """Logits whose every row is computed by itself, in the same order whatever the batch."""
+    """A linear model that computes each row on its own, in an order that the batch does not
+    change."""
 
     def __init__(self, n: int, classes: int = 3, seed: int = 0, dtype=torch.float32):
         super().__init__()
@@ -20,6 +21,8 @@ class RowLinear(nn.Module):
 
 
 class ConvNet(nn.Module):
+    """A small convolutional network with BatchNorm and dropout."""
+
     def __init__(self, classes: int = 4):
         super().__init__()
         self.body = nn.Sequential(
@@ -32,7 +35,7 @@ class ConvNet(nn.Module):
 
 
 class Recorded:
-    """A model that remembers what it was asked."""
+    """A model that records its inputs."""
 
     def __init__(self, model):
         self.model = model

@@ -1,4 +1,4 @@
-"""A small network with BatchNorm, a batch it can learn, and attacks on it."""
+"""A small network with BatchNorm, a batch that it can learn, and attacks on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_batch(size: int = 24) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = 0.5 * torch.rand(size, 1, 6, 6, generator=generator)
     y = torch.arange(size) % 4
-    for k, (i, j) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):  # class k: a bright corner
+    for k, (i, j) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):  # class k has one bright corner
         x[y == k, :, i : i + 3, j : j + 3] += 0.4
     return x, y
 

@@ -33,13 +33,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 
 def names(module: Path) -> tuple[str, ...]:
-    """The dotted name of a module, without pyadv."""
+    """Return the parts of a module's dotted name, without pyadv."""
     parts = module.relative_to(ROOT).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 def imported(module: Path) -> Iterator[tuple[str, ...]]:
-    """Every module of pyadv that `module` imports, also inside functions."""
+    """Yield every module of pyadv that `module` imports, also inside functions."""
     for node in ast.walk(ast.parse(module.read_text())):
         found = []
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def imported(module: Path) -> Iterator[tuple[str, ...]]:
             first, *rest = name.split(".")
             if first != "pyadv":
                 continue
-            while rest and not exists(rest):  # what is imported is a name in a module
+            while rest and not exists(rest):  # the imported name may be one in a module
                 rest.pop()
             yield tuple(rest)
 

@@ -1,4 +1,4 @@
-"""Tests of what pip builds: a wheel of sources, a compiled wheel, an editable install."""
+"""The builds of pip: a wheel of sources, a compiled wheel, an editable install."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def use(folder: Path, cache: Path, *, native: str = "1") -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unpacked wheel that was compiled ahead of time; its source tree lies beside it."""
+    """Return an unpacked wheel that was compiled ahead of time, beside its source tree."""
     folder = tmp_path_factory.mktemp("compiled")
     with wheel_of(small_tree(folder / "checkout"), folder / "wheels") as wheel:
         assert "py3-none-any" not in wheel.filename

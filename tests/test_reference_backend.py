@@ -1,4 +1,4 @@
-"""The op tests pass without kernels: schemas, fakes, gradients and checks need none."""
+"""The op tests pass without kernels: schemas, fakes, gradients and checks do not need them."""
 
 from __future__ import annotations
 

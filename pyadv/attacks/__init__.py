@@ -1,4 +1,4 @@
-"""Attacks: `attack(x, y)` gives adversarial examples, `attack.run(x, y)` an `AttackResult`."""
+"""Attacks: `attack(x, y)` returns adversarial examples, `attack.run(x, y)` an `AttackResult`."""
 
 from pyadv.attacks.apgd import APGD, TargetedAPGD, apgd, targeted_apgd
 from pyadv.attacks.autoattack import AutoAttack, EnsembleResult, Parity

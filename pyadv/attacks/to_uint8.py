@@ -1,4 +1,4 @@
-"""Back to 8-bit images, without leaving the ball."""
+"""Rounding of adversarial examples to 8-bit images that stay within the ball."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pyadv.ops.arguments import check_like
 from pyadv.tensors import broadcastable, flatten, per_row
 
 LEVELS = 255
-_SLACK = 1e-4  # of a grid step: eps = 8 / 255 in floating point is eight steps
+_SLACK = 1e-4  # grid steps added to the radius, so that a rounded 8 / 255 counts as eight steps
 
 
 def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = "Linf") -> Tensor:
-    """x_adv on the grid of 8-bit images, no further than eps from x.
+    """Round x_adv to the grid of 8-bit images, at most eps away from x.
 
-    Rounding alone may leave the ball by half a step per element, and truncation by one. In Linf
-    each element takes the nearest level within floor(255 eps) levels of x. In L2 and L1 elements
-    take the nearest level; a sample that leaves the ball by this is rounded towards x instead.
+    Rounding alone may leave the ball by half a step per element, and truncation by one step. In
+    Linf each element takes the nearest level within floor(255 eps) levels of x. In L2 and L1 each
+    element takes the nearest level; a sample that would leave the ball is rounded towards x.
 
     Args:
         x_adv: (B, ...) adversarial examples within eps of x, in [0, 1].
@@ -30,8 +30,8 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
         (B, ...) uint8.
 
     Raises:
-        TypeError, ValueError: for shapes, dtypes, an eps that is no radius, an x that is not an
-            8-bit image, or an x_adv outside the box or the ball.
+        TypeError, ValueError: shapes or dtypes do not fit, eps is not a radius, x is not an 8-bit
+            image, or x_adv lies outside the box or the ball.
     """
     norm = checks.canonical_norm(norm)
     checks.size("eps", eps)
@@ -39,7 +39,7 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
     checks.parameters(x, {"eps": eps})
     image, adv = LEVELS * x.double(), LEVELS * x_adv.double()
     level = image.round()
-    # As far as its dtype can hold multiples of 1/255, and a little for arithmetic on the way.
+    # The rounding error of multiples of 1/255 in this dtype, with a margin for later arithmetic.
     tolerance = LEVELS * 4 * torch.finfo(x.dtype).eps
     if not _near(image, level, tolerance) or not _near(level, level.clamp(0, LEVELS), 0):
         raise ValueError("to_uint8: x must be an 8-bit image divided by 255")
@@ -66,5 +66,5 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
 
 
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """NaN is near nothing."""
+    """Return whether all elements are within the tolerance; NaN never is."""
     return bool(((a - b).abs() <= tolerance).all())

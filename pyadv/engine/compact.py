@@ -1,10 +1,10 @@
-"""Which rows stay in the batch: a sample that has left an attack need not go through the network.
+"""Removal of released rows from the batch, so that they do not go through the network.
 
-On the CPU the rows still attacked are counted at every step. A GPU runs behind the host, which
-would have to wait for it; there the count is copied without blocking and read when it has arrived,
-a few steps later. Rows never come back, so a late count is an upper bound: some released rows stay
-in the batch a little longer, masked. Sizes shrink in eighths of the batch, because a GPU chooses
-kernels and memory anew for each size.
+On the CPU the active rows are counted at every step. The host would have to wait for the count of a
+GPU, which runs behind it. So the count is copied without blocking and read when it has arrived, a
+few steps later. Released rows never return, so a late count is an upper bound: some released rows
+stay in the batch a few steps longer, masked. The batch shrinks in eighths, because a GPU selects
+kernels and allocates memory again for each size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SIZES = 8
 
 
 def may_compact(model: Callable[..., Any], x: Tensor, s: Settings, graph: bool | str) -> bool:
-    """Return whether a search may drop rows from the batch. `graph` is the mode of its recordings,
-    which have a fixed size."""
+    """Return whether a search may remove rows from the batch. `graph` is the mode of its
+    recordings, which need a fixed size."""
     if s.bn != "eval":
         if s.compact is True:
             raise ValueError('compact=True needs bn="eval": batch statistics need the whole batch')
@@ -37,8 +37,8 @@ def may_compact(model: Callable[..., Any], x: Tensor, s: Settings, graph: bool |
 
 
 class Remaining:
-    """A counter of active rows. Called at every step, it returns how many rows to carry on with, or
-    None while that is not known."""
+    """A counter of active rows. A call at each step returns how many rows to continue with, or None
+    while that number is not known."""
 
     def __init__(self, x: Tensor):
         self._late = is_late(x)
@@ -64,13 +64,17 @@ def is_late(x: Tensor) -> bool:
 
 
 def worth_compacting(size: int, now: int, steps_left: int) -> bool:
-    """Return whether to shrink the batch from `now` to `size` rows. A row less saves a pass in all
-    steps to come, and the copy of the rows that stay costs; any network takes longer for one row
-    than the copy of two."""
+    """Return whether to shrink the batch from `now` to `size` rows.
+
+    Each row removed saves a pass in all remaining steps, at the cost of copying the rows that stay.
+    A pass of one row takes any network longer than copying two rows.
+    """
     return 0 < size < now and 2 * (now - size) * steps_left >= size
 
 
 def first_active(active: Tensor, size: int) -> Tensor:
-    """Return the places of the active rows in their order, filled up to `size` with others, without
-    waiting for a GPU, which `nonzero` does."""
+    """Return the indices of the active rows in order, filled up to `size` with other rows.
+
+    Unlike `nonzero` this does not wait for a GPU.
+    """
     return active.byte().argsort(descending=True, stable=True)[:size]

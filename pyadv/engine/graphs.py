@@ -1,16 +1,16 @@
-"""Which searches are recorded as CUDA graphs, and when a recording serves.
+"""Recordings of searches as CUDA graphs, and the conditions under which a recording is replayed.
 
-A replay launches the kernels of all steps at once, which read and write the memory they were
-recorded with. So whatever may differ from call to call (images, labels, radii, the key of noise)
-lies in tensors that stay in place and are filled before each replay. All else that a search reads
-(settings, modes, the model's attributes and the places of its parameters) is compared first, and
-where it differs the steps are recorded anew. Weights that an optimiser changes in place are read
-where they are.
+A replay launches the kernels of all steps at once. They read and write the memory they were
+recorded with. So everything that may differ from call to call (images, labels, radii, the key of
+the noise) is in tensors that stay in place and are filled before each replay. Everything else that
+a search reads (settings, modes, the model's attributes and the addresses of its parameters) is
+compared first; if it differs, the steps are recorded again. Weights that an optimiser changes in
+place need no new recording.
 
-The first attack of a kind runs eagerly, which also warms up what may not happen in a recording.
-The second runs eagerly too, and is watched: waiting for the device, drawing random numbers on the
-host and changing the model's attributes are what a replay would not do. If it did none of that, the
-third is recorded, and it and all later ones are replays.
+The first attack of a kind runs eagerly, which also does the initialisation that a recording must
+not contain. The second runs eagerly as well and is watched for actions that a replay would not
+repeat: waiting for the device, drawing random numbers on the host, changing the model's attributes.
+If there were none, the third is recorded; the third and all later ones are replays.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from pyadv.tensors import compute_dtype
 
 GRAPHS = ("auto", True, False)
 
-_KEPT = 8  # kinds of calls that an attack remembers for each model; the last used stay
-_MOST_PASSES = 200  # forward passes of a graph that "auto" records
+_KEPT = 8  # kinds of calls that an attack remembers for each model, the last used ones
+_MOST_PASSES = 200  # forward passes of the longest graph that "auto" records
 _RADII = ("eps", "alpha")  # numbers that schedules change
-_OUTSIDE = ("start", "start_from", "compact", "validate", "speed")  # settled before the steps
+# Settings that have been used before the steps begin.
+_OUTSIDE = ("start", "start_from", "compact", "validate", "speed")
 _CHANGES = "the model changes its own attributes as it runs"
 _LOG = logging.getLogger("pyadv")
 
@@ -87,7 +88,7 @@ def _is_number(value: Tensor | float) -> bool:
 
 
 def _hold(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """Return memory that stays, for values like `value`."""
+    """Return a tensor that stays in place and can hold values like `value`."""
     if _is_number(value):
         dtype = torch.int64 if name == "key" else compute_dtype(x.dtype)
         return torch.empty((), dtype=dtype, device=x.device)
@@ -104,8 +105,8 @@ def _fill(place: Tensor, value: Tensor | float) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a recording is made for: the signature of the task, and what a forward pass may read off
-    the model."""
+    """The conditions of a recording: the signature of the task, and all that a forward pass may
+    read from the model."""
 
     signature: tuple[Any, ...]
     seen: list[Any]
@@ -122,8 +123,8 @@ class _Kind:
 
 @dataclass(eq=False)
 class _Recording:
-    """The recording of one kind of task. `replay` is None until the steps are recorded, and `why`
-    says why they will not be."""
+    """The recording of one kind of task. `replay` is None until the steps are recorded; `why` is
+    the reason if they never will be."""
 
     kind: _Kind
     watched: bool = False
@@ -153,11 +154,11 @@ class _Recording:
 
 
 class Graphs:
-    """The recordings of one attack, for each model; they end with the attack or the model.
+    """The recordings of one attack, for each model; they are freed with the attack or the model.
 
-    `mode` is "auto", True (which raises where nothing can be recorded) or False. `recorded` and
-    `replayed` count, `why` says why the last call was neither. A copy, also by pickle, starts
-    without recordings.
+    `mode` is "auto", True (which raises an error if nothing can be recorded) or False. `recorded`
+    and `replayed` are counts; `why` says why the last call was neither. A copy, also by pickle,
+    starts without recordings.
     """
 
     def __init__(self, mode: bool | str = "auto"):
@@ -205,7 +206,7 @@ class Graphs:
         self.why = recording.why or "it is the first of its kind"
         result = search(task)
         if new and not recording.kind.serves(_Kind.of(module, task)):
-            if module in self._restless:  # once may be the first use of what is made when needed
+            if module in self._restless:  # a single change may be lazy initialisation
                 self._give_up(recording, _CHANGES)
             self._restless.add(module)
         return result
@@ -254,13 +255,13 @@ class Graphs:
         try:
             recording.record(recorder, search, task)
             self.recorded += 1
-        except Exception as error:  # whatever CUDA, or the user's code within, has to say
+        except Exception as error:  # CUDA or the user's code may raise anything
             first = error.__context__ or error
             self._give_up(recording, f"{type(first).__name__}: {first}".splitlines()[0], error)
 
 
 def _obstacle(module: Any, task: Task, compacts: bool, wanted: bool) -> str | None:
-    """Return why no graph can hold this search or would be worth it; None if one can."""
+    """Return why this search cannot be recorded or is not worth it, or None."""
     s, device = task.settings, task.x.device
     if device.type not in record.RECORDERS:
         return f"graphs are for CUDA, and x is on {device}"

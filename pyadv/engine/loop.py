@@ -1,10 +1,10 @@
-"""The loop of the attacks that step along gradients, and of Square:
+"""The loop of Square and of the attacks that step along gradients:
 
     start -> repeat (forward, loss and its logit gradient, track, input gradient, rule, step)
 
-Variants are data: the loss, the start, the step rule (`rules`), which iterate is the result, and
-the patience after which a fooled sample is released (all the steps for PGD, fewer for friendly
-PGD). FAB keeps a loop of its own, see there.
+Attacks differ in data: the loss, the start, the step rule (`rules`), the iterate that is the
+result, and the patience after which a fooled sample is released (all steps for PGD, fewer for
+friendly PGD). `fab.py` explains why FAB has a loop of its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from pyadv.tensors import per_row
 
 
 def search(task: Task, graphs: Graphs) -> Perturbed:
-    """Run the steps of an attack: `settings.steps` forward passes and input gradients, and one more
-    forward pass where the result is not simply the last iterate. `graphs` holds the recordings."""
+    """Run the steps of an attack and return what they found.
+
+    They take `settings.steps` forward passes and input gradients, and one more forward pass if the
+    result is not always the last iterate. `graphs` holds the recordings.
+    """
     model, s = unwrap(task.model), task.settings
     x, y = owned(task.x), owned(task.y)
     with gradients_on(), borrowed(model, s.bn, s.update_stats):
@@ -44,14 +47,15 @@ def search(task: Task, graphs: Graphs) -> Perturbed:
 
 
 def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
-    """Return the model's logits, by one forward pass under the rules of the attack."""
+    """Return the model's logits by one forward pass, with the modes that the attack sets."""
     s, model = settings, unwrap(model)
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, s.bn, s.update_stats):
-        return pick_logits(model(x.clone()), s.output)  # a copy: the model may write into it
+        # The model may write into its input, so it gets a copy.
+        return pick_logits(model(x.clone()), s.output)
 
 
 def judge(task: Task, found: Perturbed) -> AttackResult:
-    """Ask task.model for its verdict on `found.x_adv`: one forward pass."""
+    """Return the verdict of `task.model` on `found.x_adv`, by one forward pass."""
     s, model = task.settings, task.model
     logits = predict(model, found.x_adv, s)
     reference = predict(model, task.x, s) if s.loss.needs_reference_logits else None
@@ -64,14 +68,14 @@ def judge(task: Task, found: Perturbed) -> AttackResult:
 
 
 def check_values(x: Tensor, s: Settings) -> None:
-    """Check the values of x and of the sizes in the settings, where the settings ask for it."""
+    """Check the values of x, and of radii and step sizes, if the settings ask for it."""
     if s.checks_values(x):
         checks.values(x, {name: getattr(s, name) for name in s.sizes}, s.lo, s.hi)
 
 
 def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) -> None:
-    """Check the first logits of a search: that they have a gradient, and with `validate` their
-    values."""
+    """Raise if the first logits of a search have no gradient or, with `validate`, if their values
+    or the labels are invalid."""
     if differentiate and not logits.requires_grad:
         raise ValueError(_NO_GRADIENT)
     if validate:
@@ -79,8 +83,8 @@ def check_first(logits: Tensor, y: Tensor, validate: bool, differentiate: bool) 
 
 
 def _loop(task: Task, compacts: bool) -> Perturbed:
-    """Run the steps, from task.first. Without compaction they wait for nothing on a GPU, and can be
-    recorded."""
+    """Run the steps from `task.first`. Without compaction they never wait for a GPU, so that they
+    can be recorded."""
     s, model, y, rule = task.settings, task.model, task.y, task.settings.rule
     grouped = task.group is not None and s.best == "fooled"
     nearest = s.best == "nearest"
@@ -103,7 +107,7 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
     )
     state.rule = rule.begin(state)
     done = None
-    broken = torch.zeros_like(y)  # groups
+    broken = torch.zeros_like(y)  # by group: 1 once a row of it has fooled the model
     remaining = Remaining(task.x) if compacts else None
     iterates = s.steps + (s.best != "last")
     for k in range(iterates):
@@ -119,11 +123,11 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
             state.queries += state.active
         if nearest:
             _keep_best(state, _nearness(state), None)
-            state.active &= state.best.loss < 0  # nothing is nearer than x itself
+            state.active &= state.best.loss < 0  # no point is nearer than x itself
         if not steps_on:
             if not nearest:
                 _keep_best(state, loss, None)
-            state.active &= state.still  # the others have fooled the model just now
+            state.active &= state.still  # the other rows have just fooled the model
             break
         if s.releases:
             unchecked_track(state.still, state.kappa, state.active, state.patience)
@@ -159,13 +163,14 @@ def _forward(
     """Pass the current iterates through the model.
 
     Returns the loss (B,), the logits (B, C), which rows are still classified as y (B,), and a
-    function that gives the gradient to step along with the number of backward passes it took. Loss
-    and gradient are means over `eot` passes; logits and rows are those of the last.
+    function that returns the gradient of the step and the number of backward passes it took. Loss
+    and gradient are means over `eot` passes; logits and rows are those of the last pass.
     """
     s = state.settings
     losses, grads = [], []
     for remaining in reversed(range(s.eot)):
-        # A model that writes into its input raises when that is a leaf, but not without gradients.
+        # Writing into its input is an error for a model if that is a leaf, but not without
+        # gradients.
         if differentiate:
             leaf = state.x_adv.detach().requires_grad_()
             logits = pick_logits(model(leaf), s.output)
@@ -196,8 +201,8 @@ _NO_GRADIENT = (
 def input_gradient(
     logits: Tensor, leaf: Tensor, grad_logits: Tensor, retain_graph: bool = False
 ) -> Tensor:
-    """Return the gradient at `leaf`, the input that the logits belong to, for the logit gradient
-    `grad_logits`."""
+    """Return the gradient at `leaf`, the input of the pass that gave the logits, for the gradient
+    `grad_logits` at the logits."""
     (grad,) = torch.autograd.grad(
         logits, leaf, grad_logits, allow_unused=True, retain_graph=retain_graph
     )
@@ -218,14 +223,14 @@ def _keep_best(state: State, loss: Tensor, grad: Tensor | None) -> None:
 
 
 def _nearness(state: State) -> Tensor:
-    """Return minus the distance from x, for the iterates that fool the model now."""
+    """Return minus the distance from x for iterates that fool the model, -inf for the others."""
     away = distance(state.x_adv, state.x, state.settings.norm)
     return torch.where(state.active & ~state.still, -away, -torch.inf)
 
 
 def _written_back(done: Perturbed | None, state: State) -> Perturbed:
-    """Return the result of the whole batch so far: `done`, with the rows of the state written into
-    it."""
+    """Write the rows of the state into `done` and return it, the result of the whole batch so
+    far."""
     best, x_adv = state.settings.best, state.x_adv
     if best in ("loss", "nearest"):
         x_adv = state.best.x_adv
@@ -241,7 +246,7 @@ def _written_back(done: Perturbed | None, state: State) -> Perturbed:
 
 
 def _reference_logits(task: Task) -> Tensor | None:
-    """Return the natural logits of a KL attack, which are constant during the attack."""
+    """Return the natural logits of a KL attack, which do not change during the attack."""
     s = task.settings
     if not s.loss.needs_reference_logits:
         return None

@@ -1,4 +1,4 @@
-"""What the loop carries from step to step: a row for each sample still under attack."""
+"""The state that the loop carries from step to step: a row for each sample still under attack."""
 
 from __future__ import annotations
 

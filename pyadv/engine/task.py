@@ -1,4 +1,4 @@
-"""What one search is given: settings of the attack, and the batch it runs on."""
+"""The arguments of one search: the settings of the attack and the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BESTS = ("last", "loss", "fooled")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every attack has. The public classes document and fill the fields.
+    """The settings that every attack has. The public classes document and fill the fields.
 
     `steps` counts iterations (queries, for Square), `start` names or computes the first iterate,
     and `start_from` is the function that `start` is an argument of. `speed` chooses the network
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(Settings):
-    """What `pyadv.engine.loop` reads besides.
+    """The settings that `pyadv.engine.loop` reads in addition.
 
     `patience` is the number of fooled iterates after which a sample is released, `best` the iterate
     that is the result ("nearest": the one nearest to x among those that fool the model), `eot` the
@@ -83,8 +83,8 @@ class LoopSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSettings(LoopSettings):
-    """What rules read that step along a gradient: the step size `alpha`, and `keep`, the share of
-    the coordinates that an L1 step moves."""
+    """The settings that rules with gradient steps read in addition: the step size `alpha`, and
+    `keep`, the share of the coordinates that an L1 step moves."""
 
     alpha: FloatOrTensor
     keep: FloatOrTensor = 0.2

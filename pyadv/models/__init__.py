@@ -1,4 +1,4 @@
-"""The networks for small images that the robustness literature trains."""
+"""Networks for small images that the robustness literature trains."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
     "resnet-18": lambda channels, classes, size: ResNet18(channels, classes),
     "preact-resnet-18": lambda channels, classes, size: PreActResNet18(channels, classes),
     "wrn-28-10": _wrn(28),
-    "wrn-32-10": _wrn(34),  # the name in FAT and GAIRAT, which do not count the shortcuts
+    "wrn-32-10": _wrn(34),  # its name in FAT and GAIRAT, which do not count the shortcuts
     "wrn-34-10": _wrn(34),
     "wrn-34-10-madry": _wrn(34, slope=0.1, shortcut="pad"),
 }

@@ -13,11 +13,11 @@ class Normalized(nn.Module):
     units.
 
     Args:
-        model: takes normalised images.
+        model: a module that takes normalised images.
         mean: a float or one value per channel.
-        std: as `mean`, positive.
+        std: a positive float or one positive value per channel.
 
-    Both become buffers: they follow `.to(...)` and are part of the state dict.
+    `mean` and `std` become buffers: they follow `.to(...)` and are part of the state dict.
 
     Raises:
         ValueError: if a value is not finite or `std` is not positive.

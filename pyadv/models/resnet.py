@@ -1,8 +1,8 @@
 """CIFAR ResNet-18, post- and pre-activation, with the parameter names of the usual checkpoints.
 
 Each has a 3x3 stem without pooling, four stages of two basic blocks (64 to 512 channels) and global
-average pooling, so images from 8x8 up fit. Both keep torch's default initialisation, as do the
-codes of TRADES, MART, GAIRAT and Rice et al. (2020).
+average pooling, so it takes images of 8x8 pixels or more. Both use torch's default initialisation,
+as the codes of TRADES, MART, GAIRAT and Rice et al. (2020) do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN + shortcut, then ReLU (He et al. 2015)."""
+    """A block of conv-BN-ReLU-conv-BN plus shortcut, then ReLU (He et al. 2015)."""
 
     def __init__(self, inp: int, out: int, stride: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice + shortcut of the activated input (He et al. 2016)."""
+    """A block of BN-ReLU-conv twice, plus the shortcut of the activated input (He et al. 2016)."""
 
     def __init__(self, inp: int, out: int, stride: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _ResNet(nn.Module):
 
 
 class ResNet18(_ResNet):
-    """Post-activation ResNet-18, 11.2 M parameters at 10 classes."""
+    """A post-activation ResNet-18, with 11.2 million parameters at 10 classes."""
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__(BasicBlock, in_channels, num_classes)
@@ -82,7 +82,7 @@ class ResNet18(_ResNet):
 
 
 class PreActResNet18(_ResNet):
-    """Pre-activation ResNet-18 with a last BN and ReLU, the network of Rice et al. (2020)."""
+    """A pre-activation ResNet-18 with a last BN and ReLU, the network of Rice et al. (2020)."""
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__(PreActBlock, in_channels, num_classes)

@@ -1,4 +1,4 @@
-"""Wide ResNet (Zagoruyko and Komodakis 2016) in the variants of the robustness literature."""
+"""Wide ResNets (Zagoruyko and Komodakis 2016) in the variants of the robustness literature."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class WideResNet(nn.Module):
     GAIRAT ("Wide_ResNet_Madry") is the same network at depth 34: they do not count the shortcuts.
     With `slope=0.1, shortcut="pad"` it is the network of Madry et al. (2018), which EMR's code
     trains: LeakyReLU(0.1) and pooled, channel-padded shortcuts.
-    Parameter names are those of the published checkpoints. Loading drops the unused `sub_block1`
-    of the TRADES family's files.
+    Parameter names are those of the published checkpoints. Loading ignores the unused `sub_block1`
+    in checkpoints of TRADES and its relatives.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Fused ops. Each has a reference of the same name in `pyadv.reference`."""
+"""Fused ops. `pyadv.reference` holds a plain PyTorch function of the same name for each of them."""
 
 from pyadv.ops.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.ops.geometry import track

@@ -1,4 +1,4 @@
-"""Checks and conversions that all ops share; each message is written once, here."""
+"""Checks and conversions of arguments that all ops share, with their error messages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _scalars: dict[float, Tensor] = {}
 _words: dict[int, Tensor] = {}
-# Inside a dispatch mode (fake tensors, tracing) nothing may be cached and pointers are not real.
+# Inside a dispatch mode (fake tensors, tracing) tensors must not be cached and have no real
+# address.
 _in_mode = torch._C._len_torch_dispatch_stack
 
 
 def check_floating(op: str, **tensors: Any) -> None:
+    """Raise TypeError unless every argument is a dense floating-point tensor."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
@@ -28,12 +30,14 @@ def check_floating(op: str, **tensors: Any) -> None:
 
 
 def check_strided(op: str, name: str, t: Tensor) -> None:
+    """Raise TypeError unless the tensor is dense."""
     if t.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got one of layout {t.layout}")
 
 
 def check_like(op: str, first: str, like: Tensor, **tensors: Any) -> None:
-    """Every tensor has the shape, dtype and device of `like`, the argument called `first`."""
+    """Raise unless every tensor has the shape, dtype and device of `like`, which is the argument
+    named `first`."""
     check_floating(op, **{first: like})
     shape = like.shape
     if not shape:
@@ -55,12 +59,13 @@ def check_like(op: str, first: str, like: Tensor, **tensors: Any) -> None:
 
 
 def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless the tensor is on the device of `like`."""
     if t.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got a tensor on {t.device}")
 
 
 def check_rows(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> None:
-    """`t` holds one value of `dtype` per row of `like`."""
+    """Raise unless `t` is a tensor with one value of `dtype` for each row of `like`."""
     if not isinstance(t, Tensor) or t.dtype != dtype:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{op}: {name} must be a {dtype} tensor, got {got}")
@@ -76,6 +81,7 @@ def check_rows(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) 
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -83,10 +89,11 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> No
 def parameter(
     op: str, name: str, value: float | Tensor, x: Tensor, *, nonnegative: bool = False
 ) -> Tensor:
-    """A float or tensor parameter as the tensor the op's schema takes.
+    """Return a float or tensor parameter as the tensor that the schema of the op takes.
 
-    A float becomes a 0-dim tensor; 1-D means per sample; anything else must broadcast to x. Values
-    of tensors are not read here: that would wait for the device.
+    A float becomes a 0-dim tensor. A 1-D tensor holds one value per sample; any other tensor must
+    broadcast to x. Values of tensors are not checked, because reading them would wait for the
+    device.
     """
     known = not torch.compiler.is_compiling() and type(value) is float and value in _scalars
     if known and (value >= 0 or not nonnegative):  # a compiled graph must not depend on the cache
@@ -131,7 +138,8 @@ def row_parameter(
     nonnegative: bool = False,
     fraction: bool = False,
 ) -> Tensor:
-    """A parameter of an op on whole rows: a float, or a tensor of one element or one per sample."""
+    """Return a parameter of an op that treats rows as a whole: a float, or a tensor of one element
+    or of one element per sample."""
     if fraction and isinstance(value, (int, float)) and not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
     t = parameter(op, name, value, x, nonnegative=nonnegative)
@@ -144,13 +152,13 @@ def row_parameter(
 
 
 def scalar(value: float, x: Tensor) -> Tensor:
-    """A 0-dim float64 tensor: on the CPU, where kernels read it without a wait."""
+    """Return a 0-dim float64 tensor on the CPU, where kernels read it without waiting for a GPU."""
     return _constant(_scalars, value, torch.float64, x)
 
 
 def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: int) -> Tensor:
-    """An int in [least, end) or a 0-dim int64 tensor, on the CPU or with x, as a 0-dim int64
-    tensor with the same 64 bits."""
+    """Return an int in [least, end) as a 0-dim int64 tensor with the same 64 bits, or the given
+    0-dim int64 tensor if it is on the CPU or on the device of x."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim():
             raise TypeError(
@@ -161,7 +169,7 @@ def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: in
         if not value.is_cpu:
             check_device(op, name, value, x)
         return value
-    # Tests int first: it is the usual case, and torch.compile need not trace an abstract class.
+    # `int` comes first: it is the usual case and spares torch.compile tracing an abstract class.
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(value).__name__}")
     value = int(value)
@@ -172,7 +180,7 @@ def word(op: str, name: str, value: int | Tensor, x: Tensor, least: int, end: in
 
 def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        # A CPU scalar would keep a compiled graph from becoming a CUDA graph.
+        # torch.compile makes no CUDA graph of a graph that reads a scalar on the CPU.
         return torch.tensor(value, dtype=dtype, device=x.device)
     if _in_mode():
         return torch.tensor(value, dtype=dtype, device="cpu")
@@ -181,7 +189,8 @@ def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Ten
         if len(cache) >= 4096:
             cache.clear()
         with torch.inference_mode(False):
-            # The user's default device may be another, on which no kernel could read it.
+            # Without `device` the tensor would be made on the user's default device, where kernels
+            # cannot read it.
             cached = cache[value] = torch.tensor(value, dtype=dtype, device="cpu")
     return cached
 
@@ -189,6 +198,7 @@ def _constant(cache: dict[Any, Tensor], value: float, dtype: torch.dtype, x: Ten
 def box_parameters(
     op: str, x: Tensor, lo: float | Tensor | None, hi: float | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Return the bounds of the box as tensors, or None for a bound that is missing."""
     if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
         raise ValueError(f"{op}: lo must not be above hi, got lo={lo} and hi={hi}")
     return (
@@ -203,7 +213,8 @@ def run_out(
     args: tuple[Any, ...],
     out: Tensor | None,
 ) -> Tensor:
-    """The functional op, or its `out=` form with the checks that writing asks for."""
+    """Call the op, or its `out=` form if `out` is given, after checking that `out` can be
+    written."""
     if out is None:
         return op(*args)
     name = op._opname
@@ -218,25 +229,28 @@ def run_out(
 def refuse_overlap(
     op: str, name: str, t: Tensor, others: Iterable[Any], *, same_allowed: bool = False
 ) -> None:
-    """`t`, which `op` writes, shares no memory with `others`, or is the very same tensor, and its
-    elements share none with each other."""
+    """Raise ValueError if `op` cannot write into `t` safely.
+
+    The elements of `t` must not share memory with each other or with the tensors in `others`. With
+    `same_allowed`, `t` may be one of these tensors itself.
+    """
     if torch.compiler.is_compiling() or _in_mode():
         return
     if not t.is_contiguous() and _is_expanded(t):
         raise ValueError(
-            f"{op}: {name} must have an element of memory for each of its own, got shape "
+            f"{op}: {name} must have its own memory for each element, got shape "
             f"{list(t.shape)} with strides {list(t.stride())}"
         )
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{op}: {name} was made in inference mode, outside of which it cannot be written"
+            f"{op}: {name} was made in inference mode and can only be written in that mode"
         )
     if t.is_neg():
-        raise ValueError(f"{op}: {name} must not be a lazily negated view, which nothing can write")
+        raise ValueError(f"{op}: {name} must not be a lazily negated view, which cannot be written")
     for other in others:
         if not isinstance(other, Tensor) or (other is t and same_allowed):
             continue
-        # CPU scalars are read before anything is written.
+        # Scalars on the CPU are read before the kernel writes.
         if (other.dim() or not other.is_cpu) and _overlaps(t, other, same_allowed):
             rule = " without being the same tensor" if same_allowed else ""
             raise ValueError(f"{op}: {name} shares memory with an input{rule}")

@@ -1,13 +1,14 @@
-"""Winograd's convolution of 3x3 windows: 4 times less multiplications, at stride 2 1.8 times less.
+"""Winograd convolution with 3x3 windows: a quarter of the multiplications, at stride 2 0.56 of
+them.
 
-The weight is transformed once, by `winograd_weight`; four times as large then, it serves any number
-of calls. An output tile of 4x4 pixels takes 36 products per pair of channels (81 at stride 2)
-instead of 144, between the transformed input and the transformed weight, and is transformed back.
+`winograd_weight` transforms the weight once, to four times its size, for any number of calls. An
+output tile of 4x4 pixels takes 36 products of the transformed input and the transformed weight per
+pair of channels (81 at stride 2) instead of 144. The products are then transformed back.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016), the form
 F(4x4, 3x3), but evaluated at 0, +-5/8, +-3/2 and infinity: the rounding error is less than half of
-that at their 0, +-1, +-2. On the choice of points: Barabasz et al., "Error Analysis and Improving
-the Accuracy of Winograd Convolution for Deep Neural Networks" (ACM TOMS 2020).
+that at their points 0, +-1, +-2. The choice of points follows Barabasz et al., "Error Analysis and
+Improving the Accuracy of Winograd Convolution for Deep Neural Networks" (ACM TOMS 2020).
 """
 
 from __future__ import annotations
@@ -68,16 +69,17 @@ _winograd = register(
 
 
 def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -> Tensor:
-    """The weight as `winograd_conv2d` takes it: U = G w G^T, computed in float64, rounded once.
+    """Return the weight as `winograd_conv2d` takes it: U = G w G^T, computed in float64 and rounded
+    once.
 
     Args:
         weight: (N, C, 3, 3) float32, of any layout.
-        transposed: for `winograd_conv2d_input`: input and output change places, and the window is
-            turned by half a circle.
-        stride: of the convolution, 1 or 2.
+        transposed: whether the weight is for `winograd_conv2d_input`: input and output channels
+            change places, and the window is rotated by 180 degrees.
+        stride: the stride of the convolution, 1 or 2.
 
     Returns:
-        (ceil(N / 32), 36, C, 32): panels of 32 output channels, the last one filled up with zeros,
+        (ceil(N / 32), 36, C, 32): panels of 32 output channels, the last one padded with zeros,
         for each of 36 products and each input channel. With `transposed`, C and N change places.
 
     Raises:
@@ -103,24 +105,26 @@ def winograd_conv2d(
     added: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`conv2d` with 3x3 windows and zero padding, and what often follows; gives no gradient.
+    """Return `conv2d` with 3x3 windows and zero padding, optionally followed by a sum and a ReLU.
+
+    The result has no gradient.
 
     Rounding errors are about five times those of `conv2d`: 1e-6 of the outputs' standard deviation
-    on 128 channels. A sample's result depends neither on the batch it is in nor on the number of
+    on 128 channels. The result of a sample depends neither on its batch nor on the number of
     threads. A NaN or an infinity in the input reaches all outputs of its tiles.
 
     Args:
-        x: (B, C, H, W) float32; channels-last is read as it lies, other layouts are copied.
+        x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
         weight: from `winograd_weight`, with the same stride.
         bias: (N,) float32, or None.
         outputs: N, the number of output channels.
         padding: zeros on each side, >= 0; at stride 2 it must be 1.
         stride: 1 or 2.
         added: (B, N, H', W') float32, added to the result.
-        relu: whether its positive part is taken then.
+        relu: whether negative results are set to 0, after the sum.
 
     Returns:
-        (B, N, H', W'), channels-last, with H' and W' as of `conv2d`.
+        (B, N, H', W'), channels-last, where H' and W' are those of `conv2d`.
 
     Raises:
         TypeError: not float32 tensors. ValueError: shapes that do not fit each other, other
@@ -153,20 +157,22 @@ def winograd_conv2d_input(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of `winograd_conv2d` with respect to its input, as `torch.nn.grad.conv2d_input`.
+    """Return the gradient of `winograd_conv2d` with respect to its input, as
+    `torch.nn.grad.conv2d_input` does.
 
     Args:
-        grad: (B, N, H', W') float32, of the output.
+        grad: (B, N, H', W') float32, the gradient of the output.
         weight: from `winograd_weight` with `transposed`, and with the same stride.
-        shape: (B, C, H, W), of the input.
-        padding, stride: of the convolution; padding is 0, 1 or 2, at stride 2 it is 1.
-        mask: (B, C, H, W) float32; where it is not positive, the result is 0. With the output of a
-            ReLU, which was the convolution's input, this is the gradient before the ReLU.
+        shape: (B, C, H, W), the shape of the input.
+        padding, stride: those of the convolution; padding is 0, 1 or 2, and 1 at stride 2.
+        mask: (B, C, H, W) float32; where it is not positive, the result is 0. If a ReLU made
+            the input of the convolution, its output as mask gives the gradient before the ReLU.
 
     Returns:
         (B, C, H, W), channels-last.
 
-    Errors are those of `winograd_conv2d`.
+    Raises:
+        TypeError, ValueError: as `winograd_conv2d`.
     """
     op = "winograd_conv2d_input"
     if not isinstance(shape, Sequence) or len(shape) != 4:

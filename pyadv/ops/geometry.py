@@ -1,4 +1,4 @@
-"""Geometry values: how many iterates of an attack a sample survives, and when its attack stops."""
+"""Geometry values (how many iterates of an attack a sample survives) and early stop."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _track = register(
 
 
 def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
-    """One iterate's bookkeeping, in place: kappa counts correct iterates, patience runs out.
+    """Update kappa, active and patience in place after one iterate of an attack.
 
-    On rows that are active: where `correct`, kappa grows by 1; elsewhere, patience 0 releases the
-    row (active becomes False) and any other patience drops by 1. A correct iterate does not give
-    patience back. Other rows stay as they are.
+    In an active row that is correct, kappa grows by 1. In an active row that is not, patience
+    drops by 1, or, if it is 0 already, the row is released (active becomes False). A correct
+    iterate does not restore patience. Inactive rows do not change.
 
-    Called before each step of an attack of K steps, kappa is GAIRAT's geometry value in {0, ..., K}
-    and patience starting at tau makes FAT's early stop: tau = K never stops, tau = 0 stops at the
-    first misclassified iterate.
+    If `track` is called before each step of an attack of K steps, kappa becomes GAIRAT's geometry
+    value in {0, ..., K}. A patience that starts at tau gives FAT's early stop: tau = K never stops,
+    tau = 0 stops at the first misclassified iterate.
 
     Args:
         correct: (B,) bool, whether the current iterate is classified as its label.
@@ -54,6 +54,6 @@ def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> N
 
 
 def unchecked_track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
-    """`track` for a loop that knows its tensors."""
+    """Run `track` without checks, for a loop that made the tensors itself."""
     _track(correct, kappa, active, patience)
     torch.autograd.graph.increment_version((kappa, active, patience))

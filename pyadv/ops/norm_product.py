@@ -1,4 +1,4 @@
-"""The product of a model's layer norms, as a module that keeps what power iteration needs."""
+"""The product of a model's layer norms, as a module that owns the vectors of power iteration."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ _WARM_UP = 15  # iterations at construction
 
 
 class NormProduct(nn.Module):
-    """log prod_l ||W_l|| over the linear and convolution layers of a model, differentiable.
+    """A module that computes log prod_l ||W_l|| over the linear and convolution layers of a model.
 
-    Calling it gives the 0-dim logarithm, `norms()` the norm of each layer by name. A layer counts
-    once, with the shapes of its first call; layers that a forward pass in eval mode does not reach,
-    biases and normalisation layers do not count.
+    A call returns the 0-dim logarithm, `norms()` the norm of each layer by name; both are
+    differentiable. A layer counts once, with the shapes of its first call; layers that a forward
+    pass in eval mode does not reach, biases and normalisation layers do not count.
 
     The spectral norm is ||W v|| with v a unit vector from power iteration on W^T W, held constant
-    in the gradient (u v^T). It never exceeds the true value. While the module is in training mode
-    each call first does `iters` iterations; in eval mode v stays, and `iterate(n)` refines it (50
-    to 100 for a report). The vectors are buffers: they are saved with the state, and `.to()`
-    moves them to where the weights are.
+    in the gradient (u v^T). It never exceeds the true value. In training mode each call first does
+    `iters` iterations; in eval mode v does not change, and `iterate(n)` refines it (use 50 to 100
+    iterations for a report). The vectors are buffers: they are part of the state dict, and `.to()`
+    moves them.
 
     Args:
-        model: its weights are read at each call; it is not a sub-module of this one.
-        input_shape: of one input, without the batch dimension. One forward pass in eval mode on
-            zeros finds the layers' shapes; modes, statistics and random state stay as they were.
+        model: the model, whose weights are read at each call. It is not a sub-module of this one.
+        input_shape: the shape of one input, without the batch dimension. One forward pass in eval
+            mode on zeros finds the layers' shapes; modes, statistics and random state are left
+            unchanged.
         kind: "frobenius" or "spectral".
-        conv: what stands for a convolution with kernel (C_out, C_in / groups, k...).
-            "reshape": the kernel as a matrix with C_out rows. Cheap, and no bound on what the layer
-            does to distances.
-            "bound": the same times the root of how many outputs an input pixel reaches, an upper
-            bound on the layer's spectral norm (Tsuzuku et al. 2018).
+        conv: the matrix that represents a convolution with kernel (C_out, C_in / groups, k...).
+            "reshape": the kernel as a matrix with C_out rows. It is cheap, but does not bound how
+            the layer changes distances.
+            "bound": the norm of that matrix times the square root of the largest number of outputs
+            that one input pixel reaches, an upper bound on the spectral norm of the layer (Tsuzuku
+            et al. 2018).
             "operator": the linear map from input to output, exact for the stride and padding.
-            Only "bound" and "operator" give a Lipschitz constant (with kind "spectral", or larger
-            with "frobenius"), of a chain of these layers and 1-Lipschitz functions.
+            "bound" and "operator" give a Lipschitz constant of a chain of these layers and
+            1-Lipschitz functions; that of kind "frobenius" is larger than that of "spectral".
         iters: power iterations per call in training mode, >= 0.
 
     Raises:
-        TypeError: `model` is no module. ValueError: unknown kind or conv, iters < 0, no layer to
-            measure, or a padding other than zeros where its effect is not known in closed form
+        TypeError: `model` is not a module. ValueError: unknown kind or conv, iters < 0, no layer to
+            measure, or a padding other than zeros whose effect is not known in closed form
             ("bound", and "operator" with "frobenius").
 
     Sources: Miyato et al., "Spectral Normalization for Generative Adversarial Networks" (ICLR
@@ -70,7 +72,7 @@ class NormProduct(nn.Module):
         if iters < 0:
             raise ValueError(f"NormProduct: iters must be >= 0, got {iters}")
         self.kind, self.conv, self.iters = kind, conv, iters
-        model = getattr(model, "_orig_mod", model)  # hooks of a compiled model may not run
+        model = getattr(model, "_orig_mod", model)  # a compiled model may skip hooks
         layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVS))}
         shapes = _traced_shapes(model, layers, input_shape)
         if not shapes:
@@ -95,15 +97,15 @@ class NormProduct(nn.Module):
             self.iterate(_WARM_UP)
 
     def forward(self) -> Tensor:
-        """The logarithm of the product, 0-dim; -inf (with gradient 0) if a norm is 0."""
+        """Return the logarithm of the product, 0-dim; -inf (with gradient 0) if a norm is 0."""
         return log_product(self._values())
 
     def norms(self) -> dict[str, Tensor]:
-        """The norm of each layer by its name in the model, 0-dim."""
+        """Return the norm of each layer, 0-dim, by the name of the layer in the model."""
         return dict(zip(self._layers, self._values().unbind(), strict=True))
 
     def iterate(self, n: int) -> None:
-        """n power iterations on every layer."""
+        """Run n power iterations on every layer."""
         if self.kind != "spectral":
             return
         with torch.inference_mode(False), torch.enable_grad():
@@ -139,14 +141,17 @@ class NormProduct(nn.Module):
         return torch.stack([torch.linalg.vector_norm(image) for image in images]) * self._factors
 
     def _image(self, layer: nn.Module, weight: Tensor, v: Tensor) -> Tensor:
-        """The layer's linear map, without its bias."""
+        """Apply the linear map of a layer, without its bias, to v."""
         if self.conv == "operator" and isinstance(layer, _CONVS):
             return layer._conv_forward(v, weight, None)
         return weight.flatten(1) @ v
 
     def _factor(self, name: str, shapes: tuple[torch.Size, torch.Size]) -> float:
-        """Root of the most outputs that one input pixel reaches, per dimension at most the taps
-        that a stride leaves it and the size of the output."""
+        """Return the square root of the largest number of outputs that one input pixel reaches.
+
+        In each dimension that number is at most the number of taps that meet a pixel at this
+        stride, and at most the size of the output.
+        """
         layer = self._layers[name]
         if self.conv != "bound" or not isinstance(layer, _CONVS):
             return 1.0
@@ -168,7 +173,7 @@ class NormProduct(nn.Module):
 def _traced_shapes(
     model: nn.Module, layers: dict[str, nn.Module], input_shape: Sequence[int]
 ) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Input and output shape of each layer at its first call, in the order of the calls."""
+    """Return input and output shape of each layer at its first call, in the order of the calls."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
     def record(name: str):
@@ -195,7 +200,7 @@ def _traced_shapes(
 
 
 def _tap_counts(layer: nn.Module, weight: Tensor, in_shape: torch.Size) -> Tensor:
-    """How often each kernel element stands in the matrix of the convolution."""
+    """Count how often each kernel element appears in the matrix of the convolution."""
     with torch.inference_mode(False), torch.enable_grad():
         probe = torch.zeros_like(weight, requires_grad=True)
         ones = torch.ones(in_shape, dtype=weight.dtype, device=weight.device)

@@ -43,7 +43,7 @@ _norms = register(
 
 
 def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
-    """(L,): the norm of each of L tensors, differentiable.
+    """Return the norm of each of L tensors, (L,), differentiable.
 
     Args:
         weights: tensors of any shapes and layouts, of one floating-point dtype, on one device.
@@ -52,18 +52,18 @@ def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
             training loop).
 
     The result is float32 (float64 for float64 weights). A tensor of zeros has gradient 0. The
-    Frobenius form has no second derivative; `reference.norms` has.
+    Frobenius norm has no second derivative; use `reference.norms` for it.
 
     Raises:
-        TypeError: not a sequence of floating-point tensors of one dtype.
-        ValueError: an empty sequence, another device, an unknown kind, or a tensor with less than
-            two dimensions for "spectral".
+        TypeError: `weights` is not a sequence of floating-point tensors of one dtype.
+        ValueError: the sequence is empty, the devices differ, the kind is unknown, or a tensor has
+            fewer than two dimensions and the kind is "spectral".
     """
     return _norms_of(_checked("norms", weights, kind), kind)
 
 
 def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
-    """sum_l log ||w_l||, the logarithm of the product of the norms, differentiable.
+    """Return sum_l log ||w_l||, the logarithm of the product of the norms, differentiable.
 
     The product itself over- and underflows for deep networks. The gradient w_l / ||w_l||^2
     (Frobenius) does not depend on the scale of the other layers. A tensor of zeros makes the value

@@ -1,4 +1,4 @@
-"""How an op comes to be: schema, default kernel (the reference), fake, gradient, in that order.
+"""Registration of ops: schema, default kernel (the reference), fake and gradient.
 
 The compiled library only adds CPU and CUDA kernels to the schemas defined here, so an op exists
 with or without it, and `torch.compile` sees the same op in both cases.
@@ -29,7 +29,8 @@ def register(
 ) -> torch._ops.OpOverload:
     """Define `pyadv::<schema>` and return the op.
 
-    `reference` takes the schema's arguments in order. An op without `backward` never requires grad.
+    `reference` takes the arguments of the schema in order. The result of an op without `backward`
+    never requires grad.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,8 +49,7 @@ def register(
 def register_out(
     schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Define `schema` (which returns one new Tensor) and its `_out` form, which writes into
-    `out`."""
+    """Define an op that returns one new tensor, and its `_out` form, which writes into `out`."""
     name, _, rest = schema.partition("(")
     arguments = rest.rpartition(") ->")[0]
 
@@ -61,16 +61,17 @@ def register_out(
 
 
 def no_output(*args: Any) -> None:
-    """The fake of an op that only writes into its arguments."""
+    """Return nothing: the fake of an op that only writes into its arguments."""
 
 
 def like_first(first: Tensor, *args: Any) -> Tensor:
-    """The fake of an op whose result looks like its first argument."""
+    """Return the fake result of an op whose result has the form of its first argument."""
     return torch.empty_like(first)
 
 
 def refuse_double_backward(name: str) -> dict[str, Callable[..., Any]]:
-    """Gradient registration of `<name>_backward`: it has none, and says what to use instead."""
+    """Return the gradient registration of `<name>_backward`, which raises and names the reference
+    as the function to use instead."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -82,14 +83,17 @@ def refuse_double_backward(name: str) -> dict[str, Callable[..., Any]]:
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
-    """Whether the op has a kernel of its own there; otherwise the reference runs."""
+    """Return whether the op has a native kernel for the device; otherwise the reference runs."""
     _native.load()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyadv::{name}", device.type.upper())
 
 
 def _default_kernel(op: torch._ops.OpOverload, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The first call of any op loads the native kernels and dispatches again, so that no later
-    call pays for a check; where there are none for the device, the reference runs."""
+    """Return the kernel that runs where no native kernel is registered.
+
+    The first call of any op loads the native kernels and dispatches again, so that later calls go
+    straight to them. If there are none for the device, the reference runs.
+    """
 
     @functools.wraps(reference)
     def kernel(*args: Any) -> Any:

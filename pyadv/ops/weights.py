@@ -1,5 +1,7 @@
-"""Instance weights: how much each sample of a batch counts in the training loss. All are constants:
-no gradient passes through them."""
+"""Instance weights: how much each sample of a batch counts in the training loss.
+
+No gradient passes through them.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +38,24 @@ def gairat_weights(
     slope: float | None = None,
     int_half: bool = False,
 ) -> Tensor:
-    """Weights that fall with the geometry value, (B,) float32.
+    """Return weights that decrease with the geometry value, (B,) float32.
 
-    With a = lam + slope (1 - 2 kappa / K): "tanh" is (1 + tanh a) / 2, "sigmoid" 1 / (1 + exp(-a)),
-    "discrete" (K + 1 - kappa) / (K + 1). Finite for every lam, also infinite ones.
+    With a = lam + slope (1 - 2 kappa / K), "tanh" is (1 + tanh a) / 2, "sigmoid" is
+    1 / (1 + exp(-a)), and "discrete" is (K + 1 - kappa) / (K + 1). The weights are finite for every
+    lam, also for infinite ones.
 
     Args:
         kappa: (B,) int64 in {0, ..., K}, see `track`.
-        steps: K >= 1, the steps of the attack that counted kappa.
+        steps: K >= 1, the number of steps of the attack that counted kappa.
         lam: the paper's lambda, a float or a 0-dim tensor; +inf gives equal weights.
         kind: "tanh" (the paper), "sigmoid" or "discrete" (which uses neither lam nor slope).
-        normalize: "mean" gives weights of mean 1 over this batch, "sum" of sum 1; where all
+        normalize: "mean" gives weights of mean 1 over this batch, "sum" weights of sum 1; if all
             weights are 0 (lam = -inf) they count as equal. "none" leaves them in [0, 1].
-        slope: how much a falls from kappa = 0 to the centre K / 2, finite and >= 0; None is the
-            paper's 5. GAIR-RST's slope of 1 per step is `slope=steps / 2` with `normalize="none"`.
-        int_half: the official code's centre floor(K / 2), with the slope reached there; for K = 1,
-            where that code divides by 0, the true half is used.
+        slope: the amount by which a decreases from kappa = 0 to the centre K / 2, finite and >= 0;
+            None is the paper's 5. GAIR-RST's slope of 1 per step is `slope=steps / 2` with
+            `normalize="none"`.
+        int_half: whether the centre is floor(K / 2), as in the official code, with the slope
+            reached there. For K = 1, where that code divides by 0, the true half is used.
 
     Raises:
         TypeError: another dtype. ValueError: wrong shapes or devices, steps < 1, slope < 0, NaN, or
@@ -78,14 +82,14 @@ def gairat_weights(
 def mail_weights(
     margin: Tensor, slope: float | Tensor, bias: float | Tensor, normalize: str = "mean"
 ) -> Tensor:
-    """sigma(-slope (margin - bias)), (B,) float32 (float64 for float64): weights that fall with the
-    probabilistic margin.
+    """Return weights that decrease with the probabilistic margin: sigma(-slope (margin - bias)),
+    (B,) float32 (float64 for float64).
 
     Args:
         margin: (B,) floating-point, see `probabilistic_margin`.
-        slope, bias: a float or a 0-dim tensor, as the official code's options of these names.
-        normalize: "mean" gives weights of mean 1 over this batch (the paper; equal weights where
-            all are 0), "x3" multiplies by 3 (the official code), "none" leaves them in [0, 1].
+        slope, bias: a float or a 0-dim tensor, as the options of these names in the official code.
+        normalize: "mean" gives weights of mean 1 over this batch (the paper; equal weights if all
+            are 0), "x3" multiplies by 3 (the official code), "none" leaves them in [0, 1].
 
     Raises:
         TypeError: another dtype. ValueError: wrong shapes or devices, NaN, or an unknown normalize.
@@ -104,7 +108,7 @@ def mail_weights(
 def probabilistic_margin(
     logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: str = "nat"
 ) -> Tensor:
-    """MAIL's margin of each row, (B,) in [-1, 1], float32 (float64 for float64).
+    """Return MAIL's margin of each row, (B,) in [-1, 1], float32 (float64 for float64).
 
     With p and q the softmax of `logits` and `logits_adv` and max over the classes j != y:
     "nat": p_y - max p_j; "adv": q_y - max q_j (what the official code uses); "dif":
@@ -113,8 +117,8 @@ def probabilistic_margin(
 
     Args:
         logits: (B, C) finite logits of the clean inputs.
-        y: (B,) int64 labels. Rows with another value than a class are NaN, as are rows with a logit
-            that is not finite.
+        y: (B,) int64 labels. A row whose label is not a class, or with a logit that is not finite,
+            gives NaN.
         logits_adv: (B, C) logits of the perturbed inputs, for every kind but "nat".
 
     Raises:
@@ -139,10 +143,12 @@ def probabilistic_margin(
 
 
 def _probability(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the softmax probability of the label of each row."""
     return torch.exp(-weighted_cross_entropy(logits.detach(), y))
 
 
 def _single(op: str, name: str, value: float | Tensor, rows: Tensor) -> Tensor:
+    """Return a parameter that must be one number."""
     if isinstance(value, Tensor) and value.dim():
         raise ValueError(
             f"{op}: {name} must be a float or a 0-dim tensor, got shape {list(value.shape)}"

@@ -1,4 +1,4 @@
-"""The specification: every op of `pyadv.ops` under the same name, in plain PyTorch."""
+"""The specification of `pyadv.ops`: plain PyTorch functions of the same names."""
 
 from pyadv.reference.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.reference.geometry import track

@@ -1,10 +1,12 @@
-"""Winograd's convolution of 3x3 windows, in plain PyTorch. Functions of `pyadv.ops` of the same
-name have the same arguments; the tests hold the kernels against what stands here.
+"""Winograd convolution with 3x3 windows, in plain PyTorch.
 
-A line of pixels d meets a line of taps w as A^T [(G w) * (B^T d)], by the algorithm of Toom and
-Cook: polynomials are multiplied through their values at points. At stride 2 the outer two taps meet
-every second pixel, in five points, and the middle one the pixels between, as it is; the transpose
-is laid out likewise. Tiles are the same in both directions of the image.
+The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
+kernels with these functions.
+
+The algorithm of Toom and Cook multiplies polynomials through their values at points: it convolves a
+line of pixels d with a line of taps w as A^T [(G w) * (B^T d)]. At stride 2 the two outer taps meet
+every second pixel and use five points; the middle tap meets the pixels between and is multiplied
+directly. The transpose is split in the same way. Both directions of the image use the same tiles.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ _NEAR, _FAR = 5 / 8, 3 / 2  # the points +-near, +-far, infinity, and 0 at strid
 
 
 class _Form(NamedTuple):
+    """The matrices that transform tiles of one convolution, and the layout of its tiles."""
+
     step: int  # input pixels from tile to tile
     from_input: Tensor  # B^T (points, input pixels)
     to_output: Tensor  # A^T (output pixels, points)
@@ -31,8 +35,11 @@ class _Form(NamedTuple):
 
 
 def _toom_cook(points: tuple[float, ...], taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B^T, G and A^T for four outputs, at these points and infinity. Rows of B^T are the
-    coefficients of prod (z - q) over the other points; those of G, and columns of A^T, powers."""
+    """Return B^T, G and A^T for four outputs, at these points and infinity.
+
+    A row of B^T holds the coefficients of prod (z - q) over the other points; rows of G and columns
+    of A^T hold powers of the point.
+    """
 
     def product(roots: list[float]) -> list[float]:
         coefficients = [1.0]
@@ -51,7 +58,7 @@ def _toom_cook(points: tuple[float, ...], taps: int) -> tuple[Tensor, Tensor, Te
 
 
 def _forms() -> tuple[dict[int, Tensor], dict[tuple[int, bool], _Form]]:
-    """G by stride, and the forms by stride and whether they are transposed."""
+    """Return G by stride, and the forms by stride and direction (True for the transpose)."""
     both = (_NEAR, -_NEAR, _FAR, -_FAR)
     from_input, from_weight, to_output = _toom_cook((0.0, *both), 3)
     plain = _Form(4, from_input, to_output, list(range(6)))
@@ -75,7 +82,7 @@ _FROM_WEIGHT, _FORMS = _forms()
 
 
 def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -> Tensor:
-    """U = G w G^T in panels. See `ops.winograd_weight`."""
+    """Return U = G w G^T in panels. See `ops.winograd_weight`."""
     if transposed:
         weight = weight.flip(2, 3).transpose(0, 1)
     outputs, inputs = weight.shape[:2]
@@ -97,7 +104,7 @@ def winograd_conv2d(
     added: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """A^T [sum over channels of U * (B^T d B)] A. See `ops.winograd_conv2d`."""
+    """Return A^T [sum over channels of U * (B^T d B)] A. See `ops.winograd_conv2d`."""
     size = output_size(x.shape[2:], padding, stride)
     after = (bias, added, None, relu)
     return winograd(x, weight, *after, outputs, *size, padding, stride, False)
@@ -112,7 +119,7 @@ def winograd_conv2d_input(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The transpose of `winograd_conv2d`. See `ops.winograd_conv2d_input`."""
+    """Apply the transpose of `winograd_conv2d`. See `ops.winograd_conv2d_input`."""
     outside = transposed_padding(padding, stride)
     after = (None, None, mask, False)
     return winograd(grad, weight, *after, *shape[1:], outside, stride, True)
@@ -123,7 +130,7 @@ def output_size(size: tuple[int, ...], padding: int, stride: int) -> tuple[int, 
 
 
 def transposed_padding(padding: int, stride: int) -> int:
-    """By how many pixels the first tile of the transpose reaches beyond the edge."""
+    """Return by how many pixels the first tile of the transpose reaches beyond the edge."""
     return 2 - padding if stride == 1 else 0
 
 

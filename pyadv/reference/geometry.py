@@ -1,5 +1,8 @@
-"""Geometry values and early stop, in plain PyTorch. Functions of `pyadv.ops` of the same name have
-the same arguments; the tests hold the kernels against what stands here."""
+"""Geometry values and early stop, in plain PyTorch.
+
+The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
+kernels with these functions.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 def track(correct: Tensor, kappa: Tensor, active: Tensor, patience: Tensor) -> None:
-    """Count correct iterates, release rows whose patience is used up. See `ops.track`."""
+    """Count correct iterates and release rows whose patience is used up. See `ops.track`."""
     wrong = active & ~correct
     kappa.add_(active & correct)
     released = wrong & (patience == 0)

@@ -1,9 +1,11 @@
-"""The shortest way to a hyperplane inside a box (Croce and Hein, "Minimally distorted Adversarial
-Examples with a Fast Adaptive Boundary Attack", ICML 2020, equation 4 and appendix B).
+"""The shortest step to a hyperplane inside a box.
 
-In Linf and L2 all coordinates set out together and stop where the box ends: the way is given by one
-number t, found by Newton's method. In L1 the steepest coordinates go first. Nothing is sorted but
-those few.
+In Linf and L2 all coordinates move together, and each stops where the box ends. One number t
+determines the step, and Newton's method finds it. In L1 the coordinates of largest slope move
+first, and only a few of them have to be sorted.
+
+Source: Croce and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary
+Attack" (ICML 2020), equation 4 and appendix B.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from torch.nn.functional import hardshrink, pad
 from pyadv.reference.projections import row_scale
 from pyadv.tensors import broadcastable, clip_to_box, finish, flatten, movable, per_row, widen
 
-_FLAT = 1e-18  # of the steepest slope; in float32 the squares of flatter ones vanish
+# Smaller slopes, relative to the largest of the row, count as 0: their squares vanish in float32.
+_FLAT = 1e-18
 _ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
-_SHORTEST = 1e-8  # way to a hyperplane, in the weights of the two ways
-_UNCHECKED = 8  # Newton steps between two looks at a GPU
+_SHORTEST = 1e-8  # lower bound of the two distances in the weights of their points
+_UNCHECKED = 8  # Newton steps between two reads of a value from a GPU
 
 
 def boundary_step(
@@ -36,7 +39,7 @@ def boundary_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """FAB's step in any norm. See `ops.linf_boundary_step`."""
+    """Take FAB's step in any norm. See `ops.linf_boundary_step`."""
     a, center = widen(x_adv), widen(x)
     if not a.numel():
         return finish(a, x_adv, active)
@@ -49,7 +52,7 @@ def boundary_step(
     values[1] += flatten((center - a) * w).sum(1)
     d = offset_to_hyperplane(points, w, values, norm, lo, hi)
     d_rows = d.reshape(2, len(a), -1)
-    furthest = d_rows.abs().amax(2, keepdim=True).clamp(min=1.0)  # whose square may overflow
+    furthest = d_rows.abs().amax(2, keepdim=True).clamp(min=1.0)  # squares may overflow
     ways = torch.linalg.vector_norm(d_rows / furthest, _ORDER[norm], dim=2) * furthest[..., 0]
     ways = ways.clamp(min=_SHORTEST)
     part = torch.minimum(per_row(ways[0] / ways.sum(0), a), broadcastable(share, a))
@@ -65,16 +68,15 @@ def offset_to_hyperplane(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
-    """For each row the d of least norm with <w, d> = -value and lo <= x + d <= hi.
+    """Return for each row the d of least norm with <w, d> = -value and lo <= x + d <= hi.
 
-    Where the box does not reach the hyperplane, d goes to the box's point nearest to it: all of the
-    room there is. Coordinates with w = 0 do not move, nor those where it is 1e18 times smaller than
-    elsewhere in the row.
+    If the hyperplane does not meet the box, x + d is the point of the box nearest to it.
+    Coordinates with w = 0, or with a w 1e18 times smaller than the largest of the row, do not move.
 
     Args:
-        x: (..., B, *shape) points; what lies outside the box moves only towards it.
+        x: (..., B, *shape) points; coordinates outside the box move only towards it.
         w: (B, *shape) finite normals, of any length.
-        value: (..., B) what the linear function is at x.
+        value: (..., B) values of the linear function at x.
         norm: "Linf", "L2" or "L1".
 
     Returns:
@@ -98,19 +100,19 @@ def offset_to_hyperplane(
 
 
 def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
-    """min(t speed, room) for the t at which the gains, sum slope min(t speed, room), reach `need`;
-    the speed is 1 in Linf, the slope in L2.
+    """Return min(t speed, room) for the t at which the gain, sum slope min(t speed, room), reaches
+    `need`; the speed is 1 in Linf, the slope in L2.
 
-    The gains are a concave, piecewise linear function of t, with a knot where a coordinate comes
-    to the end of its room. So Newton's steps from 0 never go too far, and end on the right piece:
-    after three or four of them on images, whose t is small against most knots.
+    The gain is a concave, piecewise linear function of t, with a knot where a coordinate reaches
+    the end of its room. So Newton's steps from 0 never go too far, and they end on the right piece.
+    On images three or four steps suffice, because t is smaller than most knots.
     """
     l2 = norm == "L2"
     knot, rate = (room / slope.clamp(min=_FLAT), slope * slope) if l2 else (room, slope)
     length, t = torch.zeros_like(room), torch.zeros_like(need)
     before = torch.full_like(need, torch.inf)
     for k in count():
-        # No `where` on rows: for a CPU it is slower than all the arithmetic here.
+        # On a CPU, `where` on whole rows would be slower than all the arithmetic here.
         free = (knot - t).sign_().clamp_(min=0)
         speed = free.mul_(rate).sum(-1, keepdim=True)
         unsettled = speed < before
@@ -123,8 +125,11 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
 
 
 def _greedy(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
-    """The steepest coordinates first, each to the end of its room, until `need` is reached: a few
-    are looked at, and more only if some row needs more."""
+    """Return the lengths that move coordinates in the order of their slopes, the largest first,
+    each to the end of its room, until `need` is reached.
+
+    A few coordinates are sorted first, and more only if some row needs more.
+    """
     n = room.shape[-1]
     slope = slope * torch.sign(room)
     everything = (slope * room).sum(-1, keepdim=True) <= need

@@ -1,5 +1,8 @@
-"""Projections onto norm balls around x and onto the box, in plain PyTorch. Functions of `pyadv.ops`
-of the same name have the same arguments; the tests hold the kernels against what stands here."""
+"""Projections onto norm balls around x and onto the box, in plain PyTorch.
+
+The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
+kernels with these functions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def linf_project(
     lo: float | Tensor | None = 0.0,
     hi: float | Tensor | None = 1.0,
 ) -> Tensor:
-    """min(max(x_adv, x - eps), x + eps), then the box."""
+    """Return min(max(x_adv, x - eps), x + eps), clipped to the box. See `ops.linf_project`."""
     return finish(linf_clip(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
 
 
@@ -28,7 +31,8 @@ def l2_project(
     hi: float | Tensor | None = 1.0,
     exact: bool = False,
 ) -> Tensor:
-    """Ball, then box; `exact=True`: the nearest point of their intersection."""
+    """Project onto the ball, then onto the box; with `exact=True` onto their intersection. See
+    `ops.l2_project`."""
     project = l2_box_clip if exact else l2_clip
     return finish(project(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
 
@@ -40,12 +44,12 @@ def l1_project(
     lo: float | Tensor | None = 0.0,
     hi: float | Tensor | None = 1.0,
 ) -> Tensor:
-    """The nearest point of the intersection of ball and box."""
+    """Return the nearest point of the intersection of ball and box. See `ops.l1_project`."""
     return finish(l1_box_clip(widen(x_adv), widen(x), eps, lo, hi), x_adv, None)
 
 
 def row_scale(t: Tensor) -> Tensor:
-    """The largest |entry| of each row as (B, 1, ...); 1 where it is 0 or not finite."""
+    """Return the largest |entry| of each row as (B, 1, ...); 1 where it is 0 or not finite."""
     if not t.numel():
         return per_row(t.new_ones(t.shape[:1]), t)
     largest = flatten(t).abs().amax(1)
@@ -54,7 +58,7 @@ def row_scale(t: Tensor) -> Tensor:
 
 
 def row_norm(t: Tensor) -> Tensor:
-    """L2 norms as (B, 1, ...), for entries of any size: no square under- or overflows."""
+    """Return L2 norms as (B, 1, ...). No square under- or overflows, whatever the entries' size."""
     scale = row_scale(t)
     return per_row(torch.linalg.vector_norm(flatten(t / scale), dim=1), t) * scale
 
@@ -88,10 +92,11 @@ def l2_box_clip(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
-    """x + t (v - x), clipped to the box, for the largest t <= 1 that stays in the ball.
+    """Return x + t (v - x), clipped to the box, for the largest t <= 1 that stays in the ball.
 
-    An entry is held by the box from t = room / |v - x| on. With the first j entries held, the
-    squared norm is (their rooms squared) + t^2 (the others squared): the ball gives t.
+    The box stops an entry at t = room / |v - x|. Once it has stopped the first j entries, the
+    squared norm is the sum of their squared rooms plus t^2 times the sum of the other squares;
+    setting it to eps^2 gives t.
     """
     if not v.numel():
         return v
@@ -115,11 +120,11 @@ def l1_box_clip(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
-    """x + sign(v - x) min(max(|v - x| - threshold, 0), room), whose L1 distance from x is eps.
+    """Return x + sign(v - x) min(max(|v - x| - threshold, 0), room), at L1 distance eps from x.
 
-    That distance, as a function of the threshold, is a sum of hinges: entry i comes in below
-    |d_i|, and stops growing below |d_i| - room_i. The knots are sorted, and the linear piece that
-    reaches eps is solved.
+    The distance is a piecewise linear function of the threshold. As the threshold falls, entry i
+    starts to count at |d_i| and stops growing at |d_i| - room_i. The knots are sorted, and the
+    threshold follows from the linear piece on which the distance is eps.
     """
     if not v.numel():
         return v
@@ -146,7 +151,7 @@ def _offset_and_room(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of |v - x|, of the room the box leaves on that side, and of eps; float64 for sums."""
+    """Return as float64 rows: |v - x|, the room that the box leaves on that side, and eps."""
     offset = v - x
     infinity = torch.full_like(x, torch.inf)
     above = infinity if hi is None else broadcastable(hi, x) - x

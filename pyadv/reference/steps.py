@@ -1,5 +1,8 @@
-"""Steps of projected-gradient attacks, in plain PyTorch. Functions of `pyadv.ops` of the same name
-have the same arguments; the tests hold the kernels against what stands here."""
+"""Steps of attacks, in plain PyTorch.
+
+The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
+kernels with these functions.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def linf_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """min(max(x_adv + alpha sign(grad), x - eps), x + eps), then the box. See `ops.linf_step`."""
+    """Return min(max(x_adv + alpha sign(grad), x - eps), x + eps), clipped to the box. See
+    `ops.linf_step`."""
     a, center = widen(x_adv), widen(x)
     moved = a + _signed(widen(grad), broadcastable(alpha, a))
     return finish(linf_clip(moved, center, eps, lo, hi), x_adv, active)
@@ -37,7 +41,8 @@ def l2_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """x_adv + alpha grad / ||grad||, then ball, then box. See `ops.l2_step`."""
+    """Return x_adv + alpha grad / ||grad||, projected onto the ball, then onto the box. See
+    `ops.l2_step`."""
     a, center = widen(x_adv), widen(x)
     moved = a + broadcastable(alpha, a) * _unit(widen(grad))
     return finish(l2_clip(moved, center, eps, lo, hi), x_adv, movable(grad, active))
@@ -54,7 +59,8 @@ def l1_step(
     active: Tensor | None = None,
     keep: float | Tensor = 0.2,
 ) -> Tensor:
-    """x_adv + alpha sign / count over the largest |grad|, then `l1_project`. See `ops.l1_step`."""
+    """Move the entries of largest |grad| by alpha sign / count, then apply `l1_project`. See
+    `ops.l1_step`."""
     a, g, center = widen(x_adv), widen(grad), widen(x)
     if not a.numel():
         return finish(a, x_adv, active)
@@ -76,7 +82,7 @@ def linf_momentum_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """APGD's update in the Linf ball. See `ops.linf_momentum_step`."""
+    """Take APGD's step in the Linf ball. See `ops.linf_momentum_step`."""
     a, center = widen(x_adv), widen(x)
     z = linf_clip(a + _signed(widen(grad), broadcastable(alpha, a)), center, eps, lo, hi)
     mixed = _mixed(a, z, widen(x_prev), momentum)
@@ -95,7 +101,7 @@ def l2_momentum_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """APGD's update in the L2 ball. See `ops.l2_momentum_step`."""
+    """Take APGD's step in the L2 ball. See `ops.l2_momentum_step`."""
     a, center = widen(x_adv), widen(x)
     z = l2_clip(a + broadcastable(alpha, a) * _unit(widen(grad)), center, eps, lo, hi)
     mixed = _mixed(a, z, widen(x_prev), momentum)
@@ -113,7 +119,7 @@ def linf_boundary_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """FAB's step. See `ops.linf_boundary_step`."""
+    """Take FAB's step in Linf. See `ops.linf_boundary_step`."""
     return boundary_step("Linf", x_adv, grad, x, value, share, overshoot, lo, hi, active)
 
 
@@ -128,7 +134,7 @@ def l2_boundary_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """The same in L2."""
+    """Take FAB's step in L2. See `ops.l2_boundary_step`."""
     return boundary_step("L2", x_adv, grad, x, value, share, overshoot, lo, hi, active)
 
 
@@ -143,7 +149,8 @@ def square_step(
     hi: float | Tensor | None = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    """x_best, with `linf_step` by 2 eps in one window of each row. See `ops.square_step`."""
+    """Return x_best after a `linf_step` of 2 eps in one window of each row. See
+    `ops.square_step`."""
     height, width = x.shape[2:]
     top = per_row((u[:, 0] * (height - side + 1)).long().clamp(0, height - side), x)
     left = per_row((u[:, 1] * (width - side + 1)).long().clamp(0, width - side), x)
@@ -155,7 +162,7 @@ def square_step(
 
 
 def keep_rows_(mask: Tensor, x: Tensor, grad: Tensor, x_best: Tensor, grad_best: Tensor) -> None:
-    """Where mask: x_best <- x, grad_best <- grad. See `ops.keep_rows_`."""
+    """Write x into x_best and grad into grad_best in the rows of the mask. See `ops.keep_rows_`."""
     x_best.copy_(torch.where(per_row(mask, x), x, x_best))
     grad_best.copy_(torch.where(per_row(mask, grad), grad, grad_best))
 
@@ -168,7 +175,7 @@ def keep_best_(
     x_best: Tensor,
     grad_best: Tensor | None,
 ) -> None:
-    """Where loss > loss_best: loss_best <- loss, x_best <- x, grad_best <- grad. See
+    """Write loss, x and grad into the best ones in rows where loss > loss_best. See
     `ops.keep_best_`."""
     better = loss > loss_best
     for new, best in ((loss, loss_best), (x, x_best), (grad, grad_best)):
@@ -177,20 +184,21 @@ def keep_best_(
 
 
 def _signed(g: Tensor, size: Tensor) -> Tensor:
-    """size sign(g); 0 for NaN."""
+    """Return size sign(g); 0 for NaN."""
     zero = torch.zeros_like(g)
     return torch.where(g > 0, size, torch.where(g < 0, -size, zero))
 
 
 def _unit(g: Tensor) -> Tensor:
-    """g / ||g|| for rows of any size, 0 for a row of zeros."""
+    """Return g / ||g|| for rows of any norm, and 0 for a row of zeros."""
     scaled = g / row_scale(g)
     norm = per_row(torch.linalg.vector_norm(flatten(scaled), dim=1), g)
     return torch.where(norm > 0, scaled / norm, torch.zeros_like(g))
 
 
 def _smallest_kept(g: Tensor, keep: float | Tensor) -> Tensor:
-    """The |g| of rank floor((1 - keep) n) from below, as (B, 1, ...); float32, as in AutoAttack."""
+    """Return the |g| of rank floor((1 - keep) n) in ascending order, as (B, 1, ...). The rank is
+    computed in float32, as in AutoAttack."""
     magnitude = flatten(g).abs()
     n = magnitude.shape[1]
     fraction = torch.as_tensor(keep, dtype=torch.float32, device=g.device).reshape(-1)

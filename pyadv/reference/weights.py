@@ -1,5 +1,8 @@
-"""Instance weights, in plain PyTorch. Functions of `pyadv.ops` of the same name have the same
-arguments; the tests hold the kernels against what stands here."""
+"""Instance weights, in plain PyTorch.
+
+The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
+kernels with these functions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def gairat_weights(
     slope: float | None = None,
     int_half: bool = False,
 ) -> Tensor:
-    """sigma(2 (lam + slope (1 - 2 kappa / K))), normalised. See `ops.gairat_weights`."""
+    """Return sigma(2 (lam + slope (1 - 2 kappa / K))), normalised. See `ops.gairat_weights`."""
     k = kappa.double()
     half = steps // 2 if int_half and steps > 1 else steps / 2
     a = torch.as_tensor(lam, dtype=k.dtype, device=k.device)
@@ -33,7 +36,7 @@ def gairat_weights(
 def mail_weights(
     margin: Tensor, slope: float | Tensor, bias: float | Tensor, normalize: str = "mean"
 ) -> Tensor:
-    """sigma(-slope (margin - bias)), normalised. See `ops.mail_weights`."""
+    """Return sigma(-slope (margin - bias)), normalised. See `ops.mail_weights`."""
     m = margin.detach().double()
     slope, bias = (torch.as_tensor(t, dtype=m.dtype, device=m.device) for t in (slope, bias))
     weights = torch.sigmoid(-slope * (m - bias))
@@ -43,7 +46,7 @@ def mail_weights(
 def probabilistic_margin(
     logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: str = "nat"
 ) -> Tensor:
-    """p_y less the largest other probability, or less p_y of another row. See
+    """Return p_y minus the largest other probability, or minus q_y. See
     `ops.probabilistic_margin`."""
     p, other = _softmax(logits), None if logits_adv is None else _softmax(logits_adv)
     if kind == "adv":
@@ -60,13 +63,13 @@ def probabilistic_margin(
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """NaN for a row that is not finite."""
+    """Return the softmax of each row, or NaN for a row that is not finite."""
     z = widen(logits.detach())
     return z.where(z.isfinite().all(1, keepdim=True), torch.nan).softmax(1)
 
 
 def _normalized(weights: Tensor, normalize: str) -> Tensor:
-    """Where all weights are 0, "mean" and "sum" take them to be equal."""
+    """Normalise the weights; "mean" and "sum" treat weights that are all 0 as equal."""
     if normalize in ("none", "x3"):
         return weights if normalize == "none" else 3.0 * weights
     total = weights.sum()

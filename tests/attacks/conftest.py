@@ -1,4 +1,4 @@
-"""What the comparisons with the authors' code share."""
+"""Fixtures of the comparisons with the authors' code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 
 @pytest.fixture
 def float64(monkeypatch):
-    """The authors' code rounds to float32 in places; here it does not."""
+    """Make float64 the default dtype, and keep the authors' code from rounding to float32 in
+    places."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -18,7 +19,7 @@ def float64(monkeypatch):
 
 @pytest.fixture
 def problem(float64):
-    """A smooth network, inputs, and the labels it gives them."""
+    """Return a smooth network, inputs, and the labels that it predicts for them."""
     torch.manual_seed(1)
     net = nn.Sequential(
         *(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 24), nn.Tanh()),

@@ -1,4 +1,4 @@
-"""AutoAttack: verdicts known in closed form, independence of batches, interruption, pass counts."""
+"""AutoAttack: verdicts in closed form, independence of batches, interruption, counts of passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHITE_BOX = ("apgd-ce", "apgd-t", "fab-t")
 
 
 class Images(RowLinear):
-    """A model of 3x4x4 images whose classes are nearer to each other than to the box's walls."""
+    """A model of 3x4x4 images whose decision boundaries are nearer than the walls of the box."""
 
     def __init__(self, classes: int = 3, seed: int = 0):
         super().__init__(48, classes, seed)
@@ -31,7 +31,7 @@ class Images(RowLinear):
         return x, torch.where(wrong, (y + 1) % len(self.weight), y)
 
     def distances(self, x, y, norm):
-        """Return distances to the nearest boundary; 0 where x is misclassified."""
+        """Return the distances to the nearest boundary; 0 where x is misclassified."""
         with torch.no_grad():
             z = self(x)
             gaps = z.gather(1, y[:, None]) - z
@@ -108,7 +108,7 @@ def test_members_against_the_package(norm, version):
         )
         steps = theirs.n_queries if name == "square" else theirs.n_iter
         assert attack.settings.steps == steps
-        # The authors' FAB-T sets its restarts to 1 when it runs.
+        # FAB-T of the authors sets its restarts to 1 when it runs.
         assert attack.restarts == (1 if name == "fab-t" else theirs.n_restarts)
         if name in ("apgd-t", "fab-t"):
             assert attack.targets == theirs.n_target_classes
@@ -158,12 +158,12 @@ def test_the_ledger_is_what_the_model_was_asked():
     counted = Counted(model)
     result = silent(counted, eps=eps, version="custom").run(x, y, batch_size=40)
     forward, backward = int(result.queries.sum()), int(result.gradients.sum())
-    # Rows leave once enough of them are done, so a few more pass through than needed.
+    # Rows leave only when enough of them are done, so a few more rows than necessary pass through.
     assert forward <= counted.forward_rows <= 1.1 * forward
     assert backward <= counted.backward_rows <= 1.1 * backward
     robust = result.correct.nonzero()[0]
     assert result.queries[robust, 0] == 1 and result.queries[robust, 1] == 102
-    # Later attacks never see what an earlier one broke.
+    # Later attacks do not get samples that an earlier one broke.
     by_first = (result.broken_by == 1).nonzero()[:, 0]
     assert len(by_first) and (result.queries[by_first, 2:] == 0).all()
     assert (result.queries[result.broken_by == 0, 1:] == 0).all()
@@ -194,11 +194,11 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     result = again.run(x, y, batch_size=5, state=state)
     for name in ("x_adv", "correct", "prediction", "broken_by", "queries", "gradients"):
         assert torch.equal(getattr(whole, name), getattr(result, name)), name
-    assert seen[0][0] == "apgd-ce"  # the state held the clean predictions
+    assert seen[0][0] == "apgd-ce"  # the state contained the clean predictions
     assert seen[0][2] == calls[0][2] - int((~(model(x).argmax(1) == y)).sum()) - calls[-1][1]
     seen.clear()
     assert torch.equal(again.run(x, y, state=state).x_adv, whole.x_adv)
-    assert not seen  # nothing is done twice
+    assert not seen  # no attack ran again
 
 
 def test_a_finished_state_costs_one_comparison(tmp_path):
@@ -208,7 +208,7 @@ def test_a_finished_state_costs_one_comparison(tmp_path):
     first = attack.run(x, y, state=tmp_path / "state.pt")
     before = model.forward_rows, model.backward_rows
     assert torch.equal(attack.run(x, y, state=tmp_path / "state.pt").x_adv, first.x_adv)
-    # Each sample is compared once; a few pass through to see which counters of the model move.
+    # Each sample is compared once, and a few samples find the counters that a pass changes.
     assert model.forward_rows - before[0] == 30 + 8
     assert model.backward_rows - before[1] == 8
 

@@ -1,4 +1,4 @@
-"""What every exported attack must do with awkward models and inputs."""
+"""Every exported attack handles awkward models and inputs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ every = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 
 
 def parameters(kind):
-    """Names of the settings of this kind of attack."""
+    """Return the names of the settings of this kind of attack."""
     names = set()
     for owner in (c for c in kind.__mro__ if "__init__" in vars(c)):
         own = inspect.signature(owner.__init__).parameters.values()
         names |= {p.name for p in own}
-        if all(p.kind is not p.VAR_KEYWORD for p in own):  # nothing goes on to the base
+        # no arguments are passed to the base class
+        if all(p.kind is not p.VAR_KEYWORD for p in own):
             break
     return names - ({"steps"} if kind is attacks.FGSM else set())
 
 
 def make(kind, model, **settings):
-    """A short attack of this kind; settings it does not have are left out."""
+    """Return a short attack of this kind, without the settings that it does not have."""
     short = {"steps": 3, "queries": 6, "eps": 0.1, "seed": 0}
     search = {"searches": 2, "lr": 0.3, "c": 10.0} if kind is attacks.CW else {}
     settings = {**short, **search, **settings}
@@ -80,7 +81,7 @@ def test_few_classes(kind, classes):
         x_adv = attack(x, y)
     except ValueError as refusal:
         assert "class" in str(refusal)
-    else:  # there is nothing to gain
+    else:  # with one class no point fools the model
         assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 

@@ -1,4 +1,5 @@
-"""FAB: the nearest point that fools the model. `test_fab_parity` has the authors' code."""
+"""FAB finds the nearest point that fools the model. `test_fab_parity` compares it with the authors'
+code."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pyadv.reference.hyperplane import offset_to_hyperplane
 
 P = {"Linf": math.inf, "L2": 2, "L1": 1}
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
-BARELY = 1 + 1e-9  # eta: just over the hyperplane
+BARELY = 1 + 1e-9  # an eta that goes just beyond the hyperplane
 
 norms = pytest.mark.parametrize("norm", P)
 attacks = pytest.mark.parametrize("attack", [FAB, TargetedFAB])
@@ -34,12 +35,13 @@ def problem(device):
     return net, x, net(x).argmax(1)
 
 
-# ---- the way to the hyperplane
+# ---- the step to the hyperplane
 
 
 def shortest(room, slope, need, norm):
-    """The least norm of lengths in [0, room] with <slope, length> = need, by other means."""
-    if norm == "L1":  # a vertex of the polytope: all but one coordinate at an end
+    """Return the least norm of lengths in [0, room] with <slope, length> = need, by another
+    method."""
+    if norm == "L1":  # at a vertex of the polytope all coordinates but one are at an end
         best = math.inf
         for i in range(len(room)):
             others = [j for j in range(len(room)) if j != i]
@@ -82,7 +84,8 @@ def test_offset_is_the_shortest(norm, box):
 @norms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_offset_on_awkward_rows(norm, dtype):
-    """Out of reach, on the plane, no normal, ties, no room, and normals of any length."""
+    """The rows: a plane out of reach, a point on the plane, a zero normal, a tie, a coordinate
+    without room, and a tiny normal."""
     x = torch.tensor([[0.25, 0.5], [0.25, 0.5], [0.25, 0.5], [0.5, 0.5], [1.0, 0.5], [0.5, 0.5]])
     w = torch.tensor([[1.0, -2.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1e-30, 2e-30]])
     value = torch.tensor([-50.0, 0.0, 3.0, 0.5, -0.25, 1e-30])
@@ -99,10 +102,10 @@ def test_offset_on_awkward_rows(norm, dtype):
 @norms
 @pytest.mark.parametrize("box", [(0.0, 1.0), (0.0, None)])
 def test_offset_in_float32_and_from_many_points(norm, box, device):
-    """The arithmetic of the input is enough; points share a normal; every need, every slope."""
+    """float32 suffices for points that share normals, with slopes and distances of many sizes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 40, 3, 16, 16, generator=generator).mul(1.5).sub(0.5).clamp(0, 1)
-    w = torch.randn(40, 3, 16, 16, generator=generator) ** 5  # steep and flat
+    w = torch.randn(40, 3, 16, 16, generator=generator) ** 5  # slopes of many sizes
     reach = torch.where(w > 0, x, 1 - x).mul(w.abs()).flatten(2).sum(2)
     value = reach * torch.linspace(0, 0.99, 40)
     x, w, value = x.to(device), w.to(device), value.to(device)
@@ -119,7 +122,8 @@ def test_offset_in_float32_and_from_many_points(norm, box, device):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_offset_with_a_knot_at_every_step(norm):
-    """Rooms and slopes in geometric series: each Newton step uses up few coordinates."""
+    """Rooms and slopes are geometric series, so that each Newton step stops only few
+    coordinates."""
     k = torch.arange(28).double()
     room, w = 4.0**k, 0.25**k
     value = 0.9 * (w * room).sum()
@@ -138,7 +142,7 @@ def test_offset_with_a_knot_at_every_step(norm):
 @attacks
 @pytest.mark.parametrize("classes", [2, 3, 12])
 def test_linear_distance(norm, attack, classes, device):
-    """|margin| / ||w||_q, to the nearest class."""
+    """The distance found is |margin| / ||w||_q of the nearest class."""
     net = RowLinear(30, classes, dtype=torch.float64).to(device)
     x = torch.rand(7, 30, dtype=torch.float64, device=device)
     z = net(x)
@@ -159,12 +163,12 @@ def test_linear_distance(norm, attack, classes, device):
 
 @norms
 def test_linear_distance_in_the_box(norm, device):
-    """The box binds: the nearest point is the exact projection of x."""
+    """The box binds, and the nearest point is the exact projection of x."""
     torch.manual_seed(1)
     x, w = torch.rand(9, 8).double().to(device), torch.randn(8).double().to(device)
     reach = torch.where(w > 0, 1 - x, x).mul(w.abs()).sum(1)
 
-    def model(v):  # class 0 until 80 % of what the box allows
+    def model(v):  # predicts class 0 up to 80 % of the way that the box allows
         value = (v - x).flatten(1) @ w - 0.8 * reach
         return torch.stack([-value, value], 1)
 
@@ -183,12 +187,12 @@ def test_finds_the_nearest_point(norm, attack, problem):
     result = attack(net, norm=norm, steps=30).run(x, y)
     assert isinstance(result, MinimumNormResult)
     assert not result.correct.any() and (net(result.x_adv).argmax(1) != y).all()
-    radius = 0.9 * result.distances  # a smaller ball is safe from a fixed-radius attack too
+    radius = 0.9 * result.distances  # an attack of fixed radius finds nothing in a smaller ball
     pgd = PGD(net, norm=norm, eps=radius, alpha=radius / 8, steps=100, loss="margin")
     assert pgd.run(x, y).correct.all()
 
 
-# ---- what comes back
+# ---- results
 
 
 def test_eps_decides_the_verdict_only(problem):
@@ -208,8 +212,12 @@ def test_eps_decides_the_verdict_only(problem):
 @attacks
 @pytest.mark.parametrize("compact", [True, False])
 def test_early_stop(norm, attack, compact, problem, monkeypatch):
-    """The same verdicts, the first point within eps, and every pass counted: 4 attempts at
-    three samples at a time, wrong at x, soon broken, later broken, and robust."""
+    """Early stop gives the same verdicts, stops at the first point within eps and counts every
+    pass.
+
+    Batches hold 4 attempts at three samples. Some samples are wrong at x, some are broken soon,
+    some later, and some are robust.
+    """
     monkeypatch.setattr(sys.modules[FAB.__module__], "_CPU_ROWS", 12)
     net, x, y = problem
     y = y.clone()
@@ -285,7 +293,7 @@ def test_cost(problem, restarts):
 def test_restarts_are_keyed_and_leave_plateaus(norm, attack, problem):
     _, x, y = problem
 
-    def model(v):  # flat around x
+    def model(v):  # constant around x
         way = (v - x.repeat(len(v) // len(x), 1, 1, 1)).flatten(1).abs().mean(1)
         return torch.stack([torch.ones_like(way), 40 * (way - 0.02).relu()], 1)
 
@@ -366,7 +374,8 @@ def test_functions(problem):
 
 @pytest.mark.parametrize("width", [0.1, 255.0])
 def test_other_boxes(width, problem):
-    """Distances are in units of x; restarts without an eps know the width of the box."""
+    """Distances are in units of x, and the radius of restarts without an eps scales with the
+    box."""
     net, x, y = problem
     expected = FAB(net, steps=8, restarts=2, seed=0).run(x, y, ids=y).distances
     attack = FAB(lambda v: net(v / width), lo=0.0, hi=width, steps=8, restarts=2, seed=0)

@@ -1,4 +1,4 @@
-"""FAB against the authors' code, iterate for iterate, in float64 from x."""
+"""FAB takes the same iterates as the authors' code, in float64 from x."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_iterates(norm, targeted, problem):
 @pytest.mark.parametrize("norm", EPS)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_verdicts(norm, targeted, problem):
-    """All targets, and a sample that is wrong from the start."""
+    """Verdicts agree for all targets, and for a sample that is misclassified from the start."""
     net, x, y = problem
     y[1] = (y[1] + 1) % 6
     attack = official.FABAttack_PT(

@@ -75,7 +75,7 @@ def test_mifgsm_without_memory_is_pgd(net, batch):
 
 
 def test_mifgsm_recovers_from_a_flat_step(batch):
-    """A gradient of zeros or infinities must not leave NaN in the momentum."""
+    """A gradient of zeros or infinities leaves no NaN in the momentum."""
     x, y = batch
     inner = RowLinear(75, classes=4).to(x.device)
     calls = []

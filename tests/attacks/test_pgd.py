@@ -1,4 +1,4 @@
-"""PGD: known optima, what it leaves behind, what it refuses."""
+"""PGD: known optima, side effects, refused arguments."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ DUAL = {"Linf": 1, "L2": 2, "L1": torch.inf}
 @pytest.mark.parametrize("norm", DUAL)
 @pytest.mark.parametrize("loss", ["ce", "margin", "slm"])
 def test_linear_optimum_without_a_box(norm, loss, device):
-    """On two linear classes the worst point lowers the margin by eps ||w||_q, q dual to the
-    norm."""
+    """With two linear classes the worst point lowers the margin by eps ||w||_q, where q is dual to
+    the norm."""
     x, y = linear_batch(device)
     model = RowLinear(40, classes=2).to(device)
     eps, keep = 0.3, 1 / 40
@@ -75,7 +75,8 @@ def test_one_step_from_x_is_fgsm(net, batch):
 
 
 def test_same_iterates_as_the_plain_loop(net, batch):
-    """grad_mode="autograd" from the generator's own start: the loop everybody writes by hand."""
+    """grad_mode="autograd" with a start from the generator gives the iterates of a hand-written
+    loop."""
     x, y = batch
     net.eval()
     torch.manual_seed(5)
@@ -115,7 +116,7 @@ def test_start_fills_the_ball_uniformly(norm, start, device):
     scipy_stats = pytest.importorskip("scipy.stats")
     n, eps = 12, 0.25
     x = torch.full((4000, n), 0.5, device=device, dtype=torch.float64)
-    x += 1e-9 * torch.arange(4000, device=device)[:, None]  # ids of their own
+    x += 1e-9 * torch.arange(4000, device=device)[:, None]  # each row gets its own id
     y = torch.zeros(4000, dtype=torch.int64, device=device)
     model = RowLinear(n, dtype=torch.float64).to(device)
     x_adv = PGD(model, norm=norm, eps=eps, steps=0, start=start, lo=None, hi=None)(x, y)
@@ -260,7 +261,7 @@ def test_draws_and_seeds(net, batch):
     assert not torch.equal(first, PGD(net, seed=2, **settings)(x, y))
     ids = torch.arange(6, device=x.device)
     noise = [PGD(net, seed=1, lo=None, hi=None, **settings)(v, y, ids) - v for v in (x, 0.9 * x)]
-    torch.testing.assert_close(*noise, atol=1e-6, rtol=0)  # by id, not by the values of x
+    torch.testing.assert_close(*noise, atol=1e-6, rtol=0)  # the noise depends on the id, not on x
     assert torch.equal(pgd(net, x, y, seed=1, **settings), first)
 
 
@@ -353,7 +354,7 @@ def test_callable_loss(net, batch):
 
 
 def test_attacks_confident_samples_too(device):
-    """Rivals' cross-entropy gradient points the wrong way above a logit margin of about 17."""
+    """The plain cross-entropy gradient points the wrong way above a logit margin of about 17."""
     x, y = linear_batch(device)
     model = RowLinear(40, classes=2).to(device)
     w = model.weight.detach()
@@ -424,9 +425,10 @@ def test_under_autocast(net, batch):
 
 
 def test_passes_without_gradients_may_write_into_their_input(net, batch):
-    """As `x.sub_(mean)` does; with gradients autograd refuses it."""
+    """`x.sub_(mean)` in a model works in passes without gradients; with gradients autograd refuses
+    it."""
     x, y = batch
-    net.eval()  # which an attack on a function cannot do
+    net.eval()  # an attack on a function cannot set modes
 
     def shifting(v):
         if v.requires_grad:
@@ -512,8 +514,10 @@ class TestRefuses:
 
 
 class Scripted(nn.Module):
-    """Classifies sample i as its label exactly where script[i][k] is 1 at the k-th forward pass of
-    that sample; the sample's number is its first element, which an eps of 0 keeps."""
+    """A model that classifies sample i correctly at its k-th forward pass if script[i][k] is 1.
+
+    The first element of a sample gives its number, which an eps of 0 preserves.
+    """
 
     def __init__(self, script):
         super().__init__()
@@ -529,12 +533,12 @@ class Scripted(nn.Module):
 
 
 SCRIPT = [
-    [1, 1, 0, 1, 1, 1],  # flips back
+    [1, 1, 0, 1, 1, 1],  # correct again after it was fooled
     [1, 1, 1, 1, 1, 1],  # never fooled
     [0, 0, 0, 0, 0, 0],  # fooled at once
     [1, 0, 1, 0, 1, 0],
 ]
-# For each tau: (kappa, steps taken) of the four samples over K = 6 iterates.
+# kappa and steps of the four samples for K = 6, by tau.
 FRIENDLY = {
     0: ([2, 6, 0, 1], [2, 6, 0, 1]),
     1: ([5, 6, 0, 2], [6, 6, 1, 3]),
@@ -585,7 +589,7 @@ def test_friendly_returns_the_first_fooled_iterate(batch):
     result = FriendlyPGD(model, tau=0, eps=0.3, alpha=0.02, steps=30, start="none").run(x, y)
     assert not result.correct.any()
     assert torch.equal(result.steps, result.kappa)
-    for i in range(6):  # one step less does not fool it
+    for i in range(6):  # one step fewer does not fool the model
         before = PGD(model, eps=0.3, alpha=0.02, steps=int(result.steps[i]) - 1, start="none")
         assert before.run(x[i : i + 1], y[i : i + 1]).correct.all()
 
@@ -611,9 +615,9 @@ def test_friendly_refuses_another_result():
 
 class TestBest:
     def test_highest_loss_of_all_iterates(self, net, batch):
-        """The last one counts, and no step is lost for looking at it."""
+        """The last iterate counts, and judging it takes no step away."""
         x, y = batch
-        settings = dict(eps=0.2, alpha=0.15, start="none")  # steps that overshoot
+        settings = dict(eps=0.2, alpha=0.15, start="none")  # these steps overshoot
         result = PGD(net, steps=5, best="loss", **settings).run(x, y)
         losses = torch.stack([PGD(net, steps=k, **settings).run(x, y).loss for k in range(6)])
         torch.testing.assert_close(result.loss, losses.amax(0))
@@ -681,14 +685,15 @@ class TestPGDPlus:
 
         result = PGDPlus(model, eps=0.3, steps=30, seed=0, compact=True).run(x, y)
         assert not result.correct.any()
-        assert sizes[0] == 30 and min(sizes) % 5 == 0 and sizes[-1] == 30  # the judge's
+        # the last pass gives the verdict
+        assert sizes[0] == 30 and min(sizes) % 5 == 0 and sizes[-1] == 30
         masked = PGDPlus(inner, eps=0.3, steps=30, seed=0, compact=False).run(x, y)
         assert torch.equal(masked.x_adv, result.x_adv)
         assert torch.equal(masked.queries, result.queries)
 
 
 class Noisy(nn.Module):
-    """Adds noise of its own to the logits."""
+    """A model that adds random noise to the logits."""
 
     def __init__(self, inner, size):
         super().__init__()
@@ -715,12 +720,12 @@ def test_eot_averages_gradients(batch):
 
 def test_a_start_of_the_callers_own_is_taken_as_it_is(net, batch):
     x, y = batch
-    begin = x + 0.5  # neither in the ball nor in the box
+    begin = x + 0.5  # outside the ball and the box
     none = PGD(net, steps=0, start=lambda x: begin)(x, y)
     assert torch.equal(none, begin) and none.data_ptr() != begin.data_ptr()
     before = begin.clone()
     x_adv = PGD(net, eps=0.1, steps=2, start=lambda x: begin)(x, y)
-    assert torch.equal(begin, before)  # steps are in place, on a copy
+    assert torch.equal(begin, before)  # steps are taken in place on a copy
     assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6
     with pytest.raises(ValueError, match=r"start must return the shape of x, .* got \[1"):
         PGD(net, start=lambda x: x[:1])(x, y)
@@ -730,7 +735,7 @@ def test_attacks_the_module_inside_compiled_and_parallel_wrappers(net):
     from pyadv.passes.borrow import unwrap
 
     parallel = nn.DataParallel(net)
-    compiled = torch.compile(parallel)  # nothing is compiled before the first call
+    compiled = torch.compile(parallel)  # torch.compile compiles at the first call
     plain = torch.compile(net)
     assert unwrap(parallel) is net and unwrap(compiled) is net
     assert unwrap(plain) is plain and unwrap(net) is net

@@ -1,4 +1,5 @@
-"""Square: what it finds without gradients. `test_square_parity` has the authors' code."""
+"""Square finds adversarial examples without gradients. `test_square_parity` compares it with the
+authors' code."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ P = {"Linf": torch.inf, "L2": 2, "L1": 1}
 
 
 class RowMLP(nn.Module):
-    """Rows by themselves, whatever the batch."""
+    """An MLP that computes each row independently of the batch."""
 
     def __init__(self, n, classes=4, dtype=torch.float32):
         super().__init__()
@@ -37,7 +38,8 @@ def batch(device):
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 3, 5)])
 def test_linear_optimum(shape, device):
-    """Every pixel finds the side of the ball that lowers the margin, also against the box."""
+    """Every pixel moves to the side of the ball that lowers the margin, also where the box
+    binds."""
     torch.manual_seed(0)
     x = torch.rand(5, *shape, device=device)
     w = torch.randn(x[0].numel(), device=device)
@@ -88,7 +90,7 @@ def test_asks_for_no_gradient(batch):
 
 
 def test_sees_through_a_vanishing_gradient(batch):
-    """Rounded inputs have no gradient: PGD is blind, Square is not."""
+    """A model that rounds its input has no gradient: PGD fails on it, Square does not."""
     model, x, y = batch
 
     def rounded(v):
@@ -135,7 +137,7 @@ def test_images_of_any_size(norm, shape, draws, device):
     assert result.x_adv.isfinite().all()
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
     distance = torch.linalg.vector_norm((result.x_adv - x).flatten(1).double(), P[norm], dim=1)
-    assert (distance <= 0.05 + 1e-7 * n).all()  # each element of x_adv is rounded
+    assert (distance <= 0.05 + 1e-7 * n).all()  # every element of x_adv has a rounding error
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -1,4 +1,4 @@
-"""Square against the authors' code, query for query, in float64 with their shared draws."""
+"""Square makes the same queries as the authors' code, in float64 with their draws for the batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_proposals(norm, shape):
     got = ours.run(x, y)
     broken = net(expected).argmax(1) != y
     assert torch.equal(~got.correct, broken) and 0 < broken.sum() < 12
-    # In L2 what a sample is short of eps is the root of a difference of squares, so of rounding.
+    # In L2 the unused budget is the root of a difference of squares, which amplifies rounding.
     atol = 1e-5 if norm == "L2" else 1e-9
     torch.testing.assert_close(got.x_adv, expected, atol=atol, rtol=0)
-    assert len(model.inputs) == len(theirs) + 1  # the judge's
+    assert len(model.inputs) == len(theirs) + 1  # one pass more gives the verdict

@@ -1,4 +1,4 @@
-"""to_uint8: on the grid, and not outside the ball."""
+"""to_uint8 rounds to the grid and stays within the ball."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def test_stays_in_the_ball(norm, eps, dtype, images):
 
 
 def test_truncation_would_leave_the_ball(images):
-    """The export of other libraries: 9 levels for eps = 8 / 255."""
+    """Truncation, as other libraries do it, moves by 9 levels for eps = 8 / 255; to_uint8 does
+    not."""
     x = images.float() / 255
     x_adv = (x - 8 / 255).clamp(0, 1) - 1e-8 * (x > 0.1)
     assert distance((255 * x_adv).byte(), images, "Linf").max() == 9
@@ -43,7 +44,8 @@ def test_truncation_would_leave_the_ball(images):
 def test_clean_images_come_back(images):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = images.to(dtype) / 255
-        if dtype == torch.bfloat16:  # too coarse for 256 levels: equal to its own rounding
+        # bfloat16 cannot hold 256 levels, so the result equals its own rounding
+        if dtype == torch.bfloat16:
             assert torch.equal(to_uint8(x, x, 0.0), (255 * x.double()).round().byte())
         else:
             assert torch.equal(to_uint8(x, x, 0.0), images)

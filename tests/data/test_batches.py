@@ -54,7 +54,7 @@ def test_processes_share_each_batch() -> None:
     for step, (a, b) in enumerate(zip(*ranks, strict=True)):
         assert len(a[2]) == len(b[2]) and not set(a[2].tolist()) & set(b[2].tolist())
         union = set(a[2].tolist()) | set(b[2].tolist())
-        assert union == alone[step] if step < 5 else union < alone[step]  # 3 samples, cut to 2
+        assert union == alone[step] if step < 5 else union < alone[step]  # 3 samples are cut to 2
 
 
 def test_a_last_batch_too_small_for_the_processes_is_dropped() -> None:
@@ -91,7 +91,7 @@ def test_crop_and_flip_against_slices() -> None:
 
 
 def test_every_offset_and_flip_occurs() -> None:
-    """The border that enters a white image shows its offset."""
+    """The border of a shifted white image shows its offset, and every offset and flip occurs."""
     b = Batches(torch.ones(2000, 1, 9, 9), torch.zeros(2000).long(), 2000, augment=True)
     x = next(iter(b.epoch(1)))[0]
     rows, cols = x.amax(3).sum(2).flatten(), x.amax(2).sum(2).flatten()

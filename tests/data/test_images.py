@@ -1,4 +1,4 @@
-"""ImageData refuses invalid data, and pixels get one layout."""
+"""ImageData refuses invalid data and converts pixels to one layout."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pyadv.data import load
 from pyadv.data.make_embedded import SIZES, TARGET, make
 from pyadv.data.sources import read_idx
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # the folder of the Debian package
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -52,7 +52,7 @@ def test_embedded_set_is_made_by_its_script(tmp_path: Path) -> None:
         (tmp_path / f"{stem}.gz").write_bytes((FASHION / f"{stem}.gz").read_bytes())
     full = read_idx(FASHION / "t10k-images-idx3-ubyte.gz")
     assert torch.equal(read_idx(TARGET / "t10k-images-idx3-ubyte.xz"), full[: SIZES["test"]])
-    for stem in ("train", "t10k"):  # few images: compressing them all takes seconds
+    for stem in ("train", "t10k"):  # few images, because compressing all of them takes seconds
         small = gzip.compress(idx(np.zeros((5, 2, 2))))
         (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(small)
     made = make(tmp_path, tmp_path / "out")
@@ -194,7 +194,8 @@ HUGE = 2**62
 def test_labels_that_are_no_class_numbers(
     tmp_path: Path, split: bool, largest: int, dtype: type, message: str
 ) -> None:
-    """Class names up to 2^62 would fill the memory."""
+    """Labels that are not class numbers are refused: class names up to 2^62 would fill the
+    memory."""
     x, y = np.zeros((10, 4, 4), np.uint8), np.array([0, 1, 2, 3, 4] * 2, dtype)
     y[0] = largest
     arrays = {"x_train": x, "y_train": y, "x_test": x[:2], "y_test": y[1:3]}
@@ -263,7 +264,7 @@ def test_damaged_npz_files(tmp_path: Path) -> None:
 def test_npz_with_a_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (10, 6, 7, 3), dtype=np.uint8)
-    y = rng.integers(0, 4, (10, 1))  # as Keras stores CIFAR labels
+    y = rng.integers(0, 4, (10, 1))  # the shape in which Keras stores CIFAR labels
     np.savez(tmp_path / "a.npz", x_train=x[:6], y_train=y[:6], x_test=x[6:], y_test=y[6:])
     data = load(tmp_path / "a.npz")
     assert data.name == "a" and data.shape == (3, 6, 7)
@@ -319,7 +320,7 @@ def test_torchvision_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchvision_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's classes have two conventions; these have the same form."""
+    """torchvision's data sets have two kinds of arguments; the stand-ins have the same two."""
 
     class CIFAR10:
         classes = ("plane", "car")

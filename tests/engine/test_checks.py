@@ -1,4 +1,4 @@
-"""What attacks refuse, and with which words."""
+"""Attacks refuse invalid arguments with a clear message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Released rows leave the batch: the result is that of the masked attack, whenever a GPU's count of
-them arrives. The counts are late on the CPU here, as they are on a card."""
+"""Compaction: released rows leave the batch, and the result is that of the masked attack.
+
+The tests delay the counts of active rows on the CPU, as a GPU does.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def problem():
 
 
 def late(monkeypatch, lag):
-    """Counts arrive when they have been asked for `lag` times in vain."""
+    """Delay each count until it has been asked for `lag` times."""
 
     def sent(count):
         vain = iter(range(lag))
@@ -61,7 +63,7 @@ def test_a_late_count_saves_passes_in_few_sizes(monkeypatch):
     assert all(n % (B // 8) == 0 for n in sizes)
     seen = Recorded(model)
     FriendlyPGD(seen, steps=40, eps=1.0, alpha=0.5, seed=0, compact=True)(x, y)
-    assert len(seen.inputs) < 12  # all have left, which is heard of a few steps later
+    assert len(seen.inputs) < 12  # all rows have left, and the count arrives a few steps later
 
 
 def test_remaining(monkeypatch):
@@ -69,8 +71,9 @@ def test_remaining(monkeypatch):
     assert Remaining(active)(active) == 13
     late(monkeypatch, 1)
     remaining = Remaining(active)
-    assert [remaining(active) for _ in range(4)] == [None, None, 15, None]  # of 20, by threes
-    assert remaining(active[:14]) == 14  # never more than there are
+    # 20 rows shrink by eighths, which are 3 rows here
+    assert [remaining(active) for _ in range(4)] == [None, None, 15, None]
+    assert remaining(active[:14]) == 14  # at most the rows in the batch
     assert torch.equal(first_active(active.flip(0), 14), torch.tensor([*range(7, 20), 0]))
 
 
@@ -80,7 +83,7 @@ def test_when_a_gpu_compacts():
         x = torch.empty(2, 4, device="meta")
         return may_compact(RowLinear(4), x, attack.settings, attack.graphs.mode)
 
-    assert not asks(steps=10) and asks(steps=100)  # the short one is recorded
+    assert not asks(steps=10) and asks(steps=100)  # the short attack is recorded instead
     assert asks(steps=10, graph=False) and asks(steps=10, compact=True)
     assert not asks(steps=100, compact=False) and not asks(steps=100, graph=True)
     assert Graphs().mode == "auto"

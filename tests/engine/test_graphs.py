@@ -1,5 +1,8 @@
-"""`graph="auto"`: a replay gives what the steps give. On the CPU a stand-in records them, so that
-all around a recording is tested; the tests marked `cuda` record real graphs."""
+"""`graph="auto"`: a replay gives the result of the eager steps.
+
+On the CPU a stand-in replaces the recorder, so that everything around a recording is tested. The
+tests marked `cuda` record CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from tests.networks import ConvNet
 
 
 class Replayer:
-    """Records by keeping the work, and replays by doing it again into the same result."""
+    """A recorder that keeps the work and replays it by running it again into the same result."""
 
     waits = False
 
@@ -56,14 +59,15 @@ class Replayer:
 
 @pytest.fixture
 def replayer(monkeypatch):
-    """The stand-in, which serves the CPU for the time of a test."""
+    """Return the stand-in, which is the recorder of the CPU during a test."""
     found = Replayer("cpu")
     monkeypatch.setitem(record.RECORDERS, "cpu", lambda device: found)
     monkeypatch.setattr(record, "_recorders", {})
     return found
 
 
-FREE = {"validate": False, "compact": False, "seed": 0}  # without what reads values
+# settings under which no step reads a value
+FREE = {"validate": False, "compact": False, "seed": 0}
 
 
 def batch(n=4, seed=0, device="cpu"):
@@ -108,7 +112,11 @@ every = pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS)
 
 
 def agree(make, device="cpu", model=None, form=lambda x: x):
-    """Batches, labels, noise and weights change from call to call; radii once."""
+    """Compare graphed with eager attacks, return the graphs, and change inputs and weights each
+    time.
+
+    Radii change once.
+    """
     model = model or network(device)
     more = {**FREE, "on": device} if make is ATTACKS["L2, per sample"] else FREE
     plain, graphed = make(graph=False, **more), make(graph="auto", **more)
@@ -138,7 +146,8 @@ def agree(make, device="cpu", model=None, form=lambda x: x):
 def test_a_replay_gives_what_the_steps_give(make, replayer):
     graphs = agree(make)
     assert graphs.why is None
-    assert graphs.replayed >= 4 * graphs.recorded > 0  # all calls but the first two of a kind
+    # every call but the first two of a kind is a replay
+    assert graphs.replayed >= 4 * graphs.recorded > 0
     assert replayer.log == ["begin", "replay", "end"] * graphs.replayed
 
 
@@ -155,7 +164,7 @@ def plain(attack, model, x, y):
 
 
 class Scaled(nn.Module):
-    """With what a forward pass may read besides parameters."""
+    """A model that reads attributes and buffers besides its parameters."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +209,7 @@ def test_what_is_not_as_it_was_is_recorded_anew(change, replayer):
 def test_other_settings_shapes_and_arithmetic_are_recorded_anew(replayer):
     model, attack = network(), PGD(steps=2, **FREE)
     calls(attack, model, 0, 1, 2)
-    calls(attack, model, 3, n=3)  # a last, smaller batch
+    calls(attack, model, 3, n=3)  # a smaller last batch
     assert attack.graphs.replayed == 1 and "first of its kind" in attack.graphs.why
     calls(attack, model, 4)
     assert attack.graphs.replayed == 2
@@ -297,7 +306,7 @@ def test_obstacles(why, replayer):
         attack.perturb(x, y, model=model)
     assert why in attack.graphs.why and not attack.graphs.recorded
     sure = PGD(graph=True, **{**FREE, "steps": 2, **settings})
-    if why in ("callable", "more than 200"):  # asked for, it is done
+    if why in ("callable", "more than 200"):  # graph=True records it anyway
         for _ in range(3):
             expected = attack.perturb(x, y, model=model, draw=0)
             same(sure.perturb(x, y, model=model, draw=0), expected)
@@ -321,7 +330,7 @@ def test_where_there_are_no_graphs():
 def test_recordings_end_with_the_model(replayer, monkeypatch):
     monkeypatch.setattr(replayer, "record", lambda work: (lambda: None, work()))
     model, attack = network(), PGD(steps=2, **FREE)
-    model.act = model.forward  # as wrappers keep it
+    model.act = model.forward  # as some wrappers store it
     for seed in (0, 1, 2):
         attack.perturb(*batch(seed=seed), model=model)
     assert attack.graphs.replayed == 1
@@ -382,7 +391,7 @@ def test_threads_take_turns(replayer):
 
 
 def test_what_is_asked_of_cuda(monkeypatch):
-    """In which order, and what is put right after a recording that CUDA refuses."""
+    """The recorder calls CUDA in this order and restores its state after a recording that fails."""
     log, generator = [], Mock()
 
     class Graph:
@@ -412,7 +421,8 @@ def test_what_is_asked_of_cuda(monkeypatch):
     recorder = record.CudaRecorder(torch.device("cuda", 0))
     replay, result = recorder.record(lambda: log.append("work") or 5)
     replay()
-    recorder.record(lambda: None)  # while the first one lives, in its pool
+    # the second recording uses the pool of the first while that exists
+    recorder.record(lambda: None)
     first, second = (("begin", pool, "thread_local") for pool in ("new", "shared"))
     assert log == [first, "work", "end", "replay", second, "end"] and result == 5
     Graph.refused = True
@@ -422,7 +432,7 @@ def test_what_is_asked_of_cuda(monkeypatch):
     record._failed.clear()
 
 
-# On a card.
+# Tests on a GPU.
 
 
 @pytest.fixture
@@ -489,7 +499,7 @@ def wait(self, x):
 
 
 def refuse(self, x):
-    torch.cuda.synchronize()  # PyTorch's watch does not see this, and CUDA ends the recording
+    torch.cuda.synchronize()  # PyTorch does not notice this wait, and CUDA ends the recording
     return 0
 
 
@@ -502,7 +512,7 @@ def test_a_model_that_cannot_be_recorded_on_a_card(act, repeatable):
         x, y = batch(seed=seed, device="cuda")
         same(attack.perturb(x, y, model=model, draw=0), plain(attack, model, x, y))
     assert attack.graphs.why and not attack.graphs.recorded
-    # PyTorch works on, and records again.
+    # PyTorch still works and can record again.
     state = torch.cuda.get_rng_state()
     drawn = torch.rand(5, device="cuda")
     torch.cuda.set_rng_state(state)
@@ -530,7 +540,7 @@ def test_recordings_share_memory_but_not_results(repeatable):
 
 
 def held():
-    """Bytes of tensors on the card, without the workspaces of cuBLAS, one for each stream."""
+    """Return the bytes of tensors on the GPU, without the workspaces of cuBLAS (one per stream)."""
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()

@@ -1,4 +1,4 @@
-"""Logits of +-inf: a class at -inf is out of play, a row with NaN or +inf has no answer."""
+"""Infinite logits: a class at -inf is out of play, and a row with NaN or +inf has no answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyadv.attacks import PGD
 from pyadv.engine.attack import Attack
 from pyadv.engine.losses import Loss, ranked_targets
 
-KEPT = torch.tensor([1, 2, 4, 5])  # of seven classes
+KEPT = torch.tensor([1, 2, 4, 5])  # classes in play, out of seven
 CLASSES = [
     value
     for value in vars(attacks).values()
@@ -24,7 +24,7 @@ CLASSES = [
 
 
 class Masked(nn.Module):
-    """Seven classes, three of which are at -inf."""
+    """A model with seven classes, three of which are at -inf."""
 
     def __init__(self, model):
         super().__init__()
@@ -37,11 +37,13 @@ class Masked(nn.Module):
 
 
 def problem(n=60, flips=6):
-    """A linear model of four classes, images, and its predictions with a few wrong labels."""
+    """Return a linear model of four classes, images, and its predictions with a few wrong
+    labels."""
     torch.manual_seed(3)
     model, x = RowLinear(27, classes=4), torch.rand(n, 3, 3, 3)
     with torch.no_grad():
-        model.weight -= model.weight.mean(1, keepdim=True)  # so that all classes are predicted
+        # so that every class is predicted for some image
+        model.weight -= model.weight.mean(1, keepdim=True)
         y = model(x).argmax(1)
     y[:flips] = (y[:flips] + 1) % 4
     return model, x, y
@@ -104,7 +106,8 @@ def test_evaluate_gives_a_masked_model_its_accuracy(attack):
 
 
 def test_overflow_to_minus_infinity_keeps_the_verdicts():
-    """In float16 the losing classes of a model with large logits are -inf."""
+    """Verdicts do not change if large logits overflow in float16, which puts other classes at
+    -inf."""
     model, x, y = problem()
 
     def overflows(x):
@@ -120,7 +123,7 @@ def test_overflow_to_minus_infinity_keeps_the_verdicts():
 
 
 class Overflow(nn.Module):
-    """Class 0 is +inf (or NaN) for inputs whose mean is above a limit."""
+    """A model whose logit of class 0 is +inf (or NaN) for inputs with a mean above a limit."""
 
     def __init__(self, model, limit, value=math.inf):
         super().__init__()
@@ -135,7 +138,7 @@ class Overflow(nn.Module):
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_clean_logits_without_an_answer_are_an_error(value):
     model, x, y = problem()
-    limit = x.flatten(1).mean(1).sort().values[-6]  # five samples are above it
+    limit = x.flatten(1).mean(1).sort().values[-6]  # five samples exceed it
     broken = Overflow(model, limit, value)
     with pytest.raises(ValueError, match="no NaN, no .inf.* but 5 of 60 samples"):
         PGD(broken, start="none").run(x, y)
@@ -180,8 +183,8 @@ def test_autograd_follows_the_rules_of_the_op(loss, targeted):
     z = torch.randn(7, 5)
     y = torch.full((7,), 2)
     z[1, 0] = -math.inf
-    z[2, 2] = -math.inf  # the label
-    z[3], z[3, 2] = -math.inf, 0.5  # all but the label
+    z[2, 2] = -math.inf  # the label is out of play
+    z[3], z[3, 2] = -math.inf, 0.5  # all classes but the label are out of play
     z[4, 1], z[5, 1], z[6] = math.nan, math.inf, -math.inf
     natural = torch.randn(7, 5)
     natural[1, 0] = natural[3, [0, 1, 3, 4]] = -math.inf

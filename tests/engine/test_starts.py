@@ -1,4 +1,4 @@
-"""First iterates: finite for every draw, inside ball and box, with the documented distributions."""
+"""Starts are finite for every draw, lie in ball and box, and have the documented distributions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyadv import ops
 from pyadv.attacks import PGD
 from pyadv.engine.starts import GeneratorNoise, Noise, laplace, start, start_on_sphere
 
-# With seed 0, draw 0 and this id, element 139 of the first draw is exactly 0.
+# With this id, seed 0 and draw 0, element 139 of the first draw is exactly 0.
 ZERO_ID, ZERO_ELEMENT = 34651, 139
 NORMS = ("Linf", "L2", "L1")
 
@@ -46,7 +46,8 @@ def test_starts_are_finite_at_the_ends_of_the_uniform(norm, value, dtype, monkey
 
 @pytest.mark.parametrize("kind", ["keyed", "generator"])
 def test_laplace_noise_of_ten_million_draws(kind):
-    """All values are finite, and mean, mean magnitude, variance and tail are as they should be."""
+    """All values are finite; mean, mean magnitude, variance and tail are those of the
+    distribution."""
     slices, n = 10, 10**6
     like = torch.empty(100, n // 100)
     total = torch.zeros(4, dtype=torch.float64)

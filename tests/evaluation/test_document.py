@@ -71,7 +71,7 @@ def test_an_interrupted_suite_goes_on(problem, tmp_path: Path) -> None:
     document = run_suite("pgdplus", net, x, y, **settings)
     assert "PGD+" not in again and "2 steps" not in again and "50 steps" in again
     assert document.to_dict() == {**whole.to_dict()}
-    assert len(list(tmp_path.iterdir())) == 2  # until the results are safe elsewhere
+    assert len(list(tmp_path.iterdir())) == 2  # the state stays until the results are saved
     document.remove_states()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="suite must be one of pgd20, .*got 'aa'"):
@@ -82,7 +82,8 @@ def test_nothing_broken_and_no_pictures(problem, tmp_path: Path, monkeypatch) ->
     net, x, y = problem
     document = run_suite("pgd20", net, x[:5], y[:5], **{**SETTINGS, "eps": 1e-6})
     monkeypatch.delattr(evaluation, "plots", raising=False)
-    monkeypatch.setitem(sys.modules, "pyadv.evaluation.plots", None)  # as without matplotlib
+    # stands for a machine without matplotlib
+    monkeypatch.setitem(sys.modules, "pyadv.evaluation.plots", None)
     missing = document.write(tmp_path, net, x[:5], y[:5], ["a", "b", "c", "d"])
     assert len(missing) == 1 and "matplotlib" in missing[0]
     assert np.load(tmp_path / "adversarial.npz")["x_adv"].shape == (0, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""Names and titles with characters that mean something in Markdown, tables and pictures."""
+"""Names and titles may hold characters with a meaning in Markdown, tables and pictures."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_result_does_not_depend_on_the_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 3))
     x, y = torch.rand(37, 3, 2, 2), torch.randint(3, (37,))
-    attacks = {"one": PGD(eps=0.1, alpha=0.01, steps=1, seed=5)}  # one step: the start decides
+    attacks = {"one": PGD(eps=0.1, alpha=0.01, steps=1, seed=5)}  # with one step the start decides
     reports = [evaluate(model, x, y, eps=0.1, attacks=attacks, batch_size=b) for b in (37, 5)]
     assert torch.equal(reports[0]["one"].correct, reports[1]["one"].correct)
 
@@ -197,7 +197,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
         evaluate(model, loader, progress=interrupt, **settings)
     again: list[object] = []
     report = evaluate(model, loader, progress=lambda *now: again.append(now), **settings)
-    assert len(again) == 3 * 12 - 17  # of 12 batches for each row, 17 were done
+    assert len(again) == 3 * 12 - 17  # there are 12 batches for each of 3 attacks, and 17 were done
     for row, other in zip(report.rows, whole.rows, strict=True):
         assert torch.equal(row.correct, other.correct) and torch.equal(row.queries, other.queries)
     with pytest.raises(ValueError, match=r"with another PGD-20\.alpha: 0\.0075, now 0\.01; .*eps"):
@@ -207,7 +207,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
 
 
 class Blind:
-    """An attack that reports adversarial logits which are not finite."""
+    """An attack that reports adversarial logits that are not finite."""
 
     def __init__(self, rows: int):
         self.rows = rows
@@ -288,5 +288,5 @@ def test_an_output_that_finds_no_logits(output: object, error: type, message: st
     with pytest.raises(error, match=message):
         AutoAttack(in_dict, eps=0.1, output=output, progress=None).run(x, y)
     if error is TypeError:
-        with pytest.raises(error, match=message):  # before any forward pass
+        with pytest.raises(error, match=message):  # raised before any forward pass
             AutoAttack(in_dict, eps=0.1, output=output)

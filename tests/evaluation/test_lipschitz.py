@@ -1,4 +1,5 @@
-"""Lipschitz bounds: at least the dense singular values, close to them, refused where unknown."""
+"""Lipschitz bounds are at least the dense singular values, close to them, and refused if
+unknown."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def test_the_chain_multiplies_and_the_head_compares_classes() -> None:
     assert all(m.training for m in model.modules())
     product = pyadv.ops.NormProduct(model, (3, 8, 8), "spectral", "operator").eval()
     product.iterate(300)
-    assert 4 * product().exp() <= bound.logits <= 5.5 * product().exp()  # std 0.25 stretches by 4
+    # a std of 0.25 stretches by 4
+    assert 4 * product().exp() <= bound.logits <= 5.5 * product().exp()
     head = model[0].model[-1].weight.detach().double()
     assert torch.equal(bound.head, head)
     z, y = torch.tensor([[3.0, 1.0, 0.5, 0.0, -1.0]] * 3), torch.tensor([0, 1, 4])

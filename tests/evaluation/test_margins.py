@@ -1,4 +1,4 @@
-"""Margins: exact on classifiers with known distances, ordered correctly on others."""
+"""Margins are exact on classifiers with known distances and ordered correctly on others."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_all_measures_agree_on_a_linear_model(norm: str) -> None:
     expected = {"DeepFool", "FAB-T", "bisection"} - ({"DeepFool"} if norm == "L1" else set())
     assert set(margins.distances) == expected
     distance = true.clamp(min=0)
-    # DeepFool oversteps; the L1 attack moves several coordinates where one is optimal.
+    # DeepFool overshoots, and the L1 attack moves several coordinates although one is optimal.
     tolerance = {"DeepFool": 0.02, "FAB-T": 0.01, "bisection": 0.6 if norm == "L1" else 0.01}
     for name, values in margins.distances.items():
         assert (values >= distance * (1 - 1e-9)).all(), name
@@ -98,7 +98,7 @@ def test_bounds_and_the_scale_of_the_logits(norm: str) -> None:
     assert found.all() and (one.certified <= one.nearest).all() and (one.nearest[3:] > 0).all()
     for name, values in one.columns.items():
         torch.testing.assert_close(ten.columns[name], values, rtol=1e-6, atol=1e-9, msg=name)
-    # The nearest point is kept, lies at the stated distance and fools the model.
+    # The nearest point is kept; it lies at the stated distance and fools the model.
     p = math.inf if norm == "Linf" else 2
     length = torch.linalg.vector_norm((one.x_adv - x).flatten(1), p, dim=1)
     torch.testing.assert_close(length, one.nearest)
@@ -139,7 +139,7 @@ def test_model_and_generator_are_left_as_they_were_and_passes_are_counted() -> N
 
 def test_effective_margin_of_flat_and_steep_models() -> None:
     class Table(nn.Module):
-        """Logits whose rows at x = 0 are flat, flat or infinitely steep, and of slope 2."""
+        """A model whose logits at x = 0 are flat, flat or infinitely steep, and of slope 2."""
 
         def forward(self, x: Tensor) -> Tensor:
             z = torch.tensor([[2.0, 1.0, 3.0], [1.0, 0.0, 0.0], [5.0, 1.0, 5.0]])
@@ -153,12 +153,14 @@ def test_effective_margin_of_flat_and_steep_models() -> None:
 
 
 def test_bisection_brackets_with_any_attack() -> None:
-    """The first radius is far too large, far too small, or there is nothing to find."""
+    """The bisection works if the first radius is far too large or too small, or nothing is
+    found."""
     model, x, y = linear_problem(2)
     true = signed_distance(model, x, y, "L2")
 
     class Bent(nn.Module):
-        """A model with the same decisions but another slope at x, which misleads the estimate."""
+        """A model with the same decisions but another slope at x, which makes the estimate
+        wrong."""
 
         def __init__(self, power: float):
             super().__init__()
@@ -187,7 +189,7 @@ def test_bisection_brackets_with_any_attack() -> None:
         result = Bisection(rounds=4, **box).run(x, torch.zeros_like(y), model=Constant())
         assert result.distances.isinf().all() and result.correct.all()
         assert torch.equal(result.x_adv, x)
-        rounds = 4 if box else 1  # the radius that holds the box is tried at once
+        rounds = 4 if box else 1  # the radius that contains the box is tried at once
         assert (result.queries == 2 + rounds * 23).all()
 
 
@@ -240,7 +242,7 @@ def test_certificates_are_left_out_where_nothing_is_proven() -> None:
 
 
 def test_spectrally_normalized_margin() -> None:
-    """The singular values are 5.526446 and 2.570353."""
+    """The margin uses the spectral norms, which are 5.526446 and 2.570353 here."""
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2], [3, 4], [0, -1]]))

@@ -1,4 +1,4 @@
-"""Masking checks on an honest model, and on that model with each fault that misleads attacks."""
+"""Masking checks pass on an honest model and fail on it with each fault that misleads attacks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Honest(nn.Module):
 
 
 class Faulty(nn.Module):
-    """The honest model, with something before or after it."""
+    """The honest model with a function before or after it."""
 
     def __init__(self, forward) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def found(report: MaskingReport) -> set[str]:
 
 
 def saturated(m: Faulty, x: Tensor) -> Tensor:
-    """A model with margins beyond 104, where the float32 softmax has no gradient left."""
+    """Return a model with margins beyond 104, where the float32 softmax has no gradient left."""
     return 200 * m.honest(x)
 
 
@@ -204,7 +204,7 @@ def test_other_norms_boxes_and_outputs(norm: str) -> None:
 
 
 def test_rows_of_numbers_and_samples_that_are_all_wrong(device: torch.device) -> None:
-    x, y = problem(30)  # batches move to the model
+    x, y = problem(30)  # batches are moved to the device of the model
     flat = check_masking(
         Honest().to(device), x.flatten(1).double(), y, eps=EPS, lo=None, hi=None, **QUIET
     )
@@ -218,7 +218,8 @@ def test_rows_of_numbers_and_samples_that_are_all_wrong(device: torch.device) ->
 def test_few_samples_raise_no_alarm_by_chance() -> None:
     yes, no = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     assert difference(yes, no) < 0 < difference(yes.expand(8), no.expand(8))
-    # By hand, N = 100: 30 against 10 of 100; 30.5 and 10.5 of 102, interval 2 se below 20 / 102.
+    # Computed by hand for 30 and 10 of N = 100: 30.5 and 10.5 of 102, and an interval of 2 standard
+    # errors below 20 / 102.
     more, fewer = torch.arange(100) < 30, torch.arange(100) >= 90
     assert difference(more, fewer) == pytest.approx(0.196078 - 2 * 0.0596981, abs=1e-5)
     assert difference(more) == pytest.approx(30 / 102 - 2 * 0.0461686, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Pictures: the numbers behind the lines and the pixels behind the images."""
+"""Pictures show the right numbers as lines and the right pixels as images."""
 
 from __future__ import annotations
 
@@ -67,14 +67,15 @@ def test_margins_are_drawn_as_shares_of_all_samples(tmp_path: Path, figures: lis
     for name, radius, share in (
         ("certified", 0.015, 40),
         ("certified", 0.03, 0),
-        ("FAB", 0.7, 20),  # nothing was found for one sample
+        ("FAB", 0.7, 20),  # no point was found for one sample
         ("nearest found", 0.15, 60),
         ("nearest found", 0.01, 80),  # one is misclassified without an attack
     ):
         radii, shares = curves[name]
         assert shares[np.searchsorted(radii, radius)] == pytest.approx(share), (name, radius)
     nearest = next(p for p in left.patches if p.get_label() == "nearest found")
-    assert nearest.get_data().values.sum() == pytest.approx(75)  # of four; one is beyond
+    # three of four samples; the fourth lies beyond the axis
+    assert nearest.get_data().values.sum() == pytest.approx(75)
 
 
 @pytest.mark.parametrize("distances", [{}, {"one": torch.tensor([math.inf] * 4 + [0.0])}])

@@ -1,4 +1,4 @@
-"""State files: which samples a report covers, and which model and attacks a state belongs to."""
+"""State files: the samples that a report covers, and the model and attacks of a state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyadv.evaluation import Report, evaluate
 
 
 class Net(nn.Module):
-    """A small network with one of everything that an identity must see."""
+    """A small network with one of each kind of attribute that an identity must contain."""
 
     def __init__(self, slope: float = 0.5, eps: float = 1e-5, seed: int = 0):
         super().__init__()
@@ -80,7 +80,7 @@ def interrupted(x: Tensor, y: Tensor, state: Path, after: int = 2, **settings: o
         run(None, x, y, state, progress=stop, **settings)
 
 
-# --- Which samples a report covers.
+# --- Samples that a report covers.
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_report_covers_the_samples_it_was_given(
         result = part.run(x[rows], y[rows], state=tmp_path / "state")
         assert torch.equal(result.correct, found.worst.correct)
         assert result.x_adv.shape == x[rows].shape
-    # What the state holds of other samples is still there.
+    # The state still holds the results of other samples.
     seen = []
     run(None, x[:40], y[:40], tmp_path / "state", **settings, progress=lambda *a: seen.append(a))
     assert all(now[0] != "clean" for now in seen)
@@ -138,11 +138,11 @@ def test_duplicates_are_attacked_once_and_counted_as_often_as_given() -> None:
         assert torch.equal(example, examples[(where == rows[i]).nonzero()[0, 0]])
 
 
-# --- Which model and attacks a state belongs to.
+# --- Model and attacks of a state.
 
 
 class Scaled(nn.Module):
-    """A wrapper with the same parameters and buffers as what it wraps."""
+    """A wrapper with the same parameters and buffers as the model that it wraps."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -175,7 +175,7 @@ def integer_buffer() -> Net:
 
 
 def frozen_view(net: nn.Module) -> nn.Module:
-    """A module of the same type whose hook changes the logits."""
+    """Return a module of the same type with a hook that changes the logits."""
     net.register_forward_hook(double_logits)
     return net
 
@@ -255,7 +255,7 @@ class Counting(Net):
 
 
 class Parallel(nn.parallel.DistributedDataParallel):
-    """A wrapper that needs no processes."""
+    """A stand-in for a parallel wrapper, in one process."""
 
     def __init__(self, module: nn.Module):
         nn.Module.__init__(self)
@@ -349,7 +349,7 @@ def test_a_callable_without_an_identity_needs_a_name(tmp_path: Path, make: Calla
         run(model, x, y, state, progress=counted)
     assert not asked and not state.exists()
     expected = run(None, x, y, None)
-    same(run(model, x, y, None), expected)  # without a state no name is needed
+    same(run(model, x, y, None), expected)  # without a state the callable needs no name
     same(run(model, x, y, state, state_name="mine"), expected)
     same(run(make(), x, y, state, state_name="mine"), expected)
     with pytest.raises(ValueError, match="with another state_name: 'mine', now 'yours'"):
@@ -391,7 +391,7 @@ def test_functions_of_modules_are_known_by_name_and_body() -> None:
 
 
 class Odd(Net):
-    """A model with attributes of many kinds, some of which lead back to it."""
+    """A model with attributes of many kinds, some of which refer back to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -432,13 +432,13 @@ def test_the_names_of_our_classes_hold_no_files() -> None:
     assert "torch.nn" not in words
 
 
-# --- The logits, which show what no identity does.
+# --- Logits show changes that no identity shows.
 
 SECRET = 1.0
 
 
 class Global(nn.Module):
-    """A model that depends on a global variable; nothing in the module says so."""
+    """A model that depends on a global variable, which is not part of the module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x[:, :3] - 0.5) * torch.tensor([SECRET, 1.0, 1.0])
@@ -448,7 +448,8 @@ def test_logits_are_compared_on_resuming(tmp_path: Path, monkeypatch: pytest.Mon
     x, _ = samples(20)
     y = Global()(x).argmax(1)
     run(Global(), x[:10], y[:10], tmp_path / "state")
-    monkeypatch.setitem(globals(), "SECRET", 1.001)  # another machine rounds no worse than this
+    # the rounding of another machine changes less than this
+    monkeypatch.setitem(globals(), "SECRET", 1.001)
     run(Global(), x[:10], y[:10], tmp_path / "state")
     monkeypatch.setitem(globals(), "SECRET", 1.2)
     kept = (tmp_path / "state").read_bytes()
@@ -459,7 +460,7 @@ def test_logits_are_compared_on_resuming(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Noisy(Net):
-    """A random model."""
+    """A model that adds random noise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + torch.randn(len(x), 3)

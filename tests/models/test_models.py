@@ -1,4 +1,4 @@
-"""Architectures have the published parameter counts, names, shapes and initialisation."""
+"""Networks have the published parameter counts, names, shapes and initialisation."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ def test_wide_resnet_variants(variant: dict) -> None:
 
 
 def test_padded_shortcut_keeps_the_input_in_the_middle() -> None:
-    """A block whose second convolution is zero returns its shortcut."""
+    """The shortcut keeps the input in the middle channels. A block whose second convolution is zero
+    returns its shortcut."""
     block = WideResNet(10, 1, shortcut="pad").block2.layer[0].eval()
     nn.init.zeros_(block.conv2.weight)
-    x = torch.rand(1, 16, 4, 4)  # positive: the activation before the shortcut is BN alone
+    # positive values, which the activation before the shortcut does not change
+    x = torch.rand(1, 16, 4, 4)
     out = block(x)
     scale = 1 / math.sqrt(1 + block.bn1.eps)
     assert out.shape == (1, 32, 2, 2)

@@ -1,5 +1,4 @@
-"""What all ops refuse, and what must not change their results: the checks of `pyadv.ops.arguments`
-and cases that the search in tests/fuzz found."""
+"""Checks of arguments that all ops share, and cases that the search in tests/fuzz found."""
 
 from __future__ import annotations
 
@@ -19,8 +18,9 @@ def step(**changed):
 
 
 def test_numbers_do_not_follow_the_default_device():
-    """A scalar made there cannot be read, and the op then gave memory that nobody had written."""
-    alpha, eps = 0.012345, 0.054321  # not seen before: they are made in the context
+    """Scalars are made on the CPU, whatever the default device. Otherwise the op could not read
+    them and returned uninitialised memory."""
+    alpha, eps = 0.012345, 0.054321  # new values, so that they are made under the context
     with torch.device("meta"):
         there = step(alpha=alpha, eps=eps)
         ids = torch.arange(3, device="cpu")
@@ -74,13 +74,13 @@ def test_square_step_does_not_write_over_x():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("step", ["l2_boundary_step", "linf_boundary_step"])
 def test_boundary_beyond_the_box(step, dtype):
-    """From neither point does the box reach the hyperplane."""
+    """The hyperplane lies outside the box, seen from both points."""
     a, g, x = (torch.tensor([v], dtype=dtype) for v in ([0.95, 0.5], [0.25, 0.0], [0.35, 0.5]))
     for value in (-0.5, -100.0):
         arguments = (a, g, x, value, 0.75, 0.5)
         result, expected = getattr(ops, step)(*arguments), getattr(reference, step)(*arguments)
         torch.testing.assert_close(result, expected)
-        # Ways of 0.05 and 0.65, half of which are gone.
+        # The points are 0.05 and 0.65 away; an overshoot of 0.5 goes half of each distance.
         share = 0.05 / 0.7
         assert result[0, 0].item() == pytest.approx((1 - share) * 0.975 + share * 0.675, abs=1e-6)
 
@@ -98,7 +98,7 @@ def test_boundary_with_infinite_bounds(step):
 
 
 def test_l2_boundary_far_away():
-    """Ways whose squares overflow."""
+    """The squares of the distances overflow."""
     a, x = torch.zeros(1, 2), torch.ones(1, 2)
     arguments = (a, torch.tensor([[1e-25, 0.0]]), x, -1.0, 1.0, 1.0, None, None)
     expected = reference.l2_boundary_step(*arguments)
@@ -120,7 +120,7 @@ def test_norms_of_no_sequence(op, weights):
 
 
 def test_gairat_slope_is_finite():
-    """At the centre an infinite one would give NaN."""
+    """An infinite slope is refused, because it would give NaN at the centre."""
     with pytest.raises(ValueError, match="slope must be a finite number"):
         ops.gairat_weights(torch.tensor([5]), 10, slope=math.inf)
     with pytest.raises(TypeError, match="slope must be a float or None"):

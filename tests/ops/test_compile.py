@@ -1,4 +1,5 @@
-"""torch.compile over model + ops: one graph, no breaks, no compilation for new parameter values."""
+"""torch.compile makes one graph of model and ops and does not recompile for new parameter
+values."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def batch_of(device):
 
 
 def attack_step(model, x_adv, x, y, eps):
-    """Everything an attack does in one iteration, the input gradient by a linear model's transpose
-    so that it can be traced on every version of torch."""
+    """Do everything that an attack does in one iteration. The input gradient comes from the
+    transpose of a linear model, which every version of torch can trace."""
     logits = model(x_adv)
     loss, grad_logits, correct = ops.attack_loss(logits, y, "ce")
     weight = model[3].weight @ model[1].weight

@@ -1,4 +1,4 @@
-"""Winograd's convolution against conv2d in float64, on awkward sizes and layouts."""
+"""Winograd convolution agrees with conv2d in float64, on awkward sizes and layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from inputs import LAYOUTS, assert_same_bits, normal
 from pyadv import _build, ops, reference
 from pyadv.reference.convolution import winograd as winograd_op
 
-# (B, C, N, H, W, padding, stride): around tiles, vectors and panels; less than a tile; nothing.
+# (B, C, N, H, W, padding, stride) around the sizes of tiles, vectors and panels; smaller than a
+# tile; empty.
 SIZES = (
     (2, 64, 64, 8, 8, 1, 1),
     (3, 17, 33, 7, 5, 0, 1),
@@ -46,7 +47,7 @@ def winograd(x, weight, bias, padding, stride=1, module=ops):
 
 
 def assert_near(y, exact, scale):
-    """Within eight roundings of the largest sum of absolute values."""
+    """Assert that y is within eight roundings of the largest sum of absolute values."""
     assert y.shape == exact.shape and y.dtype == torch.float32
     assert y.is_contiguous(memory_format=torch.channels_last)
     if y.numel():
@@ -115,7 +116,7 @@ def test_weights_are_the_references(stride, device):
 
 
 def test_the_forms_are_exact_in_exact_arithmetic():
-    """In float64 nothing is left but float64's roundings, at all strides and in all directions."""
+    """In float64 the result is exact up to rounding, for all strides and both directions."""
     for stride in (1, 2):
         x, weight, bias = (t.double() for t in problem(2, 5, 6, 13, 11))
         exact = F.conv2d(x, weight, bias, stride, 1)
@@ -234,7 +235,8 @@ def test_refuses_bad_arguments(device):
         ops.winograd_conv2d_input(grad, turned, (2, 3, 5, 6), 1, mask=grad)
 
 
-_LESSER = {"AVX2": "(n[3] != '5')", "128 bits": "(n[0] == 0)"}  # what the processor claims to have
+# features that the processor is made to report
+_LESSER = {"AVX2": "(n[3] != '5')", "128 bits": "(n[0] == 0)"}
 _CALL = """
 #include "cpu/kernels.h"
 extern "C" __attribute__((visibility("default"))) void call(
@@ -256,7 +258,8 @@ extern "C" __attribute__((visibility("default"))) void call(
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="about the kernels for x86")
 @pytest.mark.parametrize("have", _LESSER.values(), ids=_LESSER)
 def test_lesser_instruction_sets(have, tmp_path):
-    """Processors without AVX-512 run kernels that no other test sees where there is AVX-512."""
+    """Kernels for processors without AVX-512 are right. No other test runs them on one that has
+    it."""
     compiler, csrc = _build.find_compiler(), _build.source_root()
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -269,7 +272,8 @@ def test_lesser_instruction_sets(have, tmp_path):
     x, weight, bias = problem(5, 35, 41, 11, 9)
     for form, (stride, transposed) in enumerate([(1, False), (2, False), (2, True)]):
         size, padding = [(11, 9), (6, 5), (22, 17)][form], 0 if transposed else 1
-        points = reference.winograd_weight(weight, False, stride)  # not turned: any will do
+        # not rotated: any weight serves the test
+        points = reference.winograd_weight(weight, False, stride)
         added, mask = normal((5, 41, *size), seed=5), normal((5, 41, *size), seed=6)
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in (x, added, mask)]
         out = torch.empty_like(tensors[1])

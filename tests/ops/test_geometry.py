@@ -1,4 +1,4 @@
-"""Early stop and geometry values against a scripted table and against plain Python."""
+"""Early stop and geometry values agree with a scripted table and with plain Python."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def start(rows, patience, device="cpu"):
     )
 
 
-# Correct (1) or not at each of five iterates, and for patience 0, 1, 2 and 5: kappa, and the number
-# of iterates after which the row is still active.
+# Whether each of five iterates is correct (1), and for patience 0, 1, 2 and 5: kappa, and the
+# number of iterates after which the row is still active.
 SCRIPTS = {
     "never fooled": ((1, 1, 1, 1, 1), {0: (5, 5), 1: (5, 5), 2: (5, 5), 5: (5, 5)}),
     "fooled at once": ((0, 0, 0, 0, 0), {0: (0, 0), 1: (0, 1), 2: (0, 2), 5: (0, 5)}),
@@ -105,7 +105,11 @@ def test_refuses_bad_arguments(device):
         (ValueError, "correct must have shape", (correct[:, None], kappa, active, patience)),
         (ValueError, "kappa shares memory", (correct, kappa, active, kappa)),
         (ValueError, "active shares memory", (active, kappa, active, patience)),
-        (ValueError, "patience must have an", (correct, kappa, active, patience[:1].expand(3))),
+        (
+            ValueError,
+            "patience must have its own memory",
+            (correct, kappa, active, patience[:1].expand(3)),
+        ),
     ):
         with pytest.raises(error, match=f"track: {message}"):
             ops.track(*args)

@@ -1,4 +1,4 @@
-"""Keyed noise against an independent Philox, row hashes against Python integers."""
+"""Keyed noise agrees with an independent Philox, row hashes with Python integers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SIGNIFICAND = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.fl
 
 
 def philox(counter, key):
-    """Philox 4x32-10 on NumPy's unsigned integers; counter and key are sequences of words."""
+    """Compute Philox 4x32-10 on NumPy's unsigned integers; counter and key are sequences of
+    words."""
     a, b, c, d = (np.asarray(word, dtype=np.uint64) for word in counter)
     k0, k1 = (np.uint64(word) for word in key)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -28,7 +29,7 @@ def philox(counter, key):
 
 
 def words(n, ids, seed, stream):
-    """(B, n) words by the documented counter."""
+    """Return (B, n) words for the documented counter."""
     element = np.arange(n, dtype=np.uint64)
     rows = []
     for id in ids:
@@ -48,7 +49,7 @@ def test_the_oracle_knows_the_published_answers():
 
 
 def ids_for(rows, device="cpu"):
-    """Ids that use both halves and both signs."""
+    """Return ids that use both 32-bit halves and both signs."""
     return (torch.arange(rows) * 0x3141592653589793 - 7).to(device)
 
 
@@ -104,7 +105,7 @@ def test_normal_is_box_muller_on_pairs_of_words(shape, dtype, device):
     like = torch.empty(shape, dtype=dtype, device=device)
     noise = ops.keyed_normal(like, ids.to(device), -5, 9).cpu()
     assert noise.dtype == dtype
-    # the oracle's own angle is rounded: absolute, not relative, near the zeros of sin and cos
+    # The oracle rounds its angle, so its error near the zeros of sin and cos is absolute.
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(noise.double(), exact, rtol=tolerance, atol=1e-14)
 
@@ -168,7 +169,7 @@ def test_moments_and_tails(device):
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / n)
     assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / n)
     assert z.abs().max() <= math.sqrt(48 * math.log(2)) * (1 + 1e-6)
-    for axis in (0, 1):  # neighbours, in a row and between rows, are uncorrelated
+    for axis in (0, 1):  # neighbours within a row and between rows are uncorrelated
         moved = z.roll(1, axis)
         assert abs((z * moved).mean()) < 5 / math.sqrt(n)
 
@@ -205,7 +206,7 @@ def test_noise_refuses_bad_arguments(op, device):
 
 
 def hash_of(values):
-    """The documented hash on Python integers."""
+    """Compute the documented hash on Python integers."""
 
     def mix(z):
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -249,7 +250,7 @@ def test_row_hash_depends_on_values_and_places_alone(device):
 
 
 def test_row_hash_tells_8_bit_images_apart(device):
-    """All images that differ from one in a single pixel, or in the swap of two."""
+    """Different images get different hashes: one pixel changed, pixels shifted, values scaled."""
     image = (torch.arange(32, device=device) * 37 % 256).float() / 255
     changed = image.repeat(32, 1)
     changed.diagonal().add_(1 / 255)
@@ -258,7 +259,7 @@ def test_row_hash_tells_8_bit_images_apart(device):
     rows = torch.cat([changed, swapped, scaled[1:]])
     hashed = ops.row_hash(rows)
     assert hashed.unique().numel() == rows.unique(dim=0).shape[0]
-    # every bit is set in about half of the hashes
+    # Each bit is set in about half of the hashes.
     bits = (hashed[:, None] >> torch.arange(64, device=device)) & 1
     assert ((bits.float().mean(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(len(rows))).all()
 

@@ -1,5 +1,5 @@
-"""Norms of lists of tensors and NormProduct: torch's own norms, dense singular values, closed
-forms."""
+"""Norms of lists of tensors, and NormProduct, agree with torch's norms, dense singular values and
+closed forms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_norms_are_as_exact_as_torch(layout, dtype, device):
 
 
 def test_sizes_around_pieces_and_tables(device):
-    """Tensors longer than one piece of work, and more of them than one launch takes."""
+    """Tensors may be longer than one piece of work, and more than one launch can take."""
     long = [normal((n,), seed=n, device=device) for n in (32767, 32768, 32769)]
     many = [normal((1 + i % 5,), seed=i, device=device) for i in range(200)]
     weights = [*many[:100], *long, *many[100:]]
@@ -163,7 +163,7 @@ def test_refuses_bad_arguments(device):
         (ValueError, "a spectral norm needs at least two dimensions", ([w[0]], "spectral")),
     ):
         for op in (ops.norms, ops.log_norm_product):
-            with pytest.raises(error, match=f"norms: {message}"):
+            with pytest.raises(error, match=f"{op.__name__}: {message}"):
                 op(*args)
 
 
@@ -185,7 +185,7 @@ def made(name, device):
 
 
 def matrix_of(layer, shape):
-    """The convolution's linear map, column by column."""
+    """Return the matrix of a convolution, column by column."""
     n = math.prod(shape)
     basis = torch.eye(n, dtype=layer.weight.dtype, device=layer.weight.device).view(n, *shape)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_convolution_against_its_dense_matrix(name, device):
     assert spectral <= bound <= norm_of(layer, shape, "frobenius", "bound")
     if name == "same":
         assert bound == pytest.approx(3 * reshaped)
-    if name == "kernel beyond input":  # each pixel reaches 3 x 3 outputs, not 5 x 5
+    if name == "kernel beyond input":  # a pixel reaches only 3 x 3 outputs, not 5 x 5
         assert bound == pytest.approx(3 * reshaped)
 
 
@@ -231,7 +231,7 @@ def test_circular_padding_has_an_operator_norm_but_no_bound(device):
 
 
 def bartlett(device):
-    """Layers with sigma = 5.526446 and 2.570353."""
+    """Return layers with spectral norms 5.526446 and 2.570353."""
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double().to(device)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2], [3, 4], [0, -1]]))
@@ -259,7 +259,7 @@ def test_vectors_follow_the_weights_in_training_mode_alone(device):
     model = bartlett(device)
     product = ops.NormProduct(model, (2,), "spectral")
     assert product.training and set(product.state_dict()) == {"v0", "v1"}
-    (product() + product()).backward()  # no vector of the first graph is overwritten
+    (product() + product()).backward()  # the second call overwrites no vector of the first graph
     before = copy.deepcopy(product.state_dict())
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 0], [9, 0], [0, 1]]))
@@ -271,7 +271,7 @@ def test_vectors_follow_the_weights_in_training_mode_alone(device):
         for _ in range(20):
             fresh = product.norms()["0"]
     assert stale < fresh and fresh.item() == pytest.approx(9.0)
-    with torch.no_grad():  # zero weights do not kill the vectors
+    with torch.no_grad():  # power iteration recovers from zero weights
         model[0].weight.zero_()
         assert product().item() == -math.inf
         model[0].weight.fill_(1.0)
@@ -279,7 +279,7 @@ def test_vectors_follow_the_weights_in_training_mode_alone(device):
 
 
 class Mixed(nn.Module):
-    """A layer that is not used, one used twice, dropout and batch statistics."""
+    """A model with an unused layer, a layer used twice, dropout and batch statistics."""
 
     def __init__(self):
         super().__init__()
@@ -291,7 +291,7 @@ class Mixed(nn.Module):
         self.head = nn.Linear(3, 2, bias=False)
 
     def forward(self, x):
-        torch.rand(3)  # a model that draws by itself
+        torch.rand(3)  # the model draws random numbers
         x = self.frozen(self.norm(self.conv(self.conv(x))))
         return self.head(self.drop(x).mean((2, 3)))
 
@@ -307,7 +307,7 @@ def test_construction_leaves_the_model_and_the_generator_alone(device):
     assert not any(m._forward_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert list(product.norms()) == ["conv", "head"]
-    assert not list(product.parameters())  # the model is not part of the module
+    assert not list(product.parameters())  # the model is not a sub-module
     with pytest.raises(RuntimeError):
         ops.NormProduct(model, (4, 5, 5))
     assert {n: m.training for n, m in model.named_modules()} == modes

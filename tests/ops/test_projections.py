@@ -1,4 +1,4 @@
-"""Projections: against the reference, bisection in float64, and what defines a projection."""
+"""Projections agree with the reference and with bisection in float64, and are projections."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pyadv import ops, reference
 L2_EXACT = "l2_project exact"
 PROJECTIONS = ("linf_project", "l2_project", L2_EXACT, "l1_project")
 ROW_PROJECTIONS = PROJECTIONS[1:]
-# Radii that bind partly for inputs around 0.3 away from x, whatever the size of a row.
+# Radii that bind in some rows for inputs about 0.3 away from x, for any length of the rows.
 RADII = {"linf_project": 0.1, "l2_project": 0.3, L2_EXACT: 0.3, "l1_project": 0.5}
 
 
 def project(name: str, module=ops):
-    """The function, with the signature all of them share."""
+    """Return the projection with the signature that all of them share."""
     op, _, exact = name.partition(" ")
     function = getattr(module, op)
     return (lambda *args, **kw: function(*args, exact=True, **kw)) if exact else function
@@ -118,7 +118,8 @@ def test_in_place_counts_as_a_write(name, device):
 
 
 def test_l1_published_example(device):
-    """methods: Duchi's projection with a clamp gives (.55, .05, 0, 0) here, which wastes budget."""
+    """The projection uses the whole budget. Duchi's projection followed by a clamp gives
+    (.55, .05, 0, 0)."""
     x = torch.tensor([[0.5, 0.9, 0.1, 0.4]], device=device)
     moved = x + torch.tensor([[1.0, 0.5, -0.4, 0.2]], device=device)
     expected = x + torch.tensor([[0.5, 0.1, 0.0, 0.0]], device=device)
@@ -126,7 +127,7 @@ def test_l1_published_example(device):
 
 
 def by_bisection(name: str, v: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The projection onto ball and [0, 1] from its optimality conditions alone."""
+    """Compute the projection onto ball and [0, 1] from its optimality conditions alone."""
     v, x = v.double().flatten(1), x.double().flatten(1)
     d = v - x
     room = torch.where(d > 0, 1 - x, x)
@@ -185,9 +186,9 @@ def test_feasible_and_idempotent(seed, n, eps, spread, name):
 @pytest.mark.parametrize("module", [ops, reference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_l1_projection_of_a_sparse_point_on_the_sphere(module, dtype, device):
-    """Whether it lies inside is then decided by rounding; nothing else may move."""
+    """Rounding decides whether such a point lies inside, but entries equal to x must not move."""
     x = torch.rand(5000, 30, dtype=dtype, device=device)
-    x[:, :3] = 0.0  # where the smallest change shows
+    x[:, :3] = 0.0  # entries that show the smallest change
     v = x + torch.randn_like(x) * (torch.rand_like(x) < 0.2)
     for _ in range(3):
         before, v = v, module.l1_project(v, x, 1.5)

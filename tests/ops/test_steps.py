@@ -1,4 +1,4 @@
-"""Steps: against the reference, by how far they move, and on what gradients really look like."""
+"""Steps agree with the reference, move by alpha, and handle gradients of any size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyadv import ops, reference
 
 LINF, ROWS = ("linf_step", "linf_momentum_step"), ("l2_step", "l2_momentum_step", "l1_step")
 STEPS = LINF + ROWS
-# (alpha, eps) at which ball and box bind for some entries and rows, not for all.
+# (alpha, eps) for which ball and box bind in some entries and rows but not in all.
 SIZES = {
     "linf_step": (0.02, 0.05),
     "linf_momentum_step": (0.02, 0.05),
@@ -35,7 +35,8 @@ SIZES = {
 
 
 class Inputs:
-    """A gradient, and x_adv, x_prev and x near each other, some of x on the border of the box."""
+    """A gradient, and x_adv, x_prev and x near each other; parts of x lie on the border of the
+    box."""
 
     def __init__(self, shape, dtype=torch.float32, device="cpu"):
         self.x = uniform(shape, dtype, 1, device, -0.1, 1.1).clamp(0, 1)
@@ -189,14 +190,15 @@ def test_momentum_one_is_the_plain_step(name, device):
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-12, 1e-6, 1.0, 1e12, 1e30, 3e37])
 @pytest.mark.parametrize("name, order", [("l2_step", 2), ("l1_step", 1)])
 def test_moves_by_alpha_for_gradients_of_any_size(name, order, size, device):
-    """An additive epsilon on the norm makes the step depend on the scale of the loss."""
+    """The step does not depend on the scale of the loss, as it would with an epsilon added to the
+    norm."""
     x = torch.full((3, 200), 0.5, device=device)
     grad = normal((3, 200), seed=6, device=device) * size
     assert grad.isfinite().all()
     alpha = torch.tensor([1e-3, 0.01, 0.1], device=device)
     moved = run(name, x, grad, x, alpha, 10.0).double() - x.double()
     length = torch.linalg.vector_norm(moved, ord=order, dim=1)
-    # x + step is rounded to x's precision, entry by entry, which for short steps is what is seen.
+    # For short steps the rounding of x + step to the precision of x dominates.
     rounding = 200 * torch.finfo(torch.float32).eps / 4
     torch.testing.assert_close(length, alpha.double(), rtol=1e-5, atol=rounding)
 
@@ -216,10 +218,10 @@ def test_l2_moves_by_alpha_to_1e_5(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ROWS)
 def test_zero_and_broken_gradients(name, dtype, device):
-    """Zero: no move of its own. NaN or infinity: the row comes back as it is."""
+    """A zero gradient gives no step; a row with NaN or infinity is returned unchanged."""
     inputs = Inputs((4, 30), dtype, device)
     inputs.x_prev = inputs.x_adv.clone()
-    inputs.x_adv[1:] += 0.5  # outside ball and box, and yet not projected
+    inputs.x_adv[1:] += 0.5  # outside ball and box, but not projected
     inputs.grad[0] = 0.0
     inputs.grad[1, 3], inputs.grad[2, 5], inputs.grad[3, 7] = math.nan, math.inf, -math.inf
     actual = run(name, *inputs.args(name, 0.3, 100.0))
@@ -229,7 +231,7 @@ def test_zero_and_broken_gradients(name, dtype, device):
 
 
 def test_l2_step_that_comes_back_to_the_centre(device):
-    """The step cancels x_adv - x, where norms by the law of cosines would be all rounding."""
+    """The step cancels x_adv - x. The law of cosines would give a norm of rounding errors only."""
     x = torch.full((2, 64), 0.5, device=device)
     d = normal((2, 64), seed=8, device=device, scale=0.05)
     length = torch.linalg.vector_norm(d, dim=1)
@@ -244,7 +246,7 @@ def test_l1_keeps_the_largest_and_ties(device):
     x = torch.full((1, 10), 0.5, device=device)
     grad = torch.tensor([[0.1, -3.0, 2.0, 2.0, -2.0, 0.0, 1.0, 0.5, 0.2, 0.3]], device=device)
     moved = ops.l1_step(x, grad, x, 0.4, 10.0, keep=0.2) - x
-    # Two are wanted; the second largest is a tie of three.
+    # `keep` asks for two entries, but three entries share the second largest value.
     wanted = torch.tensor([[0, -0.1, 0.1, 0.1, -0.1, 0, 0, 0, 0, 0]], device=device)
     torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-7)
 
@@ -356,8 +358,8 @@ BOUNDARY = ("linf_boundary_step", "l2_boundary_step")
 
 
 def boundary_inputs(shape, dtype, device):
-    """x_adv, grad, x and a value: of the hyperplane through x_adv, of ones near and far on both
-    sides, and of one that the box does not reach."""
+    """Return x_adv, grad, x and values for hyperplanes through x_adv, near and far on both sides,
+    and beyond the box."""
     inputs = Inputs(shape, dtype, device)
     size = inputs.grad.float().abs().flatten(1).sum(1) if len(shape) > 1 else inputs.grad.abs()
     shares = torch.tensor([0.05, -0.3, 0.01, 0.0, 5.0, -0.1], device=device)
@@ -380,7 +382,8 @@ def test_boundary_agrees_with_reference(name, shape, dtype, device):
             for active in (None, alternating(shape[0], device)):
                 args = (*inputs, share, overshoot, *box, active)
                 actual = run(name, *args)
-                exact = in_float64(name, *args)  # one sum in two forms: in float64 a few ulps apart
+                # in float64 the two orders of one sum differ by a few ulps
+                exact = in_float64(name, *args)
                 assert_within_twice(actual, expected(name, *args), exact, ulps=4)
             assert_same_bits(actual[1::2], inputs[0][1::2])
 
@@ -407,7 +410,7 @@ def test_boundary_in_closed_form(device):
     torch.testing.assert_close(offset, -way[:, None] * grad.sign())
     offset = ops.l2_boundary_step(x_adv, grad, x, value, 0.0, 1.0, None, None) - x_adv
     torch.testing.assert_close(offset, -(value / grad.square().sum(1))[:, None] * grad)
-    for step in (ops.linf_boundary_step, ops.l2_boundary_step):  # as far as the box goes
+    for step in (ops.linf_boundary_step, ops.l2_boundary_step):  # to the corner of the box
         corner = step(x_adv, grad, x, 1e30, 0.0, 1.0)
         assert torch.equal(corner, (grad < 0).double())
 
@@ -416,7 +419,7 @@ def test_boundary_in_closed_form(device):
 @pytest.mark.parametrize("name", BOUNDARY)
 def test_boundary_with_gradients_of_any_size(name, scale, device):
     x_adv, grad, x, value = boundary_inputs((4, 40), torch.float32, device)
-    grad = (grad * scale).double().float()  # 1e-42 is a denormal number
+    grad = (grad * scale).double().float()  # 1e-42 is denormal
     value = 0.1 * torch.tensor([1.0, -1.0, 0.5, 0.0], device=device) * grad.abs().sum(1)
     grad[2, 3], grad[3] = math.inf, 0.0
     args = (x_adv, grad, x, value, 0.1, 1.05)
@@ -428,7 +431,7 @@ def test_boundary_with_gradients_of_any_size(name, scale, device):
 def square_inputs(shape, dtype, device):
     inputs = Inputs(shape, dtype, device)
     u = torch.rand(shape[0], 2 + shape[1], generator=torch.Generator().manual_seed(5))
-    u[-1:, :2] = 1 - 2.0**-24  # the last place there is
+    u[-1:, :2] = 1 - 2.0**-24  # the last position
     return (inputs.x_adv, inputs.x_prev, inputs.x, u.to(device))
 
 
@@ -470,7 +473,8 @@ def test_square_step_moves_one_square(device):
     wanted = torch.zeros(1, 2, 8, 8, device=device)
     wanted[0, 0, 3:6, 5:], wanted[0, 1, 3:6, 5:] = 0.25, -0.25
     assert torch.equal(offset, wanted)
-    u = torch.full((1, 4), math.nan, device=device)  # nor does any number lead out of the image
+    # NaN and infinity give a window inside the image too
+    u = torch.full((1, 4), math.nan, device=device)
     for v in (math.nan, math.inf, -7.0, 1e30):
         assert ((ops.square_step(x, x_best, x, u.fill_(v), 3, 0.25) - x) != 0).sum() == 18
 
@@ -547,7 +551,7 @@ def test_messages(device):
         ops.l2_step(a, g, x, 0.1, 1.0, active=alternating(3, device))
     with pytest.raises(ValueError, match="out shares memory with an input without being"):
         ops.l2_step(a, g, x, 0.1, 1.0, out=x.as_strided((2, 3, 4), (12, 1, 3)))
-    with pytest.raises(ValueError, match="out must have an element of memory for each of its own"):
+    with pytest.raises(ValueError, match="out must have its own memory for each element"):
         ops.linf_step(a, g, x, 0.1, 1.0, out=x[:1].expand(2, 3, 4))
     with pytest.raises(ValueError, match="eps must be on .*, got a tensor on meta"):
         ops.linf_step(a, g, x, 0.1, torch.tensor(1.0, device="meta"))

@@ -1,4 +1,5 @@
-"""Instance weights: published vectors, the reference, and no lambda that breaks them."""
+"""Instance weights agree with published values and the reference and are finite for every
+lambda."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def rows(values, device, dtype=torch.float32):
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-# K = 10, not normalised, kappa = 0 ... 10.
+# Weights for K = 10 and kappa = 0 ... 10, not normalised.
 TANH = [0.99966465, 0.99752738, 0.98201379, 0.88079708, 0.5, 0.11920292, 0.01798621, 0.00247262]
 TANH += [0.00033535, 0.00004540, 0.00000614]
 SIGMOID = [0.98201379, 0.95257413, 0.88079708, 0.73105858, 0.5, 0.26894142, 0.11920292, 0.04742587]
@@ -34,7 +35,7 @@ ODD_INT = [0.99995460, 0.99872898, 0.96555480, 0.5, 0.03444520, 0.00127101, 0.00
     "steps, options, expected",
     [
         (10, {}, TANH),
-        (10, {"lam": -1.0, "int_half": True}, TANH),  # even K: the same centre
+        (10, {"lam": -1.0, "int_half": True}, TANH),  # the centre is the same for even K
         (10, {"kind": "sigmoid"}, SIGMOID),
         (10, {"kind": "discrete"}, [(11 - k) / 11 for k in range(11)]),
         (7, {"lam": 0.0}, ODD),
@@ -64,7 +65,7 @@ LAMBDAS = (-math.inf, -1e300, -400.0, -20.0, -1.0, 0.0, 3.0, 400.0, math.inf)
 def test_gairat_equals_reference_and_is_finite(kind, steps, device):
     batches = (
         torch.randint(0, steps + 1, (37,), generator=generator()).to(device),
-        torch.full((5,), steps, device=device),  # all robust
+        torch.full((5,), steps, device=device),  # all samples robust
         torch.zeros(1, dtype=torch.int64, device=device),
     )
     shapes = itertools.cycle(itertools.product((None, 0.0, 2.5), (False, True)))
@@ -79,14 +80,14 @@ def test_gairat_equals_reference_and_is_finite(kind, steps, device):
                 total = weights.double().sum()
                 assert abs(total - (kappa.numel() if normalize == "mean" else 1)) < 1e-5 * total
             order = kappa.argsort(stable=True)
-            assert (weights[order].diff() <= 0).all()  # never grows with kappa
+            assert (weights[order].diff() <= 0).all()  # weights do not increase with kappa
 
 
 def test_gairat_degenerate_batches(device):
     kappa = torch.tensor([0, 4, 10], device=device)
     ones = torch.ones(3, device=device)
     assert torch.equal(ops.gairat_weights(kappa, 10, math.inf), ones)
-    assert torch.equal(ops.gairat_weights(kappa, 10, -math.inf), ones)  # a sum of 0
+    assert torch.equal(ops.gairat_weights(kappa, 10, -math.inf), ones)  # the sum is 0
     third = ops.gairat_weights(kappa, 10, -math.inf, normalize="sum")
     torch.testing.assert_close(third, ones / 3)
     assert torch.equal(ops.gairat_weights(kappa, 10, -math.inf, normalize="none"), 0 * ones)
