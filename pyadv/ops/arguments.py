@@ -199,12 +199,13 @@ def box_parameters(
     op: str, x: Tensor, lo: float | Tensor | None, hi: float | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the bounds of the box as tensors, or None for a bound that is missing."""
-    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
-        raise ValueError(f"{op}: lo must not be above hi, got lo={lo} and hi={hi}")
-    return (
+    bounds = (
         None if lo is None else parameter(op, "lo", lo, x),
         None if hi is None else parameter(op, "hi", hi, x),
     )
+    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and lo > hi:
+        raise ValueError(f"{op}: lo must not be above hi, got lo={lo} and hi={hi}")
+    return bounds
 
 
 def run_out(
@@ -221,7 +222,8 @@ def run_out(
     if out is not args[0]:
         check_like(name, "the first tensor", args[0], out=out)
     refuse_overlap(name, "out", out, args, same_allowed=True)
-    op_out(*args, out)
+    with torch.no_grad():  # `out` may be a leaf that requires grad; the result never does
+        op_out(*args, out)
     torch.autograd.graph.increment_version(out)
     return out
 

@@ -115,7 +115,10 @@ def _differentiable(
             ready = one_pass and _in_one_pass(args[0]) and any(ctx.needs_input_grad)
             values, *ctx.unit = both_op(*args) if ready else (forward_op(*args),)
             ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
-            ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+            saved = [a for a in args if isinstance(a, Tensor)]
+            if not torch.compiler.is_compiling():  # autograd saves no tensor of inference mode
+                saved = [a.clone() if a.is_inference() else a for a in saved]
+            ctx.save_for_backward(*saved)
             return values
 
         @staticmethod
@@ -320,7 +323,8 @@ def weighted_cross_entropy(
     check_floating(op, weight=weight)
     check_rows(op, "weight", weight, logits, weight.dtype)
     if weight.requires_grad:  # rare: weights are constants in every published method
-        return weight * _WeightedCrossEntropy.apply(logits, y, None, ignore_index)
+        loss = _WeightedCrossEntropy.apply(logits, y, None, ignore_index)
+        return weight.to(loss.dtype) * loss
     return _WeightedCrossEntropy.apply(logits, y, weight, ignore_index)
 
 

@@ -123,6 +123,8 @@ def _compare(call: Call, result: Any, args: dict[str, Any], written: dict[str, T
             raise Finding(f"{name} differs from the reference: {_difference(got, right)}")
         if wide is None:
             wide = _in_float64(call.op, args)
+        if call.op not in _BITS and _no_set(args):
+            continue
         if call.op not in _BITS and "x" in args:
             tame = _tame_rows([args[n] for n in ("x", "x_adv", "x_prev") if n in args])
             got, right, wide_i = got[tame], right[tame], wide[i][tame]
@@ -202,10 +204,28 @@ def _copy(t: Tensor) -> Tensor:
     return t.detach().clone()
 
 
+def _no_set(args: dict[str, Any]) -> bool:
+    """Return whether a radius or bound is NaN, or the box empty at infinity: the ball and the box
+    are then no sets, and the contract says nothing of the result."""
+
+    def any_of(name: str, bad: Callable[[Tensor], Tensor]) -> bool:
+        value = args.get(name)
+        return value is not None and bool(bad(torch.as_tensor(value).double()).any())
+
+    sizes = ("alpha", "eps", "lo", "hi", "momentum", "share", "overshoot", "value")
+    return (
+        any(any_of(n, torch.isnan) for n in sizes)
+        or any_of("lo", lambda t: t == torch.inf)
+        or any_of("hi", lambda t: t == -torch.inf)
+    )
+
+
 def _around(t: Tensor) -> Callable[[str], None]:
     """A check that nothing in t's storage has changed but the elements of t."""
     if t.layout != torch.strided or t.is_meta or t.is_neg() or t.is_quantized:
         return lambda name: None
+    if any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True)):
+        return lambda name: None  # elements share memory, so the op refuses to write
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
         before = whole.clone()

@@ -152,3 +152,34 @@ def test_convolution_takes_integers_and_flags():
 def test_choices_are_strings():
     with pytest.raises(ValueError, match="norms: kind must be one of"):
         ops.norms([torch.ones(2, 2)], np.array(["frobenius", "spectral"]))
+
+
+def test_a_leaf_that_requires_grad_can_be_written():
+    x = torch.rand(15)
+    leaf = torch.rand(15, 3)[:, 0].requires_grad_()
+    expected = ops.linf_project(leaf.detach(), x, 0.1)
+    assert ops.linf_project(leaf, x, 0.1, out=leaf) is leaf
+    assert torch.equal(leaf, expected) and leaf.requires_grad and leaf.grad is None
+
+
+def test_weights_of_another_dtype_do_not_widen_the_loss():
+    logits, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    loss = ops.weighted_cross_entropy(logits, y, weight)
+    assert loss.dtype == torch.float32
+    loss.sum().backward()
+    assert weight.grad.dtype == torch.float64
+
+
+def test_constants_of_inference_mode():
+    with torch.inference_mode():
+        constant = torch.randn(3, 4)
+    logits = torch.randn(3, 4, requires_grad=True)
+    ops.trades_kl(constant, logits).sum().backward()
+    expected = torch.autograd.grad(reference.trades_kl(constant.clone(), logits).sum(), logits)[0]
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_bound_beyond_all_floats():
+    with pytest.raises(ValueError, match="linf_project: hi must fit a float"):
+        ops.linf_project(torch.rand(2), torch.rand(2), 0.1, 0.1, 10**400)
