@@ -20,6 +20,30 @@ FloatOrTensor = float | Tensor
 BESTS = ("last", "loss", "fooled")
 
 
+# Of the default step size: what all steps together reach, in eps, and the least and the largest step.
+_REACH = {"Linf": 2.5, "L2": 5.0, "L1": 5.0}
+_SMALLEST, _LARGEST = 0.1, {"Linf": 1.0, "L2": 1.0, "L1": 1.0}
+
+
+def radius(eps: FloatOrTensor | None, norm: str, default: float = 8 / 255) -> FloatOrTensor:
+    """Return eps, or for None the default, which is a radius in Linf. Raise ValueError for None in
+    another norm."""
+    if eps is not None:
+        return eps
+    if norm != "Linf":
+        raise ValueError(f"eps must be given for norm {norm}: its default, {default:.4g}, is in Linf")
+    return default
+
+
+def step_size(eps: FloatOrTensor, norm: str, steps: int) -> FloatOrTensor:
+    """Return the step size of PGD where none is given.
+
+    RULE
+    """
+    reach = _REACH[norm]
+    return eps * min(max(reach / max(steps, 1), _SMALLEST), _LARGEST[norm])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every attack has. The public classes document and fill the fields.
