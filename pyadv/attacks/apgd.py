@@ -14,6 +14,7 @@ from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.results import Perturbed
+from pyadv.engine.rounding import leaves_by_rounding, round_inward_
 from pyadv.engine.rules import HalvingRule, SparseRule
 from pyadv.engine.settable import Setting
 from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Start, start_on_sphere
@@ -146,6 +147,8 @@ class APGD(Attack):
                 stage = replace(stage, best="loss", patience=steps)
             if found is not None:
                 begin = PROJECT["L1"](found.x_adv, task.x, radius, s.lo, s.hi)
+                if leaves_by_rounding(begin.dtype):
+                    round_inward_(begin, task.x, radius, "L1")
                 stage = replace(stage, start=lambda _, begin=begin: begin)
             before, found = found, super()._search(replace(task, settings=stage))
             if before is not None:

@@ -89,9 +89,7 @@ class _Reader:
         if isinstance(value, nn.Module):
             self._add_module(path, value)
         elif isinstance(value, Attack):
-            self._add_parts(
-                path, value, {**vars(value), "seed": _seed(value.seed)}, _NOT_SETTINGS
-            )
+            self._add_parts(path, value, {**vars(value), "seed": _seed(value.seed)}, _NOT_SETTINGS)
         elif hasattr(value, "run") and hasattr(value, "describe"):  # an attack of the user's own
             self._add_parts(path, value, _attributes(value), {"model"})
         elif is_dataclass(value) and not isinstance(value, type):

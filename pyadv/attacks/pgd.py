@@ -231,7 +231,13 @@ class PGDPlus(PGD):
         if alpha is None:
             checks.size("eps", eps)
             alpha = eps * _PLUS_SHARE
-        settings = {"best": "fooled", "norm": norm, "steps": steps, "restarts": restarts, **settings}
+        settings = {
+            "best": "fooled",
+            "norm": norm,
+            "steps": steps,
+            "restarts": restarts,
+            **settings,
+        }
         super().__init__(model, eps=eps, alpha=alpha, **settings)
 
 

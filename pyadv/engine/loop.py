@@ -41,7 +41,8 @@ def search(task: Task, graphs: Graphs) -> Perturbed:
     with gradients_on(), borrowed(model, s.bn, s.update_stats):
         check_values(x, s)
         first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, task.noise)
-        task = replace(task, model=model, x=x, y=y, first=first)
+        target = None if task.target is None else owned(task.target)
+        task = replace(task, model=model, x=x, y=y, target=target, first=first)
         compacts = s.releases and may_compact(model, x, s, graphs.mode)
         return graphs.run(partial(_loop, compacts=compacts), task, compacts)
 

@@ -76,7 +76,9 @@ class Settable(metaclass=_Construction):
         known = parameters(type(self))
         for name in changes:
             if name not in known:
-                raise TypeError(f"{type(self).__name__} has no setting {name!r}{_hint(name, known)}")
+                raise TypeError(
+                    f"{type(self).__name__} has no setting {name!r}{_hint(name, known)}"
+                )
         changed = copy(self)
         for name in _PLAIN & changes.keys():
             changed.__dict__[name] = changes.pop(name)
@@ -179,5 +181,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _hint(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    shortened = [k for k in known if len(k) > 1 and (name.startswith(k) or k.startswith(name))]
+    near = sorted(shortened, key=len)[-1:] or difflib.get_close_matches(
+        name, known, n=1, cutoff=0.5
+    )
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -20,9 +20,9 @@ FloatOrTensor = float | Tensor
 BESTS = ("last", "loss", "fooled")
 
 
-# Of the default step size: what all steps together reach, in eps, and the least and the largest step.
-_REACH = {"Linf": 2.5, "L2": 5.0, "L1": 5.0}
-_SMALLEST, _LARGEST = 0.1, {"Linf": 1.0, "L2": 1.0, "L1": 1.0}
+# Of the default step size: the way that all steps together have, and the bounds of one step, in eps.
+_WAY = {"Linf": 2.5, "L2": 5.0, "L1": 10.0}
+_LEAST, _MOST = 0.1, 1.0
 
 
 def radius(eps: FloatOrTensor | None, norm: str, default: float = 8 / 255) -> FloatOrTensor:
@@ -31,17 +31,20 @@ def radius(eps: FloatOrTensor | None, norm: str, default: float = 8 / 255) -> Fl
     if eps is not None:
         return eps
     if norm != "Linf":
-        raise ValueError(f"eps must be given for norm {norm}: its default, {default:.4g}, is in Linf")
+        raise ValueError(
+            f"eps must be given for norm {norm}: its default, {default:.4g}, is in Linf"
+        )
     return default
 
 
 def step_size(eps: FloatOrTensor, norm: str, steps: int) -> FloatOrTensor:
-    """Return the step size of PGD where none is given.
+    """Return the step size of PGD where none is given: eps * c / steps with c = 2.5 in Linf, 5 in L2
+    and 10 in L1, but at least eps / 10 and at most eps. With 10 steps this is eps / 4 in Linf.
 
-    RULE
+    For 5 to 100 steps on the embedded data, it is within 1 point of robust accuracy of the best of
+    eps / 2, eps / 4 and eps / 10 in every norm; docs/attacks.md has the table.
     """
-    reach = _REACH[norm]
-    return eps * min(max(reach / max(steps, 1), _SMALLEST), _LARGEST[norm])
+    return eps * min(max(_WAY[norm] / max(steps, 1), _LEAST), _MOST)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,9 @@ def evaluate(
         for name, attack in attacks.members(_ENOUGH_CLASSES).items():
             where.check(name, attack)
             if _has_no_radius(attack):
-                raise ValueError(f"attacks in an AutoAttack must have an eps, but {name!r} has none")
+                raise ValueError(
+                    f"attacks in an AutoAttack must have an eps, but {name!r} has none"
+                )
     else:
         attacks = {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
     return run_attacks(
