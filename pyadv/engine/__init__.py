@@ -15,8 +15,8 @@ from pyadv.engine.rules import (
     back_to_best,
     step_in_place,
 )
-from pyadv.engine.starts import Noise
 from pyadv.engine.settable import Settable, Setting
+from pyadv.engine.starts import Noise
 from pyadv.engine.state import Best, PerSample, State
 from pyadv.engine.task import GradientSettings, LoopSettings, Settings, Task, radius, step_size
 

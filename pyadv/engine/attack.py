@@ -239,8 +239,8 @@ class Attack(Settable):
         if numbers and s.steps and s.steps * s.alpha < s.eps / 2:
             warnings.warn(
                 f"{type(self).__name__}: {s.steps} steps of alpha = {s.alpha:.4g} reach "
-                f"{s.steps * s.alpha:.4g}, less than half of eps = {s.eps:.4g}; leave alpha out for "
-                "one that follows eps and steps",
+                f"{s.steps * s.alpha:.4g}, less than half of eps = {s.eps:.4g}; leave alpha out "
+                "for one that follows eps and steps",
                 stacklevel=3 if changes is None else 5,
             )
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
 from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
-from pyadv.attacks.progress import Lines, Progress
 from pyadv.attacks.minimum_norm import MinimumNorm
+from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, show
 from pyadv.engine.results import AttackResult, MinimumNormResult
@@ -95,11 +95,11 @@ def evaluate(
     A report is about one norm, radius and box, and about any other class than the label. Attacks of
     this library that search elsewhere are refused: those of another norm, eps or box, and targeted
     ones. A minimum-norm attack without an eps is judged at that of the report: a sample counts as
-    broken if the nearest point found lies within eps. Attacks of other origin are taken as they are.
+    broken if the nearest point found lies within eps. Other attacks are taken as they are.
 
     Args:
         model: maps (B, ...) to logits (B, C).
-        data: (N, ...) inputs in [lo, hi], with `y`; or batches (x, y), from a DataLoader for example.
+        data: (N, ...) inputs in [lo, hi], with `y`; or batches (x, y), as a DataLoader gives them.
         y: (N,) int64 labels of `data`.
         eps: radius of the ball, in units of x.
         norm: "Linf", "L2" or "L1".
@@ -123,8 +123,8 @@ def evaluate(
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), for settings, for attacks that do
-            not fit the report, for a state made with another model or other attacks; and whatever an attack refuses (labels out of
-            range, NaN, inputs outside the box).
+            not fit the report, for a state made with another model or other attacks; and whatever
+            an attack refuses (labels out of range, NaN, inputs outside the box).
     """
     checks.size("eps", eps)
     where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)

@@ -14,7 +14,6 @@ from torch import Tensor
 from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation.escaping import markdown, one_line
 
-
 _95_PERCENT = 1.959964  # standard errors
 
 

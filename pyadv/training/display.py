@@ -132,7 +132,7 @@ def report_table(report: Report, title: str) -> Table:
     """Return the table of accuracies that ends a run."""
     table = Table(
         title=escape(title),
-        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; in brackets 95 % intervals",
+        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; with 95 % intervals",
         title_justify="left",
     )
     table.add_column("")
