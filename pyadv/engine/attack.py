@@ -235,6 +235,8 @@ class Attack(Settable):
             return
         if changes is not None and not _SIZES_OF_STEPS & changes.keys():
             return
+        if callable(s.start):  # which may lie anywhere, as where a search is continued
+            return
         numbers = isinstance(s.alpha, (int, float)) and isinstance(s.eps, (int, float))
         if numbers and s.steps and s.steps * s.alpha < s.eps / 2:
             warnings.warn(

@@ -34,8 +34,8 @@ def accuracy_curves(
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
 ) -> Curves:
-    """Measure accuracy under PGD on the margin loss, with steps of eps / 4 from a random start, at
-    the first iterate that fools the model.
+    """Measure accuracy under PGD on the margin loss from a random start, at the first iterate that
+    fools the model. Steps follow the radius and their number, see `step_size`.
 
     Arguments and errors are those of `evaluate`. The cost is 188 steps per sample.
 
@@ -48,7 +48,6 @@ def accuracy_curves(
         return PGD(
             norm=norm,
             eps=radius,
-            alpha=radius / 4,
             steps=steps,
             loss="margin",
             best="fooled",

@@ -159,12 +159,12 @@ class Report:
         lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}"]
         for row in (*self.rows, self.worst):
             lines.append(
-                f"{one_line(row.name):<12}{with_interval(row):>24} %   {one_line(row.description)}"
+                f"{one_line(row.name):<12}{with_interval(row, ' to '):>24} %   {one_line(row.description)}"
             )
         return "\n".join(lines + self.remarks)
 
 
-def with_interval(row: Row) -> str:
+def with_interval(row: Row, to: str = "–") -> str:
     """Return the accuracy of a row in percent, with its interval."""
     low, high = row.interval
-    return f"{100 * row.accuracy:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+    return f"{100 * row.accuracy:.2f} ({100 * low:.2f}{to}{100 * high:.2f})"

@@ -75,7 +75,7 @@ class _SafeStream(io.TextIOBase):
     stream is silent.
     """
 
-    _SPELLED = {"±": "+-", "—": "-", "…": "...", "→": "->"}
+    _SPELLED = {"–": "-", "—": "-", "…": "...", "→": "->"}
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._silent = file, False

@@ -110,7 +110,7 @@ def test_row_statistics_and_worst_case(tmp_path: Path) -> None:
     assert [r["backward_passes_per_sample"] for r in read["rows"]] == [1, 1, 2]
     assert "50.00 (15.00 to 85.00) %" in str(report)  # Wilson's interval of 2 of 4
     assert read["rows"][0]["interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
-    assert "75.00 (30.06 to 95.44)" in report.to_markdown()
+    assert "75.00 (30.06–95.44)" in report.to_markdown()
     with pytest.raises(KeyError, match="no row 'c'; there are a, b"):
         report["c"]
 
