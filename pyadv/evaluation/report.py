@@ -159,7 +159,8 @@ class Report:
         lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}"]
         for row in (*self.rows, self.worst):
             lines.append(
-                f"{one_line(row.name):<12}{with_interval(row, ' to '):>24} %   {one_line(row.description)}"
+                f"{one_line(row.name):<12}{with_interval(row, ' to '):>24} %   "
+                f"{one_line(row.description)}"
             )
         return "\n".join(lines + self.remarks)
 
