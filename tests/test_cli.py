@@ -255,7 +255,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def test_no_output_stream_takes_the_training_down(
     source: Path, tmp_path: Path, redirection: str
 ) -> None:
-    """Streams that are closed or full, a reader that has gone, an encoding without "±"."""
+    """Streams that are closed or full, a reader that has gone, an encoding without "–"."""
     options = shlex.join(["--data", str(source), *FAST, "--epochs", "1", "--out", "run"])
     command = f"{shlex.quote(sys.executable)} -m pyadv train {options} {redirection}"
     script = ["bash", "-c", command + '; exit "${PIPESTATUS[0]}"']
@@ -272,7 +272,7 @@ def test_no_output_stream_takes_the_training_down(
             text = (tmp_path / name).read_bytes().decode("ascii")
             assert "Error" not in text and "Exception" not in text
     if "out" in redirection:
-        assert re.search(r"clean +\W +\d+\.\d+ \+- \d", (tmp_path / "out").read_text())
+        assert re.search(r"clean +\W +\d+\.\d+ \(\d+\.\d+-\d", (tmp_path / "out").read_text())
 
 
 def test_recipes_in_ascii(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_console_of_few_characters(place: Path) -> None:
     assert (
         written(place) and b"worst case" in done.stdout and b"written to evaluation" in done.stdout
     )
-    assert "±" in (place / "evaluation" / "report.md").read_text(encoding="utf-8")
+    assert "–" in (place / "evaluation" / "report.md").read_text(encoding="utf-8")
 
 
 def test_states_outlive_a_failure_to_write(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

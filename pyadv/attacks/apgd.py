@@ -14,9 +14,11 @@ from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.results import Perturbed
+from pyadv.engine.rounding import leaves_by_rounding, round_inward_
 from pyadv.engine.rules import HalvingRule, SparseRule
+from pyadv.engine.settable import Setting
 from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Start, start_on_sphere
-from pyadv.engine.task import FloatOrTensor, GradientSettings, Model, Task
+from pyadv.engine.task import FloatOrTensor, GradientSettings, Model, Task, radius
 from pyadv.passes.borrow import Output
 
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
@@ -35,7 +37,7 @@ class APGD(Attack):
         model: anything that maps x to logits (B, C); may be None when every call names a model.
         norm: "Linf", "L2" or "L1" (or inf, 2, 1).
         eps: radius of the ball around x, in units of x; float, per sample (B,), or (in Linf)
-            broadcastable to x.
+            broadcastable to x. The default, 8/255, is for Linf.
         steps: number of steps.
         loss: what is maximised: "ce" (APGD-CE), "dlr" (APGD-DLR, three classes or more), "margin",
             "slm", or a callable (logits, y) -> (B,), differentiated by autograd.
@@ -63,12 +65,17 @@ class APGD(Attack):
             logits.
     """
 
+    loss = Setting("settings.loss.loss")
+    best = Setting("settings.best")
+    eot = Setting("settings.eot")
+    grad_mode = Setting("settings.loss.grad_mode")
+
     def __init__(
         self,
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        eps: FloatOrTensor = 8 / 255,
+        eps: FloatOrTensor | None = None,
         steps: int = 100,
         loss: str | LossFunction = "ce",
         start: Start = "keyed",
@@ -90,6 +97,7 @@ class APGD(Attack):
         graph: bool | str = "auto",
     ):
         norm = checks.canonical_norm(norm)
+        eps = radius(eps, norm)
         checks.size("eps", eps)
         checks.size("rho", rho)
         checks.choice("best", best, ("fooled", "loss"))
@@ -139,6 +147,8 @@ class APGD(Attack):
                 stage = replace(stage, best="loss", patience=steps)
             if found is not None:
                 begin = PROJECT["L1"](found.x_adv, task.x, radius, s.lo, s.hi)
+                if leaves_by_rounding(begin.dtype):
+                    round_inward_(begin, task.x, radius, "L1")
                 stage = replace(stage, start=lambda _, begin=begin: begin)
             before, found = found, super()._search(replace(task, settings=stage))
             if before is not None:

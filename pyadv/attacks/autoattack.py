@@ -21,7 +21,8 @@ from pyadv.attacks.progress import Lines, Progress
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
-from pyadv.engine.task import FloatOrTensor
+from pyadv.engine.settable import Settable
+from pyadv.engine.task import FloatOrTensor, radius
 from pyadv.passes.borrow import Output
 
 VERSIONS = {
@@ -120,7 +121,7 @@ class EnsembleResult:
         return self.correct.float().mean().item()
 
 
-class AutoAttack:
+class AutoAttack(Settable):
     """AutoAttack with the attacks, step counts, restarts and targets of the authors' package.
 
     - "standard": APGD-CE, APGD-T with 9 targets, FAB-T with 9 targets, Square with 5000 queries. In
@@ -140,7 +141,7 @@ class AutoAttack:
     Args:
         model: anything that maps x to logits (B, C).
         norm: "Linf", "L2" or "L1" (or inf, 2, 1).
-        eps: radius of the ball around x, in units of x.
+        eps: radius of the ball around x, in units of x. The default, 8/255, is for Linf.
         version: "standard", "plus", "rand" or "custom".
         attacks: with "custom" only: names out of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, in
             the order they run; a mapping from names to attacks (`PGD(...)`, ...); or one name or
@@ -162,7 +163,7 @@ class AutoAttack:
         model: Model,
         *,
         norm: str | float = "Linf",
-        eps: float = 8 / 255,
+        eps: float | None = None,
         version: str = "standard",
         attacks: Sequence[str] | Mapping[str, AttackLike] | AttackLike | None = None,
         seed: int | None = None,
@@ -183,7 +184,9 @@ class AutoAttack:
         if isinstance(eps, Tensor):
             raise TypeError("eps must be one float for all samples, got a Tensor")
         self.model, self.version, self.parity = model, version, parity or Parity()
-        self.norm, self.eps, self.seed = checks.canonical_norm(norm), eps, seed
+        self.norm, self.seed = checks.canonical_norm(norm), seed
+        self.eps = eps = radius(eps, self.norm)
+        self.lo, self.hi = lo, hi
         if self.parity.reseed and seed is None:
             raise ValueError("parity.reseed needs a seed")
         self.progress = Lines() if progress == "auto" else progress
@@ -212,6 +215,12 @@ class AutoAttack:
                 checks.choice("attacks", name, tuple(plan(version, self.norm)))
         self._common, self.plan = common, plan(version, self.norm)
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
+
+    def __copy__(self) -> AutoAttack:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.__dict__["plan"] = {name: replace(member) for name, member in self.plan.items()}
+        return new
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples for x (B, ...) with labels y (B,); x itself where none was

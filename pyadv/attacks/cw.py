@@ -15,6 +15,7 @@ from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.norms import distance
 from pyadv.engine.rules import kept
+from pyadv.engine.settable import Setting
 from pyadv.engine.state import State
 from pyadv.engine.task import Model, Settings
 from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
@@ -63,6 +64,8 @@ class CW(NearestIterate):
     0.999999 of the way from the middle, from where they hardly move, here at 0.99 (x_adv still
     starts at x itself, and such entries reach 99.5 % of the box).
     """
+
+    steps = Setting("settings.rule.steps")  # of each search
 
     def __init__(
         self,

@@ -321,8 +321,6 @@ class Ensemble:
         for part, result, labels in self._results(attack, draw, rows, places, xy, attempts):
             if column == 0:
                 checks.logits(result.logits, labels)
-                if not f.classes:
-                    checks.warn_of_probabilities(result.logits)
             f.record(column, part, result)
             done += len(part)
             if self.progress:

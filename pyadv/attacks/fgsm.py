@@ -10,14 +10,15 @@ from pyadv.attacks.pgd import PGD
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.rules import MomentumRule
+from pyadv.engine.settable import Setting
 from pyadv.engine.starts import Start
-from pyadv.engine.task import FloatOrTensor
+from pyadv.engine.task import FloatOrTensor, radius
 
 
 class FGSM(PGD):
     """One step of size eps from x: in Linf x + eps sign(gradient), clipped to the box.
 
-    Takes what `PGD` takes except `alpha` and `steps`.
+    Takes what `PGD` takes except `alpha` and `steps`, which are eps and 1.
 
     Source: Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples" (ICLR
     2015), section 4.
@@ -27,10 +28,16 @@ class FGSM(PGD):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        eps: FloatOrTensor = 8 / 255,
+        norm: str | float = "Linf",
+        eps: FloatOrTensor | None = None,
         start: Start = "none",
         **settings: Any,
     ):
+        for name in ("alpha", "steps"):
+            if name in settings:
+                raise TypeError(f"FGSM has no argument {name}: it makes one step of size eps")
+        eps = radius(eps, checks.canonical_norm(norm))
+        settings["norm"] = norm
         super().__init__(model, eps=eps, alpha=eps, steps=1, start=start, **settings)
 
 
@@ -47,21 +54,26 @@ class MIFGSM(PGD):
     Source: Dong et al., "Boosting Adversarial Attacks with Momentum" (CVPR 2018), algorithm 1.
     """
 
+    decay = Setting("settings.rule.decay")
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
         *,
         decay: float = 1.0,
-        eps: FloatOrTensor = 8 / 255,
+        norm: str | float = "Linf",
+        eps: FloatOrTensor | None = None,
         alpha: FloatOrTensor | None = None,
         steps: int = 10,
         start: Start = "none",
         **settings: Any,
     ):
         checks.size("decay", decay)
+        eps = radius(eps, checks.canonical_norm(norm))
         if alpha is None:
             checks.size("eps", eps)
             alpha = eps / max(checks.count("steps", steps, 0), 1)
+        settings["norm"] = norm
         super().__init__(model, eps=eps, alpha=alpha, steps=steps, start=start, **settings)
         self.settings = replace(self.settings, rule=MomentumRule(decay))
 

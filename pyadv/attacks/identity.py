@@ -41,6 +41,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_t
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # A logger leads to every other one, and a handle is numbered by a counter of the process.
 _OF_THE_PROCESS = (logging.Logger, RemovableHandle)
+_NOT_SETTINGS = frozenset({"model", "graphs", "_arguments"})  # attributes of our attacks
 _ONLY_SPEED = frozenset({"compact", "validate"})  # settings of our attacks
 
 
@@ -88,9 +89,7 @@ class _Reader:
         if isinstance(value, nn.Module):
             self._add_module(path, value)
         elif isinstance(value, Attack):
-            self._add_parts(
-                path, value, {**vars(value), "seed": _seed(value.seed)}, {"model", "graphs"}
-            )
+            self._add_parts(path, value, {**vars(value), "seed": _seed(value.seed)}, _NOT_SETTINGS)
         elif hasattr(value, "run") and hasattr(value, "describe"):  # an attack of the user's own
             self._add_parts(path, value, _attributes(value), {"model"})
         elif is_dataclass(value) and not isinstance(value, type):

@@ -13,9 +13,12 @@ from pyadv.engine.attack import Attack, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import PlainRule
+from pyadv.engine.settable import Setting
 from pyadv.engine.starts import STARTS, Start
-from pyadv.engine.task import BESTS, FloatOrTensor, GradientSettings
+from pyadv.engine.task import BESTS, FloatOrTensor, GradientSettings, radius, step_size
 from pyadv.passes.borrow import Output
+
+_PLUS_SHARE = 0.01 / 0.031  # of eps, the step of PGD+
 
 
 class PGD(Attack):
@@ -32,7 +35,10 @@ class PGD(Attack):
             through `.module`. May be None when every call names a model.
         norm: "Linf", "L2" or "L1" (or inf, 2, 1).
         eps: radius of the ball around x, in units of x; float, per sample (B,), or broadcastable.
-        alpha: step size, in units of x; like eps.
+            The default, 8/255, is for Linf; in another norm eps must be given.
+        alpha: step size, in units of x; like eps. By default it follows eps, norm and steps:
+            eps / 4 for 10 steps in Linf; see `pyadv.engine.step_size`. A warning says when an alpha
+            that is given is so small that all steps together reach less than eps / 2.
         steps: number of steps K.
         loss: what is maximised: "ce", "margin" (the loss GAIRAT and FAT call CW), "dlr", "kl" (from
             the model's natural prediction: the TRADES attack), "slm", or a callable (logits, y) ->
@@ -77,13 +83,21 @@ class PGD(Attack):
             logits; the message names the argument, the rule and what was seen.
     """
 
+    alpha = Setting("settings.alpha")
+    loss = Setting("settings.loss.loss")
+    best = Setting("settings.best")
+    eot = Setting("settings.eot")
+    keep = Setting("settings.keep")
+    grad_mode = Setting("settings.loss.grad_mode")
+    scale = Setting("settings.loss.scale")
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
         *,
         norm: str | float = "Linf",
-        eps: FloatOrTensor = 8 / 255,
-        alpha: FloatOrTensor = 2 / 255,
+        eps: FloatOrTensor | None = None,
+        alpha: FloatOrTensor | None = None,
         steps: int = 10,
         loss: str | LossFunction = "ce",
         start: Start = "keyed",
@@ -105,6 +119,11 @@ class PGD(Attack):
         speed: str = "exact",
         graph: bool | str = "auto",
     ):
+        norm = checks.canonical_norm(norm)
+        eps = radius(eps, norm)
+        if alpha is None:
+            checks.size("eps", eps)
+            alpha = step_size(eps, norm, checks.count("steps", steps, 0))
         if not callable(start):
             checks.choice("start", start, STARTS)
         checks.choice("best", best, BESTS)
@@ -121,7 +140,7 @@ class PGD(Attack):
             raise ValueError('scale="unit" needs eot=1: a mean needs gradients of one scale')
         scale = scale or ("exact" if bn == "train" or eot != 1 else "unit")
         settings = GradientSettings(
-            norm=checks.canonical_norm(norm),
+            norm=norm,
             eps=eps,
             alpha=alpha,
             steps=steps,
@@ -145,7 +164,8 @@ class PGD(Attack):
 
     def _search_words(self) -> list[str]:
         s = self.settings
-        return [f"{s.steps} steps of {show(s.alpha)}", f"loss {show(s.loss.loss)}"]
+        words = [f"{s.steps} steps of {show(s.alpha)}", f"loss {show(s.loss.loss)}"]
+        return words if s.best == "last" else [*words, f"best={s.best}"]
 
 
 class FriendlyPGD(PGD):
@@ -165,6 +185,9 @@ class FriendlyPGD(PGD):
     not.
     """
 
+    tau = Setting("settings.patience")
+    omega = Setting("settings.rule.omega")
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -180,16 +203,8 @@ class FriendlyPGD(PGD):
                 f"{self.settings.best!r}"
             )
         checks.size("omega", omega)
-        self.settings = replace(self.settings, rule=PlainRule(omega))
-        self.tau = tau
-
-    @property
-    def tau(self) -> int:
-        return self.settings.patience
-
-    @tau.setter
-    def tau(self, value: int) -> None:
-        self.settings = replace(self.settings, patience=checks.count("tau", value, 0))
+        patience = checks.count("tau", tau, 0)
+        self.settings = replace(self.settings, rule=PlainRule(omega), patience=patience)
 
 
 class PGDPlus(PGD):
@@ -197,21 +212,33 @@ class PGDPlus(PGD):
     counts as robust only if every iterate of every restart is classified correctly (here the
     starts too), so it leaves at the first one that is not.
 
-    Takes what `PGD` takes, with the defaults of GAIRAT's evaluation.
+    Takes what `PGD` takes, with the defaults of GAIRAT's evaluation: eps 0.031 in Linf and 40 steps
+    of 0.01. Without alpha a step has this share of eps, 10/31, at any radius.
     """
 
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
         *,
-        eps: FloatOrTensor = 0.031,
-        alpha: FloatOrTensor = 0.01,
+        norm: str | float = "Linf",
+        eps: FloatOrTensor | None = None,
+        alpha: FloatOrTensor | None = None,
         steps: int = 40,
         restarts: int = 5,
         **settings: Any,
     ):
-        settings = {"best": "fooled", **settings}
-        super().__init__(model, eps=eps, alpha=alpha, steps=steps, restarts=restarts, **settings)
+        eps = radius(eps, checks.canonical_norm(norm), 0.031)
+        if alpha is None:
+            checks.size("eps", eps)
+            alpha = eps * _PLUS_SHARE
+        settings = {
+            "best": "fooled",
+            "norm": norm,
+            "steps": steps,
+            "restarts": restarts,
+            **settings,
+        }
+        super().__init__(model, eps=eps, alpha=alpha, **settings)
 
 
 pgd = functional("pgd", PGD)

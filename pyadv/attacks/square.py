@@ -15,9 +15,10 @@ from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Plan, functional
 from pyadv.engine.losses import Loss
 from pyadv.engine.rules import StepRule
+from pyadv.engine.settable import Setting
 from pyadv.engine.starts import PROJECT, Noise
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, radius
 from pyadv.ops.steps import square_stepper
 from pyadv.passes.borrow import Output
 from pyadv.tensors import broadcastable, compute_dtype, widen
@@ -39,7 +40,8 @@ class Square(Attack):
     Args:
         model: anything that maps x to logits (B, C); may be None when every call names a model.
         norm: "Linf", "L2" or "L1" (or inf, 2, 1).
-        eps: radius of the ball around x, in units of x; float or per sample (B,).
+        eps: radius of the ball around x, in units of x; float or per sample (B,). The default,
+            8/255, is for Linf.
         queries: number of proposals.
         p: share of the image that the first squares cover; it halves after 10, 50, 200, 500, 1000,
             2000, 4000, 6000 and 8000 queries.
@@ -55,12 +57,16 @@ class Square(Attack):
             logits; x must be images (B, C, H, W).
     """
 
+    queries = Setting("settings.steps")
+    draws = Setting("settings.start")
+    p = Setting("settings.rule.p")
+
     def __init__(
         self,
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        eps: FloatOrTensor = 8 / 255,
+        eps: FloatOrTensor | None = None,
         queries: int = 5000,
         p: float = 0.8,
         restarts: int = 1,
@@ -82,7 +88,7 @@ class Square(Attack):
             raise ValueError(f"p must be a share in (0, 1], got {p!r}")
         settings = LoopSettings(
             norm=norm,
-            eps=eps,
+            eps=radius(eps, norm),
             steps=queries,
             loss=Loss("margin", targeted, "fused", "exact"),
             start=draws,

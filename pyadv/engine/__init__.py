@@ -15,9 +15,10 @@ from pyadv.engine.rules import (
     back_to_best,
     step_in_place,
 )
+from pyadv.engine.settable import Settable, Setting
 from pyadv.engine.starts import Noise
 from pyadv.engine.state import Best, PerSample, State
-from pyadv.engine.task import GradientSettings, LoopSettings, Settings, Task
+from pyadv.engine.task import GradientSettings, LoopSettings, Settings, Task, radius, step_size
 
 __all__ = [
     "AttackResult",
@@ -35,6 +36,8 @@ __all__ = [
     "Perturbed",
     "Plan",
     "PlainRule",
+    "Settable",
+    "Setting",
     "Settings",
     "SparseRule",
     "State",
@@ -45,6 +48,8 @@ __all__ = [
     "input_gradient",
     "judge",
     "predict",
+    "radius",
     "search",
     "step_in_place",
+    "step_size",
 ]

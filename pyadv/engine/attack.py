@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -14,9 +17,10 @@ from pyadv.engine import checks
 from pyadv.engine.graphs import GRAPHS, Graphs
 from pyadv.engine.loop import judge, search
 from pyadv.engine.results import AttackResult, Perturbed
+from pyadv.engine.settable import Settable, Setting
 from pyadv.engine.starts import Noise
-from pyadv.engine.task import LoopSettings, Model, Settings, Task
-from pyadv.passes.borrow import check_output
+from pyadv.engine.task import GradientSettings, LoopSettings, Model, Settings, Task
+from pyadv.passes.borrow import check_output, unwrap
 from pyadv.passes.view import SPEEDS, FastView, attacked
 
 
@@ -50,13 +54,21 @@ class Plan:
         )
 
 
-class Attack:
+# The models whose logits an attack has been warned about, or would have been.
+_LOOKED_AT: WeakKeyDictionary[Attack, WeakSet[Any]] = WeakKeyDictionary()
+_SIZES_OF_STEPS = {"eps", "alpha", "steps"}
+
+
+class Attack(Settable):
     """The base of attacks; each says by its `Settings` what it searches for.
 
     `attack(x, y)` returns x_adv; `attack.run(x, y)` also says how it ended, for one forward pass
     more. The model's modes, BatchNorm statistics, `.grad` and `requires_grad` are afterwards as
     they were, also when the model raises; with keyed starts so is torch's generator. The model and
     the data are never moved.
+
+    Settings are attributes: `attack.eps = 0.1` checks the value and takes effect, together with all
+    that follows from it, and `attack.with_(eps=0.1)` returns a changed copy. See `Settable`.
 
     A subclass with a loop of its own overrides `_search`; one that chooses targets or attempts
     overrides `_plan` and `attempts`.
@@ -71,7 +83,23 @@ class Attack:
     Attributes:
         graphs: the recordings: how many there were, and why the last call was not a replay.
         draw: the number of the next draw of keyed noise.
+        norm, eps, steps, ...: the settings in effect.
     """
+
+    norm = Setting("settings.norm")
+    eps = Setting("settings.eps")
+    steps = Setting("settings.steps")
+    start = Setting("settings.start")
+    targeted = Setting("settings.loss.targeted")
+    lo = Setting("settings.lo")
+    hi = Setting("settings.hi")
+    bn = Setting("settings.bn")
+    update_stats = Setting("settings.update_stats")
+    compact = Setting("settings.compact")
+    output = Setting("settings.output")
+    validate = Setting("settings.validate")
+    speed = Setting("settings.speed")
+    graph = Setting("graphs.mode")
 
     def __init__(
         self,
@@ -101,6 +129,12 @@ class Attack:
         self.seed = None if seed is None else checks.seed(seed)
         self.graphs = Graphs(graph)
         self.draw = 0
+
+    def __copy__(self) -> Attack:
+        """Return an attack with the same settings and model, without recordings."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, graphs=copy(self.graphs))
+        return new
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return adversarial examples for x (B, ...) with labels y (B,)."""
@@ -149,6 +183,7 @@ class Attack:
         else:
             result = self._best_of(plan)
         result.queries += plan.queries
+        self._warn_of_probabilities(plan.task.model, result.logits)
         return result
 
     def attempts(self, classes: int) -> int:
@@ -186,6 +221,47 @@ class Attack:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.draw = int(state["draw"])
+
+    def _change(self, changes: dict[str, Any]) -> None:
+        graphs = self.graphs  # compare settings, so recordings stay right
+        super()._change(changes)
+        if "graph" not in changes:
+            self.graphs = graphs
+
+    def _settled(self, changes: dict[str, Any] | None) -> None:
+        """Warn of a step size that the caller has chosen and that cannot cross half of the ball."""
+        s, given = self.settings, self._arguments[1]
+        if not isinstance(s, GradientSettings) or given.get("alpha") is None:
+            return
+        if changes is not None and not _SIZES_OF_STEPS & changes.keys():
+            return
+        if callable(s.start):  # which may lie anywhere, as where a search is continued
+            return
+        numbers = isinstance(s.alpha, (int, float)) and isinstance(s.eps, (int, float))
+        if numbers and s.steps and s.steps * s.alpha < s.eps / 2:
+            warnings.warn(
+                f"{type(self).__name__}: {s.steps} steps of alpha = {s.alpha:.4g} reach "
+                f"{s.steps * s.alpha:.4g}, less than half of eps = {s.eps:.4g}; leave alpha out "
+                "for one that follows eps and steps",
+                stacklevel=3 if changes is None else 5,
+            )
+
+    def _warn_of_probabilities(self, model: Model, logits: Tensor) -> None:
+        """Warn if the model seems to return probabilities, once for each model. This reads values,
+        so it waits for a GPU the first time; validate=False leaves it out."""
+        if self.settings.validate is False or torch.compiler.is_compiling():
+            return
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        known = _LOOKED_AT.setdefault(self, WeakSet())
+        model = getattr(unwrap(model), "__self__", unwrap(model))  # a bound method does not last
+        try:
+            if model in known:
+                return
+            known.add(model)
+        except TypeError:  # no weak reference, or no hash: it may be warned about again
+            pass
+        checks.warn_of_probabilities(logits)
 
     def _plan(self, task: Task) -> Plan:
         return Plan(task, self.restarts)

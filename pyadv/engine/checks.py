@@ -191,7 +191,7 @@ def warn_of_probabilities(z: Tensor) -> None:
         warnings.warn(
             "the model seems to return probabilities; attacks need the logits, before the softmax, "
             "and fail where a softmax is rounded to 0 or 1",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

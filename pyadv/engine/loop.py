@@ -22,12 +22,15 @@ from pyadv.engine.compact import Remaining, first_active, may_compact, worth_com
 from pyadv.engine.graphs import Graphs
 from pyadv.engine.norms import distance
 from pyadv.engine.results import AttackResult, Perturbed
+from pyadv.engine.rounding import leaves_by_rounding, round_inward_
 from pyadv.engine.state import Best, State
 from pyadv.engine.task import Settings, Task
 from pyadv.ops.geometry import unchecked_track
 from pyadv.passes.borrow import borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.losses import has_answer
 from pyadv.tensors import per_row
+
+_STARTS_INSIDE = ("keyed", "uniform", "generator", "official")  # which the engine draws
 
 
 def search(task: Task, graphs: Graphs) -> Perturbed:
@@ -41,7 +44,8 @@ def search(task: Task, graphs: Graphs) -> Perturbed:
     with gradients_on(), borrowed(model, s.bn, s.update_stats):
         check_values(x, s)
         first = s.start_from(s.start, s.norm, x, s.eps, s.lo, s.hi, task.noise)
-        task = replace(task, model=model, x=x, y=y, first=first)
+        target = None if task.target is None else owned(task.target)
+        task = replace(task, model=model, x=x, y=y, target=target, first=first)
         compacts = s.releases and may_compact(model, x, s, graphs.mode)
         return graphs.run(partial(_loop, compacts=compacts), task, compacts)
 
@@ -105,6 +109,10 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         gradients=torch.zeros_like(y),
         steps=torch.zeros_like(y),
     )
+    # x itself is the first iterate of a search without a radius; other starts are taken as given.
+    narrow = leaves_by_rounding(task.x.dtype) and not nearest
+    if narrow and s.start in _STARTS_INSIDE:
+        round_inward_(state.x_adv, state.x, s.eps, s.norm)
     state.rule = rule.begin(state)
     done = None
     broken = torch.zeros_like(y)  # by group: 1 once a row of it has fooled the model
@@ -147,7 +155,10 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         if s.best != "last" and not nearest:
             _keep_best(state, loss, grad)
         grad = state.rule.observe(state, kind, loss, grad)
-        state.rule.step(state, kind, grad, state.active if s.releases else None)
+        active = state.active if s.releases else None
+        state.rule.step(state, kind, grad, active)
+        if narrow:
+            round_inward_(state.x_adv, state.x, state.settings.eps, s.norm, active)
         if size is not None and worth_compacting(size, len(state.active), s.steps - k):
             done = _written_back(done, state)
             state = state.select(first_active(state.active, size))

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyadv.attacks import PGD
 from pyadv.attacks.ensemble import CLEAN
 from pyadv.attacks.progress import Progress
-from pyadv.evaluation.evaluate import evaluate
+from pyadv.engine import checks
+from pyadv.evaluation.evaluate import Heading, run_attacks
 
 FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # radii, as multiples of eps
 STEPS = (1, 2, 5, 10, 20, 50)
@@ -33,7 +34,8 @@ def accuracy_curves(
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
 ) -> Curves:
-    """Measure accuracy under PGD on the margin loss, with steps of eps / 4 from a random start.
+    """Measure accuracy under PGD on the margin loss from a random start, at the first iterate that
+    fools the model. Steps follow the radius and their number, see `step_size`.
 
     Arguments and errors are those of `evaluate`. The cost is 188 steps per sample.
 
@@ -43,21 +45,26 @@ def accuracy_curves(
     """
 
     def attack(radius: float, steps: int) -> PGD:
-        return PGD(norm=norm, eps=radius, alpha=radius / 4, steps=steps, loss="margin", seed=seed)
+        return PGD(
+            norm=norm,
+            eps=radius,
+            steps=steps,
+            loss="margin",
+            best="fooled",
+            seed=seed,
+        )
 
     radii = {factor: f"eps {factor * eps:.4g}" for factor in FACTORS}
     lengths = {steps: f"{steps} steps" for steps in STEPS}
     attacks = {name: attack(factor * eps, _USUAL) for factor, name in radii.items()}
     attacks |= {name: attack(eps, steps) for steps, name in lengths.items()}
-    report = evaluate(
+    report = run_attacks(
         model,
         x,
         y,
-        eps=eps,
-        norm=norm,
-        attacks=attacks,
+        Heading(checks.canonical_norm(norm), float(eps), 0.0, 1.0),
+        attacks,
         batch_size=batch_size,
-        seed=seed,
         state=state,
         state_name=state_name,
         progress=progress,

@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyadv.attacks import PGD, AutoAttack, PGDPlus
+from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
 from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
+from pyadv.attacks.minimum_norm import MinimumNorm
 from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
+from pyadv.engine.attack import Attack, show
+from pyadv.engine.results import AttackResult, MinimumNormResult
+from pyadv.engine.task import FloatOrTensor, Model
 from pyadv.evaluation.report import Report, Row
 
+_ENOUGH_CLASSES = 2**31  # for every member of AutoAttack
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def standard_attacks(
-    eps: float, norm: str | float = "Linf", *, seed: int | None = 0
-) -> dict[str, PGD]:
-    """Return the attacks that papers on adversarial training tabulate, by the name of their row.
+    eps: float,
+    norm: str | float = "Linf",
+    *,
+    seed: int | None = 0,
+    lo: FloatOrTensor | None = 0.0,
+    hi: FloatOrTensor | None = 1.0,
+) -> dict[str, Attack]:
+    """Return the attacks of an evaluation by default, by the name of their row. In Linf and L2 they
+    are those that papers on adversarial training tabulate:
 
     - "PGD-20": 20 steps of eps / 4 on the cross-entropy from a random start (the setting of
       GAIRAT, Zhang et al. 2021).
     - "margin PGD": 40 steps of eps / 4 on max_{j != y} z_j - z_y from a random start. FAT and
       GAIRAT call PGD on this loss "CW"; it is not the attack of Carlini and Wagner (2017). It
       breaks models whose cross-entropy gradient misleads, such as those of reweighted training.
+
+    A sample counts as broken if any iterate fools the model, not the last one alone.
+
+    In L1 they are "APGD" and "margin APGD", 100 steps on the same two losses: plain PGD finds few
+    adversarial examples there.
     """
-    settings = {"norm": norm, "eps": eps, "alpha": eps / 4, "seed": seed}
+    common = {"norm": norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
+    if checks.canonical_norm(norm) == "L1":
+        return {"APGD": APGD(**common), "margin APGD": APGD(loss="margin", **common)}
+    common |= {"alpha": eps / 4, "best": "fooled"}
     return {
-        "PGD-20": PGD(steps=20, loss="ce", **settings),
-        "margin PGD": PGD(steps=40, loss="margin", **settings),
+        "PGD-20": PGD(steps=20, loss="ce", **common),
+        "margin PGD": PGD(steps=40, loss="margin", **common),
     }
 
 
-def _pgd_plus(eps: float, norm: str | float, *, seed: int | None) -> dict[str, PGD]:
-    return {"PGD+": PGDPlus(eps=eps, alpha=eps * 10 / 31, norm=norm, seed=seed)}
+def _pgd_plus(eps: float, norm: str | float, **common: Any) -> dict[str, Attack]:
+    return {"PGD+": PGDPlus(eps=eps, norm=norm, **common)}
 
 
 SUITES: dict[str, Callable[..., dict[str, AttackLike]]] = {
@@ -58,6 +78,8 @@ def evaluate(
     attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
     batch_size: int = 500,
     seed: int | None = 0,
+    lo: FloatOrTensor | None = 0.0,
+    hi: FloatOrTensor | None = 1.0,
     chunk: int = 4096,
     state: str | Path | None = None,
     state_name: str | None = None,
@@ -70,18 +92,26 @@ def evaluate(
     `batch_size` nor on the order of the samples. Samples with equal values and equal labels are
     attacked once and counted as often as they are given.
 
+    A report is about one norm, radius and box, and about any other class than the label. Attacks of
+    this library that search elsewhere are refused: those of another norm, eps or box, and targeted
+    ones. A minimum-norm attack without an eps is judged at that of the report: a sample counts as
+    broken if the nearest point found lies within eps. Other attacks are taken as they are.
+
     Args:
         model: maps (B, ...) to logits (B, C).
-        data: (N, ...) inputs in [0, 1], with `y`; or batches (x, y), from a DataLoader for example.
+        data: (N, ...) inputs in [lo, hi], with `y`; or batches (x, y), as a DataLoader gives them.
         y: (N,) int64 labels of `data`.
         eps: radius of the ball, in units of x.
         norm: "Linf", "L2" or "L1".
         attacks: "pgd20" (`standard_attacks`), "pgdplus" (PGD+: 5 restarts of 40 steps),
             "autoattack", "autoattack-plus", "autoattack-rand"; row name -> attack; an `AutoAttack`;
             or one attack. AutoAttack gives each attack the samples that no earlier one has broken;
-            otherwise each attack gets all samples.
+            otherwise each attack gets all samples. An attack of your own has the verdict of its
+            own result, so a PGD should have best="fooled".
         batch_size: rows that go through the model at once, >= 1.
         seed: seed of the random starts of the named attacks.
+        lo, hi: the box inputs lie in, for inputs that are normalised for example: float, None for
+            no bound, or tensor that broadcasts to x, such as (1, C, 1, 1).
         chunk: samples of `data` batches held in memory at a time; survivors are packed within it.
         state: a file that keeps what was found after each attack and at an interruption. A call
             with the same file continues from there, also with more, fewer or reordered samples; the
@@ -92,38 +122,157 @@ def evaluate(
             samples the attack gets, samples no attack has broken so far).
 
     Raises:
-        ValueError, TypeError: for an empty or mismatched (x, y), for settings, for a state made
-            with another model or other attacks; and whatever an attack refuses (labels out of
-            range, NaN, inputs outside the box).
+        ValueError, TypeError: for an empty or mismatched (x, y), for settings, for attacks that do
+            not fit the report, for a state made with another model or other attacks; and whatever
+            an attack refuses (labels out of range, NaN, inputs outside the box).
     """
+    checks.size("eps", eps)
+    where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)
+    if isinstance(attacks, str):
+        if attacks not in SUITES | AUTOATTACKS:
+            known = ", ".join(SUITES | AUTOATTACKS)
+            raise ValueError(f"attacks must be one of {known}, or attacks by name, got {attacks!r}")
+        named = {"norm": where.norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
+        if attacks in AUTOATTACKS:
+            attacks = AutoAttack(model, version=AUTOATTACKS[attacks], **named)
+        else:
+            attacks = SUITES[attacks](**named)
+    elif isinstance(attacks, AutoAttack):
+        where.check("AutoAttack", attacks)
+        for name, attack in attacks.members(_ENOUGH_CLASSES).items():
+            where.check(name, attack)
+            if _has_no_radius(attack):
+                raise ValueError(
+                    f"attacks in an AutoAttack must have an eps, but {name!r} has none"
+                )
+    else:
+        attacks = {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
+    return run_attacks(
+        model,
+        data,
+        y,
+        where,
+        attacks,
+        batch_size=batch_size,
+        chunk=chunk,
+        state=state,
+        state_name=state_name,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a report is about, which its attacks must fit."""
+
+    norm: str
+    eps: float
+    lo: FloatOrTensor | None
+    hi: FloatOrTensor | None
+
+    def fitting(self, name: str, attack: AttackLike) -> AttackLike:
+        """Return the attack, one without a radius judged at that of the report. Raise ValueError if
+        it searches elsewhere."""
+        self.check(name, attack)
+        return Within(attack, self.eps) if _has_no_radius(attack) else attack
+
+    def check(self, name: str, attack: Any) -> None:
+        """Raise ValueError if an attack of ours does not fit the report."""
+        if not isinstance(attack, (Attack, AutoAttack)):
+            return
+        for what in ("norm", "eps", "lo", "hi"):
+            value, mine = getattr(attack, what), getattr(self, what)
+            free = what == "eps" and _has_no_radius(attack)
+            if not (free or _equal(value, mine)):
+                raise ValueError(
+                    f"attacks must have the {what} of the report, {show(mine)}, but {name!r} has "
+                    f"{what}={show(value)}"
+                )
+        if isinstance(attack, Attack) and attack.targeted:
+            raise ValueError(
+                f"attacks must not be targeted in a report on untargeted accuracy, but {name!r} is"
+            )
+
+
+def _has_no_radius(attack: Any) -> bool:
+    return isinstance(attack, MinimumNorm) and attack.eps is None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two radii, bounds or names are the same up to float32 rounding."""
+    if isinstance(a, str) or a is None or b is None:
+        return a == b
+    a, b = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (a, b))
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:
+        return False
+    return torch.allclose(a, b, rtol=1e-6, atol=0.0)
+
+
+@dataclass(frozen=True)
+class Within:
+    """A minimum-norm attack that is judged at a radius: samples whose nearest point found lies
+    farther away count as correct."""
+
+    attack: AttackLike
+    eps: float
+
+    @property
+    def draw(self) -> int:
+        return getattr(self.attack, "draw", 0)
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        draw: int | None = None,
+        model: Model | None = None,
+    ) -> AttackResult:
+        """Run the attack. Arguments as in `PGD.run`."""
+        result: MinimumNormResult = self.attack.run(x, y, ids, draw, model)
+        result.correct |= result.distances > self.eps
+        return result
+
+    def attempts(self, classes: int) -> int:
+        return self.attack.attempts(classes)
+
+    def describe(self) -> str:
+        """Return one line that lets a reader repeat the attack."""
+        return f"{self.attack.describe()}, within {show(self.eps)}"
+
+
+def run_attacks(
+    model: Callable[..., Any],
+    data: Tensor | Batches,
+    y: Tensor | None,
+    where: Heading,
+    attacks: Mapping[str, AttackLike] | AutoAttack,
+    *,
+    batch_size: int,
+    chunk: int = 4096,
+    state: str | Path | None = None,
+    state_name: str | None = None,
+    progress: Progress | str | None = "auto",
+) -> Report:
+    """Return the report of these attacks, whether or not they fit its heading `where`. Other
+    arguments as in `evaluate`."""
     settings = {
         "batch_size": batch_size,
         "state": state,
         "state_name": state_name,
         "progress": Lines() if progress == "auto" else progress,
     }
-    if isinstance(attacks, str):
-        if attacks not in SUITES | AUTOATTACKS:
-            known = ", ".join(SUITES | AUTOATTACKS)
-            raise ValueError(f"attacks must be one of {known}, or attacks by name, got {attacks!r}")
-        if attacks in AUTOATTACKS:
-            version = AUTOATTACKS[attacks]
-            attacks = AutoAttack(model, norm=norm, eps=eps, version=version, seed=seed)
-        else:
-            attacks = SUITES[attacks](eps, norm, seed=seed)
     # No steps from no start: the clean prediction, under the same rules and by the same code.
-    clean = PGD(norm=norm, eps=eps, steps=0, start="none", seed=0)
+    clean = PGD(
+        norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
+    )
     if isinstance(attacks, AutoAttack):
-        theirs, ours = (attacks.norm, attacks.eps), (clean.settings.norm, eps)
-        if theirs != ours:
-            raise ValueError(
-                f"norm and eps must be those of attacks, {theirs[0]} and {theirs[1]}, "
-                f"got {ours[0]} and {ours[1]}"
-            )
         members = attacks.members
         ensemble = attacks.ensemble(model, **settings)
     else:
-        own = _by_name(attacks)
+        own = dict(attacks)
 
         def members(classes: int) -> dict[str, AttackLike]:
             return own
@@ -150,7 +299,7 @@ def evaluate(
         for k, name in enumerate(found.names)
     )
     notes = tuple(ensemble.notes)
-    return Report(len(found.y), clean.settings.norm, float(eps), rows, found, notes)
+    return Report(len(found.y), where.norm, where.eps, rows, found, notes)
 
 
 def _by_name(attacks: Mapping[str, AttackLike] | AttackLike) -> dict[str, AttackLike]:

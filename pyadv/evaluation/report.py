@@ -14,6 +14,20 @@ from torch import Tensor
 from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation.escaping import markdown, one_line
 
+_95_PERCENT = 1.959964  # standard errors
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share that was observed in n samples, at 95 % confidence.
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", Journal
+    of the American Statistical Association, 1927.
+    """
+    z2 = _95_PERCENT**2 / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,6 +62,12 @@ class Row:
         return math.sqrt(a * (1 - a) / len(self.correct))
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval of `accuracy` as an estimate from N samples, at 95 % confidence. It has
+        a width also at accuracies of 0 and 1."""
+        return wilson(self.accuracy, len(self.correct))
+
+    @property
     def non_finite_count(self) -> int:
         """Number of samples for which the attack reached logits with NaN or +inf."""
         return 0 if self.non_finite is None else int(self.non_finite.sum())
@@ -58,6 +78,7 @@ class Row:
             "description": self.description,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
+            "interval": self.interval,
             "forward_passes_per_sample": self.queries.double().mean().item(),
             "backward_passes_per_sample": self.gradients.double().mean().item(),
             "non_finite": self.non_finite_count,
@@ -122,12 +143,12 @@ class Report:
         lines = [
             f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}; passes per sample.",
             "",
-            "| | accuracy % | attack | forward | backward |",
+            "| | accuracy % (95 % interval) | attack | forward | backward |",
             "|---|---|---|---|---|",
         ]
         for row in (*self.rows, self.worst):
             passes = (t.double().mean().item() for t in (row.queries, row.gradients))
-            accuracy = f"{100 * row.accuracy:.2f} ± {100 * row.standard_error:.2f}"
+            accuracy = with_interval(row)
             words = markdown(row.name), accuracy, markdown(row.description)
             lines.append(f"| {' | '.join((*words, *(f'{v:,.1f}' for v in passes)))} |")
         for remark in self.remarks:
@@ -138,7 +159,13 @@ class Report:
         lines = [f"{self.n:,} samples, {self.norm}, eps {self.eps:.4g}"]
         for row in (*self.rows, self.worst):
             lines.append(
-                f"{one_line(row.name):<12}{100 * row.accuracy:6.2f} +- "
-                f"{100 * row.standard_error:.2f} %   {one_line(row.description)}"
+                f"{one_line(row.name):<12}{with_interval(row, ' to '):>24} %   "
+                f"{one_line(row.description)}"
             )
         return "\n".join(lines + self.remarks)
+
+
+def with_interval(row: Row, to: str = "–") -> str:
+    """Return the accuracy of a row in percent, with its interval."""
+    low, high = row.interval
+    return f"{100 * row.accuracy:.2f} ({100 * low:.2f}{to}{100 * high:.2f})"

@@ -36,9 +36,12 @@ class Objective:
     an attack besides the objective's own has a method `attacks(epoch)`, which returns a tuple of
     the attacks it needs in that epoch, and reads the result from `step.perturb(attack)`.
 
-    Weights have mean 1 over the whole batch: over the batches of all processes if the model is a
-    DistributedDataParallel one, and over micro-batches in `prepare`. Unweighted terms are means
-    over a process's batch, which DDP averages, so processes should have batches of equal size.
+    Weights have mean 1 over the whole batch: over micro-batches in `prepare`, and over the batches
+    of all processes that train the model. Their group is that of a DDP or FSDP wrapper in or around
+    the model, compiled or not; where none is seen, as in a module that Lightning wraps from
+    outside, it is the default group of torch.distributed once that is initialised. `group=` in a
+    call names another one, and group=False keeps to this process. Unweighted terms are means over a
+    process's batch, which DDP averages, so processes should have batches of equal size.
 
     Args:
         attack: the attack that makes the adversarial examples; None trains on x.
@@ -102,8 +105,10 @@ class Objective:
         y: Tensor,
         epoch: int = 1,
         ids: Tensor | None = None,
+        *,
+        group: Any = None,
     ) -> Tensor:
-        return self.evaluate(self._step(model, x, y, epoch, ids))
+        return self.evaluate(self._step(model, x, y, epoch, ids, group=group))
 
     def attacks(self, epoch: int) -> tuple[Attack, ...]:
         """Return the attacks of a step in `epoch`, in the order in which they run: the objective's
@@ -115,7 +120,12 @@ class Objective:
         return tuple(dict.fromkeys(found))
 
     def prepare(
-        self, model: Callable[..., Any], batches: Iterable[Sequence[Tensor]], epoch: int = 1
+        self,
+        model: Callable[..., Any],
+        batches: Iterable[Sequence[Tensor]],
+        epoch: int = 1,
+        *,
+        group: Any = None,
     ) -> MicroBatches:
         """Return a batch in parts, for gradient accumulation:
 
@@ -129,10 +139,14 @@ class Objective:
 
         Args:
             batches: (x, y) or (x, y, ids), at least one.
+            group: as in a call.
         """
         batches = list(batches)
         total = sum(len(batch[0]) for batch in batches)
-        steps = [self._step(model, *batch[:2], epoch, *batch[2:], total=total) for batch in batches]
+        steps = [
+            self._step(model, *batch[:2], epoch, *batch[2:], total=total, group=group)
+            for batch in batches
+        ]
         if not steps:
             raise ValueError("prepare: batches must not be empty")
         for attack in self.attacks(epoch):  # one draw of the noise, as for one batch
@@ -204,6 +218,7 @@ class Objective:
         epoch: int,
         ids: Tensor | None = None,
         total: int | None = None,
+        group: Any = None,
     ) -> Step:
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
             raise ValueError(f"epoch must be an integer >= 1, got {epoch!r}")
@@ -220,7 +235,7 @@ class Objective:
             None if self.attack is None else self.attack.settings.output,
             self.ignore_index,
             total,
-            group=process_group(model),
+            group=process_group(model, group),
         )
         step.check_labels()
         return step

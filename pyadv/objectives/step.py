@@ -49,7 +49,7 @@ class Step:
         ignore_index: label of samples that have none; None if all have one.
         total: number of samples of the batch that x is a part of; None if x is the whole batch.
         weights: (B,) instance weights, if they are known before the step.
-        group: process group of a DistributedDataParallel model; None for a single process.
+        group: group of the processes that train the model together; None for a single process.
     """
 
     model: Callable[..., Any]
@@ -223,10 +223,28 @@ def kept_buffers(model: Callable[..., Any]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def process_group(model: Callable[..., Any]) -> Any:
-    """Return the process group of a DistributedDataParallel model that more than one process
-    trains, else None."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
+def process_group(model: Callable[..., Any], group: Any = None) -> Any:
+    """Return the group of processes over which weights are normalised; None for this process alone.
+
+    Args:
+        group: a process group, or False for this process alone. By default the group of the first
+            data-parallel wrapper (DDP, FSDP) in or around the model; without one, as in a module
+            that Lightning wraps from outside, the default group of torch.distributed if it is
+            initialised.
+    """
+    if group is False or not (dist.is_available() and dist.is_initialized()):
         return None
-    return model.process_group if dist.get_world_size(model.process_group) > 1 else None
+    if group is None:
+        group = _group_of_wrapper(model) or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _group_of_wrapper(model: Callable[..., Any]) -> Any:
+    """Return the process group of the first data-parallel wrapper in the model, else None."""
+    from torch.distributed.fsdp import FullyShardedDataParallel  # slow to import
+
+    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, wrappers):
+            return module.process_group
+    return None

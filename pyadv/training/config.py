@@ -17,12 +17,13 @@ from typing import Any
 from pyadv import _state
 from pyadv.data import ImageData
 from pyadv.engine.checks import canonical_norm
+from pyadv.engine.task import step_size
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import SCHEDULES
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # to Accelerate's names
 
-# Defaults that follow from the data set, for Linf and alpha = eps / 4.
+# Defaults that follow from the data set, for Linf.
 _GREY = {
     "model": "small-cnn",
     "eps": 0.1,
@@ -59,7 +60,7 @@ class Config:
 
     norm: str = "Linf"
     eps: float | None = None
-    alpha: float | None = None  # None: eps / 4
+    alpha: float | None = None  # None: follows eps, norm and steps, see `step_size`
     steps: int = 10
     start: str = "keyed"  # start of the attack: keyed, uniform, normal_small or none
     attack_loss: str | None = None  # loss that the attack increases
@@ -117,7 +118,7 @@ class Config:
             if getattr(config, name) is None:
                 setattr(config, name, value)
         if config.alpha is None:
-            config.alpha = config.eps / 4
+            config.alpha = step_size(config.eps, norm, config.steps)
         config.check()
         for name, value in METHODS[config.method].resolved(config.epochs).items():
             if getattr(config, name) is None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pyadv.evaluation import Report
 from pyadv.evaluation.escaping import one_line
+from pyadv.evaluation.report import with_interval
 
 
 def percent(value: float | None) -> str:
@@ -74,7 +75,7 @@ class _SafeStream(io.TextIOBase):
     stream is silent.
     """
 
-    _SPELLED = {"±": "+-", "—": "-", "…": "...", "→": "->"}
+    _SPELLED = {"–": "-", "—": "-", "…": "...", "→": "->"}
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._silent = file, False
@@ -131,7 +132,7 @@ def report_table(report: Report, title: str) -> Table:
     """Return the table of accuracies that ends a run."""
     table = Table(
         title=escape(title),
-        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; ± standard error",
+        caption=f"{report.n:,} samples, {report.norm}, eps {report.eps:.4g}; with 95 % intervals",
         title_justify="left",
     )
     table.add_column("")
@@ -141,7 +142,7 @@ def report_table(report: Report, title: str) -> Table:
         style = "bold" if row.name == report.worst.name else None
         table.add_row(
             escape(one_line(row.name)),
-            f"{100 * row.accuracy:6.2f} ± {100 * row.standard_error:.2f}",
+            with_interval(row),
             escape(one_line(row.description)),
             style=style,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyadv.attacks import PGD, AutoAttack
+from pyadv.attacks import APGD, FMN, PGD, AutoAttack
 from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation import Report, Row, evaluate, standard_attacks
 
@@ -73,7 +73,7 @@ def test_progress_and_descriptions() -> None:
     assert [s[:3] for s in seen[:3]] == [("clean", 4, 10), ("clean", 8, 10), ("clean", 10, 10)]
     assert len(seen) == 9 and seen[-1] == ("margin PGD", 10, 10, standing)
     assert report["margin PGD"].description == (
-        "Linf 0.1, 40 steps of 0.025, loss margin, keyed start"
+        "Linf 0.1, 40 steps of 0.025, loss margin, best=fooled, keyed start"
     )
     assert report.norm == "Linf" and report.n == 10
 
@@ -84,7 +84,7 @@ def test_norms_and_own_attacks() -> None:
         report = evaluate(model, x, y, eps=0.5, norm=norm)
         assert report.norm == canonical
         assert {r.name for r in report.rows} == {"clean", *standard_attacks(0.5, norm)}
-        assert report["PGD-20"].accuracy <= report["clean"].accuracy
+        assert report["APGD" if canonical == "L1" else "PGD-20"].accuracy < 0.8
     assert [r.name for r in evaluate(model, x, y, eps=0.1, attacks={}).rows] == ["clean"]
 
 
@@ -108,7 +108,9 @@ def test_row_statistics_and_worst_case(tmp_path: Path) -> None:
     assert [r["accuracy"] for r in read["rows"]] == [0.75, 0.75, 0.5]
     assert [r["forward_passes_per_sample"] for r in read["rows"]] == [2, 2, 4]
     assert [r["backward_passes_per_sample"] for r in read["rows"]] == [1, 1, 2]
-    assert "worst case   50.00 +- 25.00 %" in str(report)
+    assert "50.00 (15.00 to 85.00) %" in str(report)  # Wilson's interval of 2 of 4
+    assert read["rows"][0]["interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert "75.00 (30.06–95.44)" in report.to_markdown()
     with pytest.raises(KeyError, match="no row 'c'; there are a, b"):
         report["c"]
 
@@ -153,7 +155,7 @@ def test_batches_are_streamed_and_packed() -> None:
     packed = evaluate(sized, loader, attacks=custom, batch_size=16, **settings)
     assert torch.equal(packed.worst.correct, distance > 0.03)
     assert seen[:4] == [16, 16, 16, 12]  # batches of 7 were packed into batches of 16
-    with pytest.raises(ValueError, match=r"those of attacks, Linf and 0\.03, got L2 and 0\.03"):
+    with pytest.raises(ValueError, match="norm of the report, L2, but 'AutoAttack' has norm=Linf"):
         evaluate(model, loader, attacks=custom, norm="L2", **settings)
     rows, x_adv = packed.findings.examples()
     broken = packed["clean"].correct & ~packed["apgd-ce"].correct
@@ -235,6 +237,64 @@ def test_logits_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert text in str(report) and text in report.to_markdown()
     again = evaluate(model, x, y, eps=0.1, attacks=attacks, state=tmp_path / "s", progress=None)
     assert again.to_dict() == report.to_dict()
+
+
+def test_no_broken_sample_leaves_a_doubt() -> None:
+    row = Row("a", "", torch.ones(10, dtype=torch.bool), torch.zeros(10), torch.zeros(10))
+    assert row.interval == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attack", "what"),
+    [
+        (PGD(eps=0.2), "eps=0.2"),
+        (PGD(norm="L2", eps=0.1), "norm=L2"),
+        (PGD(eps=0.1, lo=-1.0), "lo=-1"),
+        (PGD(eps=0.1, hi=None), "hi=None"),
+        (PGD(eps=0.1, targeted=True), "targeted"),
+        (PGD(eps=torch.full((10,), 0.2)), "eps="),
+        (FMN(eps=0.2), "eps=0.2"),
+        (FMN(norm="L2"), "norm=L2"),
+        (AutoAttack(None, eps=0.1, version="custom", attacks={"bad": FMN()}), "no|none"),
+        (AutoAttack(None, eps=0.1, version="custom", attacks={"bad": PGD(eps=0.3)}), "eps=0.3"),
+    ],
+)
+def test_attacks_that_do_not_fit_the_report_are_refused(attack: object, what: str) -> None:
+    model, x, y, _ = linear_problem(10)
+    attacks = attack if isinstance(attack, AutoAttack) else {"bad": attack}
+    with pytest.raises(ValueError, match=f"'bad'.*({what})|'bad' is|'bad' has none"):
+        evaluate(model, x, y, eps=0.1, attacks=attacks, progress=None)
+
+
+def test_the_nearest_point_is_judged_at_the_radius_of_the_report(tmp_path: Path) -> None:
+    model, x, y, distance = linear_problem(20)
+    report = evaluate(
+        model, x, y, eps=0.03, attacks={"FMN": FMN()}, state=tmp_path / "s", progress=None
+    )
+    assert torch.equal(report["FMN"].correct, distance > 0.03)
+    assert report["FMN"].description == "Linf, the nearest point, 100 steps, within 0.03"
+    with pytest.raises(ValueError, match="another"):
+        evaluate(model, x, y, eps=0.04, attacks={"FMN": FMN()}, state=tmp_path / "s")
+
+
+@pytest.mark.parametrize("attacks", ["pgd20", "pgdplus", "autoattack"])
+def test_normalised_inputs_have_a_box_of_their_own(attacks: str) -> None:
+    model, x, y, _ = linear_problem(12)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), 0.25
+    normalised = lambda z: model(z * std + mean)  # noqa: E731
+    settings = {"attacks": attacks, "progress": None, "batch_size": 12}
+    plain = evaluate(model, x, y, eps=0.03, **settings)
+    box = {"lo": (0 - mean) / std, "hi": (1 - mean) / std}
+    report = evaluate(normalised, (x - mean) / std, y, eps=0.03 / std, **box, **settings)
+    assert torch.equal(report.worst.correct, plain.worst.correct)
+    assert not plain.worst.correct.all()
+    with pytest.raises(ValueError, match="box"):
+        evaluate(normalised, (x - mean) / std, y, eps=0.03 / std, **settings)
+
+
+def test_evaluation_judges_every_iterate_and_l1_by_apgd() -> None:
+    assert all(a.best == "fooled" for a in standard_attacks(0.1).values())
+    assert {type(a) for a in standard_attacks(1.0, "L1").values()} == {APGD}
 
 
 def test_one_attack_is_enough() -> None:

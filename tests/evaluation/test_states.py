@@ -20,6 +20,7 @@ from pyadv.attacks import APGD, PGD, AutoAttack
 from pyadv.attacks.identity import identity
 from pyadv.compat.autoattack import AutoAttack as OfficialAutoAttack
 from pyadv.evaluation import Report, evaluate
+from pyadv.evaluation.evaluate import Heading, run_attacks
 
 
 class Net(nn.Module):
@@ -224,10 +225,33 @@ def test_other_settings_are_refused(tmp_path: Path, one: dict, other: dict, name
         k: v.view(1, 6) if isinstance(v, Tensor) else v for k, v in s.items()
     }
     first, second = ({"pgd": attack(**per_channel(s))} for s in (one, other))
-    run(None, x, y, tmp_path / "state", attacks=first)
-    same(run(None, x, y, tmp_path / "state", attacks=first), run(None, x, y, None, attacks=first))
+
+    def measure(attacks: dict, state: Path | None) -> Report:  # also what fits no report
+        heading = Heading("Linf", 0.1, 0.0, 1.0)
+        return run_attacks(Net(), x, y, heading, attacks, batch_size=9, state=state, progress=None)
+
+    measure(first, tmp_path / "state")
+    same(measure(first, tmp_path / "state"), measure(first, None))
     with pytest.raises(ValueError, match=rf"an evaluation with another .*pgd\.{named}: "):
-        run(None, x, y, tmp_path / "state", attacks=second)
+        measure(second, tmp_path / "state")
+
+
+def test_a_changed_attack_is_another_one_and_a_rebuilt_one_the_same(tmp_path: Path) -> None:
+    x, y = samples(6)
+    run(None, x, y, tmp_path / "state", attacks={"pgd": attack()})
+    changed = PGD(eps=0.3, alpha=0.05, steps=3, seed=0, loss="margin")
+    changed.eps = 0.1
+    same(run(None, x, y, tmp_path / "state", attacks={"pgd": changed}), run(None, x, y, None))
+    changed.steps = 4
+    with pytest.raises(ValueError, match=r"another .*pgd\.steps"):
+        run(None, x, y, tmp_path / "state", attacks={"pgd": changed})
+
+
+def test_another_box_is_another_evaluation(tmp_path: Path) -> None:
+    x, y = samples(6)
+    run(None, x, y, tmp_path / "state", attacks={})
+    with pytest.raises(ValueError, match=r"another clean\.lo"):
+        run(None, x, y, tmp_path / "state", attacks={}, lo=-1.0)
 
 
 def test_the_order_and_kind_of_attacks_matter(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_defaults_follow_from_the_data(
 
 def test_what_is_given_stays() -> None:
     config = Config(eps=0.2, epochs=7, norm="l2", augment=True).resolve(images("x", 1))
-    assert (config.eps, config.alpha, config.epochs, config.norm) == (0.2, 0.05, 7, "L2")
+    assert (config.eps, config.alpha, config.epochs, config.norm) == (0.2, 0.1, 7, "L2")
     assert config.augment is True and config.begin_epoch is None
     assert Config(method="gairat", epochs=7).resolve(images("x", 1)).begin_epoch == 3
     assert Config(eps_warmup=0).resolve(images("mnist", 1)).eps_warmup == 0
