@@ -100,6 +100,7 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         queries=torch.zeros_like(y),
         gradients=torch.zeros_like(y),
         steps=torch.zeros_like(y),
+        model=model,
     )
     state.rule = rule.begin(state)
     done = None
