@@ -22,7 +22,6 @@ from pyadv.passes.borrow import pick_logits
 from pyadv.tensors import compute_dtype, parameter, per_row, widen
 
 KERNELS = ("gaussian", "linear", "uniform")
-_SIGMAS = 3.0  # from the middle of a Gaussian kernel to its last entry
 _NEIGHBOUR, _RESIZE, _MIX = range(3)  # kinds of noise
 
 
@@ -43,6 +42,7 @@ class TransferRule(MomentumRule):
     resize: float = 0.9
     kernel: int = 0
     kernel_shape: str = "gaussian"
+    kernel_sigmas: float = 3.0
     scales: int = 1
     images: _Shared | None = None
     mixes: int = 1
@@ -73,7 +73,7 @@ class TransferRule(MomentumRule):
         return replace(
             super().begin(state),
             number=torch.zeros((), dtype=torch.int64, device=x.device),
-            window=_Shared(_window(self.kernel, self.kernel_shape, widen(x))),
+            window=_Shared(self._window(widen(x))),
             variance=torch.zeros_like(widen(x)) if self.neighbours else None,
         )
 
@@ -86,6 +86,18 @@ class TransferRule(MomentumRule):
                 f"images must have shape (N, {', '.join(map(str, x.shape[1:]))}) on {x.device}, as "
                 f"x has, got {list(images.shape)} on {images.device}"
             )
+
+    def _window(self, like: Tensor) -> Tensor:
+        """Return the weights of the kernel along one side, whose sum is 1."""
+        end = self.kernel_sigmas if self.kernel_shape == "gaussian" else (self.kernel - 1) / 2
+        t = torch.linspace(-end, end, self.kernel, dtype=like.dtype, device=like.device)
+        if self.kernel_shape == "gaussian":
+            weights = torch.exp(-t.square() / 2)
+        elif self.kernel_shape == "linear":
+            weights = 1 - t.abs() * 2 / (self.kernel + 1)
+        else:
+            weights = torch.ones_like(t)
+        return weights / weights.sum()
 
     def schedule(self, state: State, k: int) -> None:
         draws = self.copies * (1 + self.neighbours)
@@ -164,18 +176,6 @@ def _column(state: State, number: Tensor, width: int, kind: int) -> Tensor:
     return state.noise.uniform(like, number, kind)
 
 
-def _window(length: int, shape: str, like: Tensor) -> Tensor:
-    """Return the weights of a kernel, whose sum is 1."""
-    if shape == "gaussian":
-        t = torch.linspace(-_SIGMAS, _SIGMAS, length, dtype=like.dtype, device=like.device)
-        weights = torch.exp(-t.square() / 2)
-    else:
-        end = (length - 1) / 2
-        t = torch.linspace(-end, end, length, dtype=like.dtype, device=like.device)
-        weights = 1 - t.abs() * 2 / (length + 1) if shape == "linear" else torch.ones_like(t)
-    return weights / weights.sum()
-
-
 def _smoothed(images: Tensor, window: Tensor) -> Tensor:
     """Return images (B, C, H, W) convolved with the square kernel window x window."""
     before = (len(window) - 1) // 2
@@ -228,6 +228,7 @@ class TransferFGSM(MIFGSM):
         kernel: length of the kernel that smooths the gradient, as a mean over translations of the
             input; 0 for none.
         kernel_shape: "gaussian", "linear" or "uniform".
+        kernel_sigmas: standard deviations from the middle of the Gaussian kernel to its end.
         scales: average the gradients of x, x/2, x/4, ... (so many).
         images: (N, ...) images to mix in, of shape and device of x; None for none.
         mixes: how many images to mix in, one after the other; the gradients are averaged.
@@ -254,6 +255,7 @@ class TransferFGSM(MIFGSM):
         resize: float = 0.9,
         kernel: int = 0,
         kernel_shape: str = "gaussian",
+        kernel_sigmas: float = 3.0,
         scales: int = 1,
         images: Tensor | None = None,
         mixes: int = 3,
@@ -267,6 +269,7 @@ class TransferFGSM(MIFGSM):
         checks.share("resize", resize)
         checks.count("kernel", kernel, 0)
         checks.choice("kernel_shape", kernel_shape, KERNELS)
+        checks.size("kernel_sigmas", kernel_sigmas)
         checks.count("scales", scales, 1)
         checks.count("mixes", mixes, 1)
         checks.size("mix_share", mix_share)
@@ -294,6 +297,7 @@ class TransferFGSM(MIFGSM):
             resize=resize,
             kernel=kernel,
             kernel_shape=kernel_shape,
+            kernel_sigmas=kernel_sigmas,
             scales=scales,
             images=None if images is None else _Shared(images.detach()),
             mixes=mixes,
