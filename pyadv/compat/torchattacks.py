@@ -1054,7 +1054,10 @@ class AutoAttack(Attack):
             raise TypeError("AutoAttack needs labels, got None")
         if self._training[0]:
             raise ValueError("AutoAttack runs in eval mode; undo set_model_training_mode")
-        attack = attacks.AutoAttack(
+        return self._ensemble()(inputs, labels)
+
+    def _ensemble(self) -> attacks.AutoAttack:
+        return attacks.AutoAttack(
             self._network,
             norm=self.norm,
             eps=self.eps,
@@ -1062,7 +1065,6 @@ class AutoAttack(Attack):
             seed=self.seed or 0,
             progress="auto" if self.verbose else None,
         )
-        return attack(inputs, labels)
 
 
 # --- minimum norm
