@@ -1,4 +1,4 @@
-"""What the references share: widening, row broadcasting, box."""
+"""Helpers for batches: widening, broadcasting per row, flattening, the box."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """16-bit floats are widened to float32 for arithmetic and rounded once."""
+    """Return the dtype that arithmetic on `dtype` uses: 16-bit floats are widened to float32 and
+    rounded once."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(t: Tensor) -> Tensor:
+    """Return t in the dtype that arithmetic uses."""
     return t.to(compute_dtype(t.dtype))
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), to broadcast against `like` (B, ...)."""
+    """Reshape (B,) to (B, 1, ..., 1), to broadcast against `like` (B, ...)."""
     return values.reshape(values.shape + (1,) * (like.dim() - 1))
 
 
-def rows(t: Tensor) -> Tensor:
-    """(B, ...) -> (B, n)"""
+def flatten(t: Tensor) -> Tensor:
+    """Reshape (B, ...) to (B, n)."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
-def parameter(value: float | Tensor, like: Tensor) -> Tensor:
-    """A float, 0-dim, per-sample (B,) or broadcastable parameter in the type and on the device of
-    `like`."""
+def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a float, 0-dim, per-sample (B,) or broadcastable value in the dtype of `like`, on its
+    device, in a shape that broadcasts against it."""
     if not isinstance(value, Tensor):  # filled on the device: a copy would wait for it
         return torch.full((), value, dtype=like.dtype, device=like.device)
     t = value.to(like.device, like.dtype)
@@ -37,21 +39,22 @@ def parameter(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def clip_to_box(v: Tensor, lo: float | Tensor | None, hi: float | Tensor | None) -> Tensor:
+    """Clip v to [lo, hi]; None is no bound."""
     if lo is not None:
-        v = torch.maximum(v, parameter(lo, v))
+        v = torch.maximum(v, broadcastable(lo, v))
     if hi is not None:
-        v = torch.minimum(v, parameter(hi, v))
+        v = torch.minimum(v, broadcastable(hi, v))
     return v
 
 
 def keep_inactive(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
-    """Rows that are not active come back bit for bit."""
+    """Return `new` where rows are active, and the rows of `old` bit for bit elsewhere."""
     return new if active is None else torch.where(per_row(active, new), new, old)
 
 
 def movable(grad: Tensor, active: Tensor | None) -> Tensor:
-    """Rows with a gradient of finite numbers, among the active ones."""
-    finite = rows(grad).isfinite().all(1)
+    """Return the mask (B,) of active rows whose gradient is finite."""
+    finite = flatten(grad).isfinite().all(1)
     return finite if active is None else finite & active
 
 

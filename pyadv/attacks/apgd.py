@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Plan, functional, show
+from pyadv.engine.attack import Attack, Plan, functional, show
 from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss, LossFunction, check_classes, ranked_targets
 from pyadv.engine.losses import check as check_loss
@@ -22,7 +22,7 @@ from pyadv.passes.borrow import Output
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
 
 
-class APGD(GradientAttack):
+class APGD(Attack):
     """Auto-PGD: gradient ascent that chooses its step size for each sample as it goes.
 
     In Linf and L2, steps with momentum start at 2 eps; at checkpoints the step of a sample that

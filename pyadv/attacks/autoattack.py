@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from pyadv.attacks.apgd import APGD, TargetedAPGD
-from pyadv.attacks.ensemble import Attack, Ensemble, Findings, check_attack
+from pyadv.attacks.ensemble import AttackLike, Ensemble, Findings, check_attack
 from pyadv.attacks.fab import FAB, TargetedFAB
 from pyadv.attacks.pgd import PGD
 from pyadv.attacks.progress import Lines, Progress
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.attack import Attack, Model
 from pyadv.engine.task import FloatOrTensor
 from pyadv.passes.borrow import Output
 
@@ -164,7 +164,7 @@ class AutoAttack:
         norm: str | float = "Linf",
         eps: float = 8 / 255,
         version: str = "standard",
-        attacks: Sequence[str] | Mapping[str, Attack] | Attack | None = None,
+        attacks: Sequence[str] | Mapping[str, AttackLike] | AttackLike | None = None,
         seed: int | None = None,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
@@ -281,7 +281,7 @@ class AutoAttack:
             for name in self.names
         }
 
-    def members(self, classes: int) -> dict[str, Attack]:
+    def members(self, classes: int) -> dict[str, AttackLike]:
         """Return the attacks on a model with this many classes, by name, in the order they run."""
         if self._own is not None:
             return dict(self._own)
@@ -313,7 +313,7 @@ class AutoAttack:
             only._own = {name: self._own[name]}
         return only
 
-    def _member(self, name: str, classes: int, common: dict[str, Any]) -> Attack:
+    def _member(self, name: str, classes: int, common: dict[str, Any]) -> AttackLike:
         parity, m = self.parity, self.plan[name]
         if parity.few_classes and name in ("apgd-t", "fab-t") and classes <= m.targets:
             raise ValueError(f"{name} has {m.targets} targets, the model {classes} classes")
@@ -345,7 +345,7 @@ class AutoAttack:
             attack = Square(**common, queries=m.steps, p=m.p, draws=draws)
         return self._as_is(attack)
 
-    def _as_is(self, attack: GradientAttack) -> GradientAttack:
+    def _as_is(self, attack: Attack) -> Attack:
         if self.parity.keep_modes:
             attack.settings = replace(attack.settings, bn="as_is")
         return attack

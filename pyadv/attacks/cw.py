@@ -17,7 +17,7 @@ from pyadv.engine.norms import distance
 from pyadv.engine.rules import kept
 from pyadv.engine.state import State
 from pyadv.engine.task import Model, Settings
-from pyadv.tensors import clip_to_box, parameter, per_row, rows, widen
+from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
 
 _INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
 _MOST = 1 - 1e-6  # of tanh, so that no entry is stuck where the slope rounds to 0
@@ -132,9 +132,9 @@ class SearchRule(ClassRule):
         place, width = torch.zeros_like(x), torch.ones_like(x)
         if _bounded(s):
             half = _half_width(s, x).expand_as(x)
-            place = torch.where(half > 0, (x - parameter(s.lo, x)) / half - 1, 0.0)
+            place = torch.where(half > 0, (x - broadcastable(s.lo, x)) / half - 1, 0.0)
             place, width = place.clamp(-_INSIDE, _INSIDE), 2 * half
-        width = rows(width).amax(1) if x[:1].numel() else torch.ones_like(x[:, 0])
+        width = flatten(width).amax(1) if x[:1].numel() else torch.ones_like(x[:, 0])
         return replace(
             self,
             c=torch.full_like(width, self.first_c),
@@ -203,7 +203,7 @@ class SearchRule(ClassRule):
 
     def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
         s, x, grad = state.settings, widen(state.x), widen(grad)
-        usable = (self._hinge(state) > 0) & rows(grad).isfinite().all(1)
+        usable = (self._hinge(state) > 0) & flatten(grad).isfinite().all(1)
         grad = torch.where(per_row(usable, x), per_row(-self.c, x) * grad, 0.0)
         grad = grad + 2 * self._offset(s) / per_row(self.width.square(), x)
         if _bounded(s):
@@ -251,7 +251,7 @@ def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
 
 
 def _half_width(s: Settings, like: Tensor) -> Tensor:
-    return (parameter(s.hi, like) - parameter(s.lo, like)) / 2
+    return (broadcastable(s.hi, like) - broadcastable(s.lo, like)) / 2
 
 
 cw = functional("cw", CW)

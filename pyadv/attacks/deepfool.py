@@ -27,8 +27,7 @@ from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
 from pyadv.engine.task import Model, Task
 from pyadv.passes.borrow import owned
-from pyadv.tensors import clip_to_box, per_row, widen
-from pyadv.tensors import rows as flatten
+from pyadv.tensors import clip_to_box, flatten, per_row, widen
 
 _LEAST = 1e-4
 _SMALL = 1e-6

@@ -17,7 +17,7 @@ from pyadv import _state, ops
 from pyadv.attacks.identity import identity
 from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.attack import Attack, Model
 from pyadv.engine.results import AttackResult
 from pyadv.passes.borrow import (
     Output,
@@ -37,7 +37,7 @@ _SHOWN = 3  # differences in an error message
 _PROBED = 8  # samples in the forward pass that shows which counters of the model move
 
 
-class Attack(Protocol):
+class AttackLike(Protocol):
     """What an ensemble asks of its members."""
 
     def run(
@@ -235,13 +235,13 @@ class Ensemble:
         self,
         model: Model,
         names: Sequence[str],
-        attacks: Callable[[int], Mapping[str, Attack]],
-        clean: GradientAttack,
+        attacks: Callable[[int], Mapping[str, AttackLike]],
+        clean: Attack,
         *,
         survivors: bool,
         batch_size: int,
         state: str | Path | None = None,
-        described: Mapping[str, Attack] | None = None,
+        described: Mapping[str, AttackLike] | None = None,
         identity: Mapping[str, Any] | None = None,
         state_name: str | None = None,
         progress: Progress | None = None,
@@ -253,7 +253,7 @@ class Ensemble:
         checks.count("batch_size", batch_size, 1)
         self.model, self.attacks, self.clean, self.survivors = model, attacks, clean, survivors
         self.batch_size, self.progress, self.reseed = batch_size, progress, reseed
-        self.members: list[tuple[Attack, int]] | None = None
+        self.members: list[tuple[AttackLike, int]] | None = None
         self.notes: list[str] = []
         self._records = _Records((CLEAN, *names))
         self._given: list[Tensor] = []  # the rows of the samples given so far
@@ -306,7 +306,7 @@ class Ensemble:
             self._save()
 
     def _stage(
-        self, column: int, attack: Attack, draw: int, rows: Tensor, places: Tensor, *xy: Tensor
+        self, column: int, attack: AttackLike, draw: int, rows: Tensor, places: Tensor, *xy: Tensor
     ) -> None:
         """Run one attack on the samples that wait for it: `rows`, which stand in x at `places`."""
         f = self._records
@@ -333,7 +333,7 @@ class Ensemble:
 
     def _results(
         self,
-        attack: Attack,
+        attack: AttackLike,
         draw: int,
         rows: Tensor,
         places: Tensor,

@@ -26,7 +26,7 @@ from pyadv.engine.state import PerSample
 from pyadv.engine.task import FloatOrTensor, Model, Settings, Task
 from pyadv.passes.borrow import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.hyperplane import boundary_step
-from pyadv.tensors import parameter, per_row, widen
+from pyadv.tensors import broadcastable, per_row, widen
 
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
 _BOUNDARY_STEP = {
@@ -210,7 +210,7 @@ class FAB(MinimumNorm):
                 r, s = r.select(kept), s.select(kept, r.x)
             self._step(model, r, s, first=k == 0)
             if self.early_stop:
-                within = r.length <= parameter(s.eps, r.length)
+                within = r.length <= broadcastable(s.eps, r.length)
                 found.scatter_reduce_(0, r.sample, within.long(), "amax")
                 r.active = r.active & (found[r.sample] == 0)
         every.store(r)

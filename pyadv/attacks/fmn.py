@@ -26,8 +26,7 @@ from pyadv.engine.norms import DUAL, distance, row_norm
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
-from pyadv.tensors import clip_to_box, parameter, per_row, widen
-from pyadv.tensors import rows as flatten
+from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
 
 _LAST_ALPHA = 0.01  # as a share of the first
 _TINY = 1e-12
@@ -168,8 +167,8 @@ def _entries_to_boundary(state: State, grad: Tensor, missing: Tensor) -> Tensor:
     """Return (B,): how many entries have to move as far as the box allows until a linear model with
     this gradient has gained `missing`; all of them where that is not enough."""
     s, x_adv = state.settings, widen(state.x_adv)
-    up = torch.inf if s.hi is None else parameter(s.hi, x_adv) - x_adv
-    down = torch.inf if s.lo is None else x_adv - parameter(s.lo, x_adv)
+    up = torch.inf if s.hi is None else broadcastable(s.hi, x_adv) - x_adv
+    down = torch.inf if s.lo is None else x_adv - broadcastable(s.lo, x_adv)
     room = torch.where(grad > 0, up, down)
     gains = flatten(torch.where(grad == 0, 0.0, grad.abs() * room)).sort(1, descending=True).values
     short = gains.cumsum(1) < missing[:, None]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.hooks import RemovableHandle
 
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 
 _OURS = ("pyadv", "torch")
 _LONG = 96  # characters of a text that is stored as it is; longer ones are hashed
@@ -87,7 +87,7 @@ class _Reader:
         self.where = path
         if isinstance(value, nn.Module):
             self._add_module(path, value)
-        elif isinstance(value, GradientAttack):
+        elif isinstance(value, Attack):
             self._add_parts(
                 path, value, {**vars(value), "seed": _seed(value.seed)}, {"model", "graphs"}
             )

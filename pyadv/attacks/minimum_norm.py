@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, show
+from pyadv.engine.attack import Attack, show
 from pyadv.engine.loop import input_gradient
 from pyadv.engine.losses import Loss, ranked_targets
 from pyadv.engine.norms import DUAL, ORDER, distance, row_norm
@@ -20,8 +20,7 @@ from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
 from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
 from pyadv.passes.borrow import Output
-from pyadv.tensors import clip_to_box, parameter, per_row, widen
-from pyadv.tensors import rows as flatten
+from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
 
 _TINY = 1e-12
 _RIVALS = 9  # classes that are compared when one to follow is chosen
@@ -80,8 +79,8 @@ def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | No
     """Return (B,): how far from x the farthest point of the box is; inf without a box."""
     wide = widen(x)
     infinity = torch.full_like(wide, torch.inf)
-    above = infinity if hi is None else parameter(hi, wide) - wide
-    below = infinity if lo is None else wide - parameter(lo, wide)
+    above = infinity if hi is None else broadcastable(hi, wide) - wide
+    below = infinity if lo is None else wide - broadcastable(lo, wide)
     return row_norm(torch.maximum(above, below), ORDER[norm])
 
 
@@ -165,7 +164,7 @@ def class_choice(classes: str, targeted: bool) -> str:
     return "runner-up" if targeted else classes
 
 
-class MinimumNorm(GradientAttack):
+class MinimumNorm(Attack):
     """The base of the attacks that ask how near the nearest point is that fools the model.
 
     `attack(x, y)` gives the nearest point found, x itself where there is none or where x fools the

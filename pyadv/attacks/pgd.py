@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, functional, show
+from pyadv.engine.attack import Attack, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import PlainRule
@@ -18,7 +18,7 @@ from pyadv.engine.task import BESTS, FloatOrTensor, GradientSettings
 from pyadv.passes.borrow import Output
 
 
-class PGD(GradientAttack):
+class PGD(Attack):
     """K steps of projected gradient ascent on the loss.
 
     `attack(x, y)` returns x_adv after exactly `steps` forward passes and `steps` input gradients

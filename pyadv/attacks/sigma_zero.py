@@ -17,8 +17,7 @@ from pyadv.engine.attack import functional
 from pyadv.engine.rules import StepRule
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
-from pyadv.tensors import clip_to_box, per_row, widen
-from pyadv.tensors import rows as flatten
+from pyadv.tensors import clip_to_box, flatten, per_row, widen
 
 _BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
 _TINY = 1e-12

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Plan, functional
+from pyadv.engine.attack import Attack, Plan, functional
 from pyadv.engine.losses import Loss
 from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import PROJECT, Noise
@@ -20,14 +20,14 @@ from pyadv.engine.state import State
 from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task
 from pyadv.ops.steps import square_stepper
 from pyadv.passes.borrow import Output
-from pyadv.tensors import compute_dtype, parameter, widen
+from pyadv.tensors import broadcastable, compute_dtype, widen
 
 _SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 _TINY = 1e-12
 _SLACK = 1e-6  # that the authors leave to the L1 ball
 
 
-class Square(GradientAttack):
+class Square(Attack):
     """A random search without gradients: each query changes a square of the image, and the change
     stays where it lowers the margin z_y - max_{j != y} z_j. It finds points that misleading
     gradients hide.
@@ -154,7 +154,7 @@ class SquareRule(StepRule):
         order = 2 if s.norm == "L2" else 1
         delta = widen(state.best.x_adv) - x
         first, second = _Window(draws, side, x), _Window(draws, side, x)
-        eps = parameter(s.eps, x)
+        eps = broadcastable(s.eps, x)
         short = (eps**order - _norm(delta, order, (1, 2, 3)) ** order).clamp_min(0)
         mask = second.mask()
         held = _norm(delta * torch.maximum(first.mask(), mask), order, (2, 3))
@@ -186,7 +186,7 @@ def _start(
     words = c * w if norm == "Linf" else len(tops) * len(lefts) * (c + 1)
     draws = _draws(kind, noise, x, 0, words, active)
     wide = widen(x)
-    radius = parameter(eps, wide)
+    radius = broadcastable(eps, wide)
     if norm == "Linf":
         point = wide + radius * draws.signs(c, 1, w)
         return PROJECT["Linf"](point.to(x.dtype), x, eps, lo, hi)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyadv.engine import checks
 from pyadv.ops.arguments import check_like
-from pyadv.tensors import parameter, per_row, rows
+from pyadv.tensors import broadcastable, flatten, per_row
 
 LEVELS = 255
 _SLACK = 1e-4  # of a grid step: eps = 8 / 255 in floating point is eight steps
@@ -45,7 +45,7 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
         raise ValueError("to_uint8: x must be an 8-bit image divided by 255")
     if not _near(adv, adv.clamp(0, LEVELS), tolerance):
         raise ValueError("to_uint8: x_adv must lie in [0, 1]")
-    radius = LEVELS * parameter(eps, image) + _SLACK
+    radius = LEVELS * broadcastable(eps, image) + _SLACK
     move = (adv - level).clamp(-level, LEVELS - level)
     if norm == "Linf":
         most = radius.floor()
@@ -55,7 +55,7 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
         order = 2 if norm == "L2" else 1
 
         def fits(d: Tensor) -> Tensor:
-            length = torch.linalg.vector_norm(rows(d), order, dim=1)
+            length = torch.linalg.vector_norm(flatten(d), order, dim=1)
             return per_row(length, d) <= radius
 
         move = torch.where(fits(move.round()), move.round(), move.trunc())

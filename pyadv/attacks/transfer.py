@@ -19,7 +19,7 @@ from pyadv.engine.rules import MomentumRule
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
 from pyadv.passes.borrow import pick_logits
-from pyadv.tensors import compute_dtype, parameter, per_row, widen
+from pyadv.tensors import broadcastable, compute_dtype, per_row, widen
 
 KERNELS = ("gaussian", "linear", "uniform")
 _NEIGHBOUR, _RESIZE, _MIX = range(3)  # kinds of noise
@@ -116,7 +116,7 @@ class TransferRule(MomentumRule):
         if self.nesterov or self.diversity or self.copies > 1 or self.images is not None:
             point = x_adv
             if self.nesterov:
-                ahead = self.decay * parameter(state.settings.alpha, self.total) * self.total
+                ahead = self.decay * broadcastable(state.settings.alpha, self.total) * self.total
                 point = (widen(x_adv) + ahead).to(x_adv.dtype)
             grad, passes = self._gradient(state, point, 0), self.copies
         else:
@@ -128,7 +128,7 @@ class TransferRule(MomentumRule):
             around = torch.zeros_like(grad)
             for j in range(1, self.neighbours + 1):
                 u = state.noise.uniform(grad, self.number + j * self.copies, _NEIGHBOUR)
-                radius = self.neighbourhood * parameter(state.settings.eps, grad)
+                radius = self.neighbourhood * broadcastable(state.settings.eps, grad)
                 point = (widen(x_adv) + (2 * u - 1) * radius).to(x_adv.dtype)
                 around += self._gradient(state, point, j * self.copies)
             difference = around / self.neighbours - grad

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyadv import _state, attacks
 from pyadv.attacks.square import SquareRule
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack as NativeAttack
 from pyadv.engine.losses import ranked_targets
 from pyadv.engine.starts import SMALL, Start
 from pyadv.models import Normalized
@@ -77,7 +77,7 @@ class Attack(metaclass=_Closed):
         self._target_map_function: TargetMap | None = None
         self._training = (False, False, False)  # of the model, its BatchNorm and Dropout layers
         self._network = model  # takes inputs in [0, 1]
-        self._made: tuple[Any, GradientAttack] | None = None
+        self._made: tuple[Any, NativeAttack] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = self.__dict__.get("_known")
@@ -106,7 +106,7 @@ class Attack(metaclass=_Closed):
         y = self.get_target_label(inputs, labels) if self.targeted else labels
         return self._find(self._attack(), inputs, y)
 
-    def _attack(self) -> GradientAttack:
+    def _attack(self) -> NativeAttack:
         """Return pyadv's attack with the attributes of now; it is kept until one of them changes,
         because it holds the recordings of CUDA graphs."""
         own = {"_known", "_made"}
@@ -118,10 +118,10 @@ class Attack(metaclass=_Closed):
             self._made = now, attack
         return self._made[1]
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         raise NotImplementedError
 
-    def _find(self, attack: GradientAttack, inputs: Tensor, labels: Tensor) -> Tensor:
+    def _find(self, attack: NativeAttack, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return what pyadv's attack finds; each call has the same noise."""
         return attack.perturb(inputs, labels, draw=0).x_adv
 
@@ -459,7 +459,7 @@ class _Iterated(_Targetable):
         super().__init__(name, model)
         self.eps, self.alpha, self.steps = eps, alpha, steps
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         settings = self._common("norm", "eps", "alpha", "steps")
         return attacks.PGD(self._network, start=self._start(), **settings)
 
@@ -500,7 +500,7 @@ class EOTPGD(PGD):
         super().__init__(model, eps, alpha, steps, random_start)
         self.attack, self.eot_iter = "EOTPGD", eot_iter
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         settings = self._common("norm", "eps", "alpha", "steps")
         return attacks.PGD(self._network, start=self._start(), eot=self.eot_iter, **settings)
 
@@ -512,7 +512,7 @@ class FGSM(_Targetable):
         super().__init__("FGSM", model)
         self.eps = eps
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         return attacks.FGSM(self._network, **self._common("eps"))
 
 
@@ -542,7 +542,7 @@ class FFGSM(_Targetable):
         super().__init__("FFGSM", model)
         self.eps, self.alpha = eps, alpha
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         settings = self._common("eps", "alpha")
         return attacks.PGD(self._network, steps=1, start=self._start, **settings)
 
@@ -563,7 +563,7 @@ class TPGD(_Iterated):
         unused = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
         return super().forward(inputs, unused)
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         settings = self._common("eps", "alpha", "steps")
         return attacks.PGD(self._network, loss="kl", start=self._start(), **settings)
 
@@ -656,7 +656,7 @@ class PGDRS(_Iterated):
         parts = zip(inputs.split(size), labels.split(size), strict=True)
         return torch.cat([super(PGDRS, self).forward(*part) for part in parts])
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         network = _Smoothed(self._network, self.noise_type, self.noise_sd, self.noise_batch_size)
         return attacks.PGD(network, start="none", **self._common("norm", "eps", "alpha", "steps"))
 
@@ -705,7 +705,7 @@ class MIFGSM(_Iterated):
         super().__init__("MIFGSM", model, eps, alpha, steps)
         self.decay = decay
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         settings = self._common("eps", "alpha", "steps", "decay")
         return attacks.TransferFGSM(
             self._network, start=self._start(), **self._altered(), **settings
@@ -882,7 +882,7 @@ class APGD(Attack):
         self.seed, self.loss, self.eot_iter, self.thr_decr = seed, loss, eot_iter, rho
         self.verbose = verbose
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         return attacks.APGD(self._network, loss=self.loss, **self._searched())
 
     def _searched(self) -> dict[str, Any]:
@@ -920,7 +920,7 @@ class APGDT(APGD):
         )
         self.attack, self.n_target_classes = "APGDT", n_classes - 1
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         return attacks.TargetedAPGD(
             self._network, targets=self.n_target_classes, **self._searched()
         )
@@ -957,7 +957,7 @@ class FAB(Attack):
         self.multi_targeted, self.n_target_classes = multi_targeted, n_classes - 1
         self.verbose = verbose
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         names = ("norm", "eps", "steps", "alpha_max", "eta", "beta", "seed")
         settings = {name: getattr(self, name) for name in names}
         settings["restarts"] = self.n_restarts
@@ -965,7 +965,7 @@ class FAB(Attack):
             return attacks.TargetedFAB(self._network, targets=self.n_target_classes, **settings)
         return attacks.FAB(self._network, **settings)
 
-    def _find(self, attack: GradientAttack, inputs: Tensor, labels: Tensor) -> Tensor:
+    def _find(self, attack: NativeAttack, inputs: Tensor, labels: Tensor) -> Tensor:
         result = attack.run(inputs, labels, draw=0)
         keep = result.correct.reshape(-1, *(1,) * (inputs.dim() - 1))
         return torch.where(keep, inputs, result.x_adv)
@@ -1007,7 +1007,7 @@ class Square(_Targetable):
         self.p_init, self.loss, self.rescale_schedule = p_init, loss, resc_schedule
         self.seed, self.verbose = seed, verbose
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         attack = attacks.Square(
             self._network,
             norm=self.norm,
@@ -1083,7 +1083,7 @@ class CW(_Targetable):
         super().__init__("CW", model)
         self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         return attacks.CW(
             self._network,
             steps=self.steps,
@@ -1103,7 +1103,7 @@ class DeepFool(Attack):
         super().__init__("DeepFool", model)
         self.steps, self.overshoot = steps, overshoot
 
-    def _native(self) -> GradientAttack:
+    def _native(self) -> NativeAttack:
         return attacks.DeepFool(
             self._network, steps=self.steps, overshoot=self.overshoot, classes=_ALL_CLASSES
         )

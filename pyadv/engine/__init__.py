@@ -1,7 +1,7 @@
 """The loop of gradient attacks and its parts, public for attacks of your own: see
 docs/extending/attack.md."""
 
-from pyadv.engine.attack import GradientAttack, Plan, functional
+from pyadv.engine.attack import Attack, Plan, functional
 from pyadv.engine.graphs import Graphs
 from pyadv.engine.loop import input_gradient, judge, predict, search
 from pyadv.engine.losses import Loss
@@ -22,7 +22,7 @@ from pyadv.engine.task import GradientSettings, LoopSettings, Settings, Task
 __all__ = [
     "AttackResult",
     "Best",
-    "GradientAttack",
+    "Attack",
     "GradientSettings",
     "Graphs",
     "HalvingRule",

@@ -50,7 +50,7 @@ class Plan:
         )
 
 
-class GradientAttack:
+class Attack:
     """The base of attacks; each says by its `Settings` what it searches for.
 
     `attack(x, y)` returns x_adv; `attack.run(x, y)` also says how it ended, for one forward pass
@@ -263,7 +263,7 @@ class GradientAttack:
         return s.start == "keyed" or (isinstance(s, LoopSettings) and s.rule.draws_noise)
 
 
-def functional(name: str, attack: type[GradientAttack]) -> Callable[..., Tensor]:
+def functional(name: str, attack: type[Attack]) -> Callable[..., Tensor]:
     """Return the attack as a function of (model, x, y), with the settings as keywords."""
 
     def function(

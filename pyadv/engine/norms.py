@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyadv.tensors import rows, widen
+from pyadv.tensors import flatten, widen
 
 ORDER = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
@@ -15,7 +15,7 @@ DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 
 def row_norm(t: Tensor, order: float) -> Tensor:
     """Return the norm of each row, (B,), also of rows without entries."""
-    t = rows(t)
+    t = flatten(t)
     if not t.shape[1]:
         return t.new_zeros(len(t))
     if order == math.inf:  # on the CPU in a tenth of vector_norm's time

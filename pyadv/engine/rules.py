@@ -16,7 +16,7 @@ from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import PerSample, State
 from pyadv.engine.task import FloatOrTensor
 from pyadv.ops.steps import stepper
-from pyadv.tensors import compute_dtype, keep_inactive, per_row, rows, widen
+from pyadv.tensors import compute_dtype, flatten, keep_inactive, per_row, widen
 
 MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
 
@@ -123,7 +123,7 @@ class MomentumRule(StepRule):
 
     def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
         g = widen(grad)
-        size = per_row(rows(g).abs().mean(1), g)
+        size = per_row(flatten(g).abs().mean(1), g)
         usable = (size > 0) & size.isfinite()
         self.total.mul_(self.decay).add_(torch.where(usable, g / size, 0.0))
         return self.total.to(grad.dtype)
@@ -266,7 +266,7 @@ def _checkpoints(steps: int) -> dict[int, int]:
 
 def _changed(x_adv: Tensor, x: Tensor) -> Tensor:
     """Count the entries that differ, (B,)."""
-    return rows(x_adv != x).sum(1)
+    return flatten(x_adv != x).sum(1)
 
 
 def _ones(state: State) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.tensors import parameter, per_row, widen
+from pyadv.tensors import broadcastable, per_row, widen
 
 PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
 
@@ -103,7 +103,7 @@ def start(
         return x + SMALL * torch.randn_like(x)
     source = noise if kind == "keyed" else GeneratorNoise()
     wide = widen(x)  # 16-bit noise would be coarse
-    radius = parameter(eps, wide)
+    radius = broadcastable(eps, wide)
     if norm == "Linf":
         if kind == "uniform" and not isinstance(eps, Tensor):
             delta = torch.empty_like(wide).uniform_(-eps, eps)
@@ -141,7 +141,9 @@ def start_on_sphere(
     offset = 2 * source.uniform(wide) - 1 if norm == "Linf" else source.normal(wide)
     if norm != "L1":
         length = _row_norm(offset, 2 if norm == "L2" else torch.inf)
-        offset = offset / length.clamp_min(torch.finfo(length.dtype).tiny) * parameter(eps, wide)
+        offset = (
+            offset / length.clamp_min(torch.finfo(length.dtype).tiny) * broadcastable(eps, wide)
+        )
     return PROJECT[norm]((wide + offset).to(x.dtype), x, eps, lo, hi)
 
 

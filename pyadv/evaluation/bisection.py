@@ -10,12 +10,12 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.attack import Attack, Model
 from pyadv.engine.norms import ORDER, distance, row_norm
 from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.normalized_margins import effective_margin
 from pyadv.passes.borrow import Output, owned
-from pyadv.tensors import parameter, widen
+from pyadv.tensors import broadcastable, widen
 
 _LEAST = 1e-4  # least first radius, as a share of the radius that holds the whole box
 
@@ -54,7 +54,7 @@ class Bisection:
         model: Model | None = None,
         *,
         norm: str | float = "Linf",
-        attack: Callable[[Tensor], GradientAttack] | None = None,
+        attack: Callable[[Tensor], Attack] | None = None,
         rounds: int = 10,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
@@ -131,5 +131,5 @@ class Bisection:
         wide = widen(x)
         if self.lo is None or self.hi is None:
             return torch.full_like(wide.flatten(1)[:, 0], torch.inf)
-        below, above = wide - parameter(self.lo, wide), parameter(self.hi, wide) - wide
+        below, above = wide - broadcastable(self.lo, wide), broadcastable(self.hi, wide) - wide
         return row_norm(torch.maximum(below, above), ORDER[self.norm])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyadv.attacks import PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
-from pyadv.attacks.ensemble import Attack, Ensemble, check_attack
+from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
 from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
 from pyadv.evaluation.report import Report, Row
@@ -41,7 +41,7 @@ def _pgd_plus(eps: float, norm: str | float, *, seed: int | None) -> dict[str, P
     return {"PGD+": PGDPlus(eps=eps, alpha=eps * 10 / 31, norm=norm, seed=seed)}
 
 
-SUITES: dict[str, Callable[..., dict[str, Attack]]] = {
+SUITES: dict[str, Callable[..., dict[str, AttackLike]]] = {
     "pgd20": standard_attacks,
     "pgdplus": _pgd_plus,
 }
@@ -55,7 +55,7 @@ def evaluate(
     *,
     eps: float,
     norm: str | float = "Linf",
-    attacks: str | Mapping[str, Attack] | AutoAttack | Attack = "pgd20",
+    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
     batch_size: int = 500,
     seed: int | None = 0,
     chunk: int = 4096,
@@ -125,7 +125,7 @@ def evaluate(
     else:
         own = _by_name(attacks)
 
-        def members(classes: int) -> dict[str, Attack]:
+        def members(classes: int) -> dict[str, AttackLike]:
             return own
 
         ensemble = Ensemble(
@@ -153,7 +153,7 @@ def evaluate(
     return Report(len(found.y), clean.settings.norm, float(eps), rows, found, notes)
 
 
-def _by_name(attacks: Mapping[str, Attack] | Attack) -> dict[str, Attack]:
+def _by_name(attacks: Mapping[str, AttackLike] | AttackLike) -> dict[str, AttackLike]:
     """Return the attacks of one's own by name; a single one has the name of its class."""
     if isinstance(attacks, Mapping):
         named = dict(attacks)

@@ -22,7 +22,7 @@ from pyadv.attacks import PGD, AttackResult, Square
 from pyadv.attacks.ensemble import CLEAN
 from pyadv.attacks.progress import Lines, Progress
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack, Model
+from pyadv.engine.attack import Attack, Model
 from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss
 from pyadv.evaluation.masking_report import Check, MaskingReport, judged, not_run
@@ -169,7 +169,7 @@ class _Study:
         eps = self.eps if eps is None else eps
         return PGD(eps=eps, alpha=eps / 4, **{"steps": USUAL_STEPS, **self.common, **settings})
 
-    def run(self, attack: GradientAttack, x: Tensor, y: Tensor, draw: int = 0) -> AttackResult:
+    def run(self, attack: Attack, x: Tensor, y: Tensor, draw: int = 0) -> AttackResult:
         result = attack.run(x, y, draw=draw, model=self.model)
         self.queries += int(result.queries.sum())
         self.gradients += int(result.gradients.sum())
@@ -195,7 +195,7 @@ class _Study:
         everywhere[:, rows] = found
         return list(everywhere)
 
-    def correct(self, name: str, attack: GradientAttack, draw: int = 0) -> Tensor:
+    def correct(self, name: str, attack: Attack, draw: int = 0) -> Tensor:
         """Return (N,) bool: correct under the attack. Misclassified samples are not attacked."""
         return self.each(name, self.clean, lambda x, y: [self.run(attack, x, y, draw).correct])[0]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyadv.attacks.ensemble import Attack
+from pyadv.attacks.ensemble import AttackLike
 from pyadv.engine import checks
 from pyadv.integrations.metrics import RobustAccuracy
 from pyadv.objectives import Objective
@@ -39,7 +39,7 @@ class RobustAccuracyCallback(Callback):
 
     def __init__(
         self,
-        attack: Attack,
+        attack: AttackLike,
         every_n_epochs: int = 1,
         name: str = "val_robust_acc",
         batches: int | None = None,

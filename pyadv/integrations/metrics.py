@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyadv.attacks.ensemble import Attack
+from pyadv.attacks.ensemble import AttackLike
 from pyadv.attacks.pgd import PGD
 from pyadv.engine import predict
 
@@ -80,7 +80,7 @@ class RobustAccuracy(_Base):
     is_differentiable = False
     higher_is_better = True
 
-    def __init__(self, attack: Attack, **settings: Any):
+    def __init__(self, attack: AttackLike, **settings: Any):
         super().__init__(**settings)
         loss = getattr(getattr(attack, "settings", None), "loss", None)
         if getattr(loss, "targeted", False):

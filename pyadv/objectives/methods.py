@@ -11,7 +11,7 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.attacks import FriendlyPGD
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.objectives.objective import Objective, ascends_kl
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.objectives.terms import (
@@ -41,7 +41,7 @@ class AT(Objective):
     2018.
     """
 
-    def __init__(self, attack: GradientAttack):
+    def __init__(self, attack: Attack):
         super().__init__(_needed(attack))
 
 
@@ -85,7 +85,7 @@ class TRADES(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         beta: Schedule = 6.0,
         tau: Schedule | None = None,
         any_attack: bool = False,
@@ -117,7 +117,7 @@ class MART(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         beta: Schedule = 5.0,
         tau: Schedule | None = None,
         exact: bool = False,
@@ -155,7 +155,7 @@ class MAIL(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         base: str = "at",
         margin: str = "adv",
         slope: float = 10.0,
@@ -203,7 +203,7 @@ class GAIRAT(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         lam: Schedule = -1.0,
         kind: str = "tanh",
         begin_epoch: int = 1,
@@ -227,7 +227,7 @@ class GAIRTRADES(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         beta: Schedule = 6.0,
         weight_on: str = "kl",
         lam: Schedule = -1.0,
@@ -258,7 +258,7 @@ class GAIRMART(MART):
 
     def __init__(
         self,
-        attack: GradientAttack,
+        attack: Attack,
         beta: Schedule = 5.0,
         lam: Schedule = -1.0,
         kind: str = "tanh",
@@ -292,8 +292,8 @@ class GAIRRST(Objective):
 
     def __init__(
         self,
-        attack: GradientAttack,
-        margin_attack: GradientAttack,
+        attack: Attack,
+        margin_attack: Attack,
         beta: Schedule = 6.0,
         lam: Schedule = 3.0,
     ):
@@ -307,13 +307,11 @@ class _MixedKL:
 
     PLAIN = 10.0  # lambda above which w = 1
 
-    def __init__(
-        self, attack: GradientAttack, margin_attack: GradientAttack, beta: Schedule, lam: Schedule
-    ):
+    def __init__(self, attack: Attack, margin_attack: Attack, beta: Schedule, lam: Schedule):
         self.attack, self.margin_attack = attack, margin_attack
         self.beta, self.lam = beta, lam
 
-    def attacks(self, epoch: int) -> tuple[GradientAttack, ...]:
+    def attacks(self, epoch: int) -> tuple[Attack, ...]:
         return () if at_epoch(self.lam, epoch) > self.PLAIN else (self.margin_attack,)
 
     def __call__(self, step: Step) -> Tensor:
@@ -335,13 +333,13 @@ class _MixedKL:
         self.margin_attack.load_state_dict(state)
 
 
-def _needed(attack: GradientAttack | None) -> GradientAttack:
+def _needed(attack: Attack | None) -> Attack:
     if attack is None:
         raise TypeError("this objective needs an attack, got None")
     return attack
 
 
-def _kl_attack(attack: GradientAttack | None, any_attack: bool = False) -> GradientAttack:
+def _kl_attack(attack: Attack | None, any_attack: bool = False) -> Attack:
     if not any_attack and not ascends_kl(_needed(attack)):
         raise ValueError(
             'this objective needs an attack with loss="kl"; any_attack=True allows another, where '

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import FriendlyPGD
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.objectives.step import Schedule, Step, at_epoch, kept_buffers, process_group
 from pyadv.objectives.terms import Term, cross_entropy
 from pyadv.objectives.weighting import Weighting, batch_weights
@@ -57,7 +57,7 @@ class Objective:
 
     def __init__(
         self,
-        attack: GradientAttack | None,
+        attack: Attack | None,
         base: Term = cross_entropy,
         weighting: Weighting | None = None,
         *,
@@ -65,7 +65,7 @@ class Objective:
         clean_first: bool = False,
         ignore_index: int | None = None,
     ):
-        if attack is not None and not isinstance(attack, GradientAttack):
+        if attack is not None and not isinstance(attack, Attack):
             raise TypeError(f"attack must be a pyadv attack, got {type(attack).__name__}")
         if weighting is not None and not hasattr(weighting, "values"):
             raise TypeError(
@@ -105,7 +105,7 @@ class Objective:
     ) -> Tensor:
         return self.evaluate(self._step(model, x, y, epoch, ids))
 
-    def attacks(self, epoch: int) -> tuple[GradientAttack, ...]:
+    def attacks(self, epoch: int) -> tuple[Attack, ...]:
         """Return the attacks of a step in `epoch`, in the order in which they run: the objective's
         own, then those that its parts declare."""
         found = [] if self.attack is None else [self.attack]
@@ -246,7 +246,7 @@ class MicroBatches:
         return self.objective.evaluate(self.steps[i].again())  # forward passes are not kept
 
 
-def ascends_kl(attack: GradientAttack | None) -> bool:
+def ascends_kl(attack: Attack | None) -> bool:
     """Return whether the attack maximises the divergence from the natural prediction, as TRADES'
     does."""
     return attack is not None and attack.settings.loss.needs_reference_logits

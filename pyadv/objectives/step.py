@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyadv.attacks import Perturbed
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.engine.loop import predict
 from pyadv.passes.borrow import Output, pick_logits
 
@@ -57,16 +57,16 @@ class Step:
     y: Tensor
     epoch: int
     ids: Tensor | None = None
-    attack: GradientAttack | None = None
+    attack: Attack | None = None
     output: Output = None
     ignore_index: int | None = None
     total: int | None = None
     weights: Tensor | None = None
     group: Any = None
-    _found: dict[GradientAttack, Perturbed] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[Attack, Perturbed] = field(default_factory=dict, init=False, repr=False)
     _passed: bool = field(default=False, init=False, repr=False)
 
-    def perturb(self, attack: GradientAttack, draw: int | None = None) -> Perturbed:
+    def perturb(self, attack: Attack, draw: int | None = None) -> Perturbed:
         """Return what `attack` finds for this batch. The attack runs at the first call only.
 
         Samples without a label are attacked at the model's natural prediction; their kappa is 0.
@@ -189,7 +189,7 @@ class Step:
                 f"objective: y must hold labels >= 0{besides}, got values from {low} to {high}"
             )
 
-    def _labels_for(self, attack: GradientAttack) -> Tensor:
+    def _labels_for(self, attack: Attack) -> Tensor:
         """Return labels for an attack: where there is none, the model's natural prediction if the
         result of the attack depends on labels."""
         if self.ignore_index is None:
@@ -201,7 +201,7 @@ class Step:
         return self.y.where(labelled, natural)
 
 
-def _follows_labels(attack: GradientAttack) -> bool:
+def _follows_labels(attack: Attack) -> bool:
     """Return whether the attack's examples depend on y: through its loss, by releasing samples that
     are misclassified, or by choosing among iterates or restarts by the verdict."""
     s = attack.settings

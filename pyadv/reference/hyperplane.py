@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink, pad
 
 from pyadv.reference.projections import row_scale
-from pyadv.tensors import clip_to_box, finish, movable, parameter, per_row, rows, widen
+from pyadv.tensors import broadcastable, clip_to_box, finish, flatten, movable, per_row, widen
 
 _FLAT = 1e-18  # of the steepest slope; in float32 the squares of flatter ones vanish
 _ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
@@ -46,14 +46,14 @@ def boundary_step(
     w = w / scale
     value = torch.as_tensor(value, dtype=a.dtype, device=a.device).flatten() / scale.flatten()
     points, values = torch.stack([a, center]), torch.stack([value, value])
-    values[1] += rows((center - a) * w).sum(1)
+    values[1] += flatten((center - a) * w).sum(1)
     d = offset_to_hyperplane(points, w, values, norm, lo, hi)
     d_rows = d.reshape(2, len(a), -1)
     furthest = d_rows.abs().amax(2, keepdim=True).clamp(min=1.0)  # whose square may overflow
     ways = torch.linalg.vector_norm(d_rows / furthest, _ORDER[norm], dim=2) * furthest[..., 0]
     ways = ways.clamp(min=_SHORTEST)
-    part = torch.minimum(per_row(ways[0] / ways.sum(0), a), parameter(share, a))
-    point, point_of_x = points + parameter(overshoot, a) * d
+    part = torch.minimum(per_row(ways[0] / ways.sum(0), a), broadcastable(share, a))
+    point, point_of_x = points + broadcastable(overshoot, a) * d
     return finish(clip_to_box(point.lerp(point_of_x, part), lo, hi), x_adv, keep)
 
 
@@ -83,17 +83,17 @@ def offset_to_hyperplane(
     wide, normal = widen(x), widen(w)
     if not x.numel():
         return torch.zeros_like(wide)
-    scale = rows(normal.abs()).amax(1)
+    scale = flatten(normal.abs()).amax(1)
     scale = torch.where(scale > 0, scale, 1.0)
     normal = hardshrink(normal / per_row(scale, w), _FLAT)
     direction = per_row(-torch.sign(value), w) * torch.sign(normal)
     most = torch.finfo(wide.dtype).max  # 0 times an infinite room would be NaN
-    above = (parameter(most if hi is None else hi, normal) - wide).clamp(max=most)
-    below = (parameter(-most if lo is None else lo, normal) - wide).clamp(min=-most)
+    above = (broadcastable(most if hi is None else hi, normal) - wide).clamp(max=most)
+    below = (broadcastable(-most if lo is None else lo, normal) - wide).clamp(min=-most)
     room = torch.maximum(direction * above, direction * below).clamp(min=0)  # 0 where no direction
     need = (value.abs() / scale)[..., None].clamp(max=most)
     find = _greedy if norm == "L1" else _filling
-    length = find(room.reshape(*value.shape, -1), rows(normal.abs()), need, norm)
+    length = find(room.reshape(*value.shape, -1), flatten(normal.abs()), need, norm)
     return direction * length.view(wide.shape)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.tensors import clip_to_box, finish, parameter, per_row, rows, widen
+from pyadv.tensors import broadcastable, clip_to_box, finish, flatten, per_row, widen
 
 
 def linf_project(
@@ -48,7 +48,7 @@ def row_scale(t: Tensor) -> Tensor:
     """The largest |entry| of each row as (B, 1, ...); 1 where it is 0 or not finite."""
     if not t.numel():
         return per_row(t.new_ones(t.shape[:1]), t)
-    largest = rows(t).abs().amax(1)
+    largest = flatten(t).abs().amax(1)
     usable = (largest > 0) & largest.isfinite()
     return per_row(torch.where(usable, largest, torch.ones_like(largest)), t)
 
@@ -56,7 +56,7 @@ def row_scale(t: Tensor) -> Tensor:
 def row_norm(t: Tensor) -> Tensor:
     """L2 norms as (B, 1, ...), for entries of any size: no square under- or overflows."""
     scale = row_scale(t)
-    return per_row(torch.linalg.vector_norm(rows(t / scale), dim=1), t) * scale
+    return per_row(torch.linalg.vector_norm(flatten(t / scale), dim=1), t) * scale
 
 
 def linf_clip(
@@ -66,7 +66,7 @@ def linf_clip(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
-    radius = parameter(eps, v)
+    radius = broadcastable(eps, v)
     return clip_to_box(torch.minimum(torch.maximum(v, x - radius), x + radius), lo, hi)
 
 
@@ -77,7 +77,7 @@ def l2_clip(
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
-    radius, norm = parameter(eps, v), row_norm(v - x)
+    radius, norm = broadcastable(eps, v), row_norm(v - x)
     return clip_to_box(torch.where(norm > radius, x + (v - x) * (radius / norm), v), lo, hi)
 
 
@@ -149,8 +149,8 @@ def _offset_and_room(
     """Rows of |v - x|, of the room the box leaves on that side, and of eps; float64 for sums."""
     offset = v - x
     infinity = torch.full_like(x, torch.inf)
-    above = infinity if hi is None else parameter(hi, x) - x
-    below = infinity if lo is None else x - parameter(lo, x)
+    above = infinity if hi is None else broadcastable(hi, x) - x
+    below = infinity if lo is None else x - broadcastable(lo, x)
     room = torch.where(offset > 0, above, below).clamp(min=0)
-    radius = parameter(eps, v.double()).expand(v.shape[:1] + (1,) * (v.dim() - 1))
-    return rows(offset.abs().double()), rows(room.double()), rows(radius)
+    radius = broadcastable(eps, v.double()).expand(v.shape[:1] + (1,) * (v.dim() - 1))
+    return flatten(offset.abs().double()), flatten(room.double()), flatten(radius)

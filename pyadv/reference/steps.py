@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.reference.projections import l1_box_clip, l2_clip, linf_clip, row_scale
-from pyadv.tensors import finish, movable, parameter, per_row, rows, widen
+from pyadv.tensors import broadcastable, finish, flatten, movable, per_row, widen
 
 
 def linf_step(
@@ -23,7 +23,7 @@ def linf_step(
 ) -> Tensor:
     """min(max(x_adv + alpha sign(grad), x - eps), x + eps), then the box. See `ops.linf_step`."""
     a, center = widen(x_adv), widen(x)
-    moved = a + _signed(widen(grad), parameter(alpha, a))
+    moved = a + _signed(widen(grad), broadcastable(alpha, a))
     return finish(linf_clip(moved, center, eps, lo, hi), x_adv, active)
 
 
@@ -39,7 +39,7 @@ def l2_step(
 ) -> Tensor:
     """x_adv + alpha grad / ||grad||, then ball, then box. See `ops.l2_step`."""
     a, center = widen(x_adv), widen(x)
-    moved = a + parameter(alpha, a) * _unit(widen(grad))
+    moved = a + broadcastable(alpha, a) * _unit(widen(grad))
     return finish(l2_clip(moved, center, eps, lo, hi), x_adv, movable(grad, active))
 
 
@@ -59,8 +59,8 @@ def l1_step(
     if not a.numel():
         return finish(a, x_adv, active)
     kept = (g.abs() >= _smallest_kept(g, keep)) & (g != 0)
-    count = per_row(rows(kept).sum(1), a)
-    moved = a + torch.where(kept, _signed(g, parameter(alpha, a) / count), torch.zeros_like(a))
+    count = per_row(flatten(kept).sum(1), a)
+    moved = a + torch.where(kept, _signed(g, broadcastable(alpha, a) / count), torch.zeros_like(a))
     return finish(l1_box_clip(moved, center, eps, lo, hi), x_adv, movable(grad, active))
 
 
@@ -78,7 +78,7 @@ def linf_momentum_step(
 ) -> Tensor:
     """APGD's update in the Linf ball. See `ops.linf_momentum_step`."""
     a, center = widen(x_adv), widen(x)
-    z = linf_clip(a + _signed(widen(grad), parameter(alpha, a)), center, eps, lo, hi)
+    z = linf_clip(a + _signed(widen(grad), broadcastable(alpha, a)), center, eps, lo, hi)
     mixed = _mixed(a, z, widen(x_prev), momentum)
     return finish(linf_clip(mixed, center, eps, lo, hi), x_adv, active)
 
@@ -97,7 +97,7 @@ def l2_momentum_step(
 ) -> Tensor:
     """APGD's update in the L2 ball. See `ops.l2_momentum_step`."""
     a, center = widen(x_adv), widen(x)
-    z = l2_clip(a + parameter(alpha, a) * _unit(widen(grad)), center, eps, lo, hi)
+    z = l2_clip(a + broadcastable(alpha, a) * _unit(widen(grad)), center, eps, lo, hi)
     mixed = _mixed(a, z, widen(x_prev), momentum)
     return finish(l2_clip(mixed, center, eps, lo, hi), x_adv, movable(grad, active))
 
@@ -185,13 +185,13 @@ def _signed(g: Tensor, size: Tensor) -> Tensor:
 def _unit(g: Tensor) -> Tensor:
     """g / ||g|| for rows of any size, 0 for a row of zeros."""
     scaled = g / row_scale(g)
-    norm = per_row(torch.linalg.vector_norm(rows(scaled), dim=1), g)
+    norm = per_row(torch.linalg.vector_norm(flatten(scaled), dim=1), g)
     return torch.where(norm > 0, scaled / norm, torch.zeros_like(g))
 
 
 def _smallest_kept(g: Tensor, keep: float | Tensor) -> Tensor:
     """The |g| of rank floor((1 - keep) n) from below, as (B, 1, ...); float32, as in AutoAttack."""
-    magnitude = rows(g).abs()
+    magnitude = flatten(g).abs()
     n = magnitude.shape[1]
     fraction = torch.as_tensor(keep, dtype=torch.float32, device=g.device).reshape(-1)
     rank = ((1 - fraction) * n).clamp(0, n - 1).long().expand(g.shape[0])
@@ -199,5 +199,5 @@ def _smallest_kept(g: Tensor, keep: float | Tensor) -> Tensor:
 
 
 def _mixed(a: Tensor, z: Tensor, previous: Tensor, momentum: float | Tensor) -> Tensor:
-    m = parameter(momentum, a)
+    m = broadcastable(momentum, a)
     return a + m * (z - a) + (1 - m) * (a - previous)

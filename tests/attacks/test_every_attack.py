@@ -10,12 +10,12 @@ from networks import ConvNet, RowLinear
 from torch import nn
 
 from pyadv import attacks
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 
 CLASSES = [
     value
     for value in vars(attacks).values()
-    if isinstance(value, type) and issubclass(value, GradientAttack)
+    if isinstance(value, type) and issubclass(value, Attack)
 ]
 every = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 

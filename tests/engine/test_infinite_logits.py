@@ -12,14 +12,14 @@ from torch import nn
 import pyadv
 from pyadv import attacks
 from pyadv.attacks import PGD
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.engine.losses import Loss, ranked_targets
 
 KEPT = torch.tensor([1, 2, 4, 5])  # of seven classes
 CLASSES = [
     value
     for value in vars(attacks).values()
-    if isinstance(value, type) and issubclass(value, GradientAttack)
+    if isinstance(value, type) and issubclass(value, Attack)
 ]
 
 

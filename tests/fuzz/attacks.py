@@ -16,12 +16,12 @@ from fuzz import models
 from fuzz.case import REFUSED, RIGHT, Draw, Finding, kept, kept_state, require_clear, show
 from pyadv import attacks
 from pyadv.attacks.minimum_norm import NearestIterate
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 
 KINDS = tuple(
     value
     for value in vars(attacks).values()
-    if isinstance(value, type) and issubclass(value, GradientAttack)
+    if isinstance(value, type) and issubclass(value, Attack)
 )
 _MINIMUM = (attacks.FAB, attacks.TargetedFAB, attacks.DDN, attacks.FMN, attacks.CW)
 _MINIMUM += (attacks.DeepFool,)
@@ -133,7 +133,7 @@ def _broken_result(result: Any, model: models.Failing) -> str:
 
 
 def check_result(
-    kind: type, attack: GradientAttack, model: Any, x: Tensor, y: Tensor, result: Any, context: str
+    kind: type, attack: Attack, model: Any, x: Tensor, y: Tensor, result: Any, context: str
 ) -> None:
     """Shape, dtype, ball, box and verdict of a result."""
     s, x_adv, x = attack.settings, result.x_adv, x.detach()
@@ -199,9 +199,7 @@ def _logits(model: nn.Module, x: Tensor, output: Any) -> Tensor:
         return pick_logits(model(x), output)
 
 
-def _check_batches(
-    draw: Draw, attack: GradientAttack, arguments: dict[str, Any], result: Any
-) -> None:
+def _check_batches(draw: Draw, attack: Attack, arguments: dict[str, Any], result: Any) -> None:
     """The same samples in another order, and each alone, must get the same examples."""
     x, y, ids = (arguments.get(n) for n in ("x", "y", "ids"))
     n, when = len(y), arguments.get("draw", 0)
@@ -218,7 +216,7 @@ def _check_batches(
                 raise Finding(f"{name} depends on the batch: rows {rows.tolist()}")
 
 
-def _sizes(attack: GradientAttack) -> tuple[Any, ...]:
+def _sizes(attack: Attack) -> tuple[Any, ...]:
     s = attack.settings
     return (s.eps, s.alpha, s.keep, s.lo, s.hi, getattr(attack, "eps", None))
 

@@ -12,7 +12,7 @@ from objective_parts import attack, friendly, gradients
 from objectives.test_objectives import OBJECTIVES, kl
 from torch import nn
 
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack
 from pyadv.objectives import AT, AWP, EMR, GAIRRST, TRADES, Objective, Standard, Step, trades_kl
 from pyadv.ops import trades_kl as kl_rows
 
@@ -37,7 +37,7 @@ def record(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict],
         modes = {m.training for m in module.modules()}
         passes.append({"attack": bool(running), "modes": modes, "state": state})
 
-    perturb = GradientAttack.perturb
+    perturb = Attack.perturb
 
     def counted(self, *args, **kwargs):
         runs[self] += 1
@@ -48,7 +48,7 @@ def record(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict],
             running.pop()
 
     net.register_forward_pre_hook(before)
-    monkeypatch.setattr(GradientAttack, "perturb", counted)
+    monkeypatch.setattr(Attack, "perturb", counted)
     return passes, runs
 
 

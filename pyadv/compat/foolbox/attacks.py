@@ -14,7 +14,7 @@ from pyadv import attacks, ops
 from pyadv.compat.foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from pyadv.compat.foolbox.models import PyTorchModel, unwrapped
 from pyadv.engine import checks
-from pyadv.engine.attack import GradientAttack
+from pyadv.engine.attack import Attack as NativeAttack
 from pyadv.engine.loop import predict
 from pyadv.engine.norms import distance
 from pyadv.engine.starts import Start
@@ -98,7 +98,7 @@ class Attack:
 
     def _judged(
         self,
-        attack: GradientAttack,
+        attack: NativeAttack,
         model: PyTorchModel,
         x: Tensor,
         raw: Tensor,
@@ -207,7 +207,7 @@ class _Descent(Attack):
             found.append(self._judged(attack, model, x, attack(x, y), eps, criterion))
         return found
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         return attacks.PGD(model, **settings)
 
     def _start(self, eps: float, lower: float, upper: float) -> Start:
@@ -299,7 +299,7 @@ class LinfMomentumIterativeFastGradientMethod(LinfBasicIterativeAttack):
         self.momentum = momentum
         super().__init__(**settings)
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         return attacks.MIFGSM(model, decay=self.momentum, **settings)
 
 
@@ -336,7 +336,7 @@ class _Minimum(Attack):
         raw = attack(x, y)
         return [self._judged(attack, model, x, raw, eps, criterion) for eps in radii]
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         raise NotImplementedError
 
 
@@ -358,7 +358,7 @@ class L2CarliniWagnerAttack(_Minimum):
         self.confidence, self.initial_const = confidence, initial_const
         self.abort_early = abort_early
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         return attacks.CW(
             model,
             searches=self.binary_search_steps,
@@ -392,7 +392,7 @@ class L2DeepFoolAttack(_Minimum):
         checks.choice("loss", loss, ("logits",))
         self.steps, self.candidates, self.overshoot, self.loss = steps, candidates, overshoot, loss
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         if "targeted" in settings:
             raise ValueError("DeepFool takes the nearest boundary: criterion must be labels")
         classes = _ALL_CLASSES if self.candidates is None else self.candidates
@@ -420,7 +420,7 @@ class DDNAttack(_Minimum):
     def __init__(self, *, init_epsilon: float = 1.0, steps: int = 100, gamma: float = 0.05):
         self.init_epsilon, self.steps, self.gamma = init_epsilon, steps, gamma
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         return attacks.DDN(
             model, start_radius=self.init_epsilon, steps=self.steps, gamma=self.gamma, **settings
         )
@@ -438,7 +438,7 @@ class LInfFMNAttack(_Minimum):
     def __init__(self, *, steps: int = 100, max_stepsize: float | None = None, gamma: float = 0.05):
         self.steps, self.max_stepsize, self.gamma = steps, max_stepsize, gamma
 
-    def _native(self, model: PyTorchModel, **settings: Any) -> GradientAttack:
+    def _native(self, model: PyTorchModel, **settings: Any) -> NativeAttack:
         return attacks.FMN(
             model,
             norm=self.norm,
