@@ -238,8 +238,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Run folder or checkpoint of `pyadv train`, or module:callable, which is called "
-            "and returns a model of images in \\[0, 1].",
+            help="Run folder or checkpoint of `pyadv train`; module:callable, which is called and "
+            "returns a model of images in \\[0, 1]; or robustbench:NAME, a model of its zoo.",
             show_default=False,
         ),
     ],
@@ -402,6 +402,10 @@ def _load_target(target: str) -> tuple[Any, Any]:
             why = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{target} is no complete checkpoint of a run: {why}") from None
         return run.model, run
+    if module == "robustbench":
+        from pyadv.integrations import robustbench
+
+        return robustbench.load_model(name), None
     sys.path.insert(0, "")  # as `python -m` finds modules
     try:
         make = importlib.import_module(module)

@@ -103,3 +103,17 @@ def test_the_core_imports_no_extra():
             roots += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             used = {r.split(".")[0] for r in roots} & extras
             assert not used, f"{'.'.join(here)} imports {used}"
+
+
+def test_only_integrations_import_what_they_are_for():
+    frameworks = {"lightning", "pytorch_lightning", "huggingface_hub", "safetensors"}
+    frameworks |= {"torchmetrics", "robustbench", "foolbox", "torchattacks", "eagerpy"}
+    seen = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text())):
+            roots = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            roots += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            used = {r.split(".")[0] for r in roots} & frameworks
+            assert not used or names(module)[0] == "integrations", f"{module} imports {used}"
+            seen |= used
+    assert {"lightning", "huggingface_hub", "torchmetrics"} <= seen  # the test sees imports

@@ -12,6 +12,17 @@ from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
 from pyadv.attacks.sigma_zero import SigmaZero, sigma_zero
 from pyadv.attacks.square import Square, square
 from pyadv.attacks.to_uint8 import to_uint8
+from pyadv.attacks.transfer import (
+    DIFGSM,
+    NIFGSM,
+    SINIFGSM,
+    TIFGSM,
+    VMIFGSM,
+    VNIFGSM,
+    Admix,
+    TransferFGSM,
+    transfer_fgsm,
+)
 from pyadv.engine.results import AttackResult, MinimumNormResult, Perturbed
 from pyadv.passes.view import FastView, fast_view
 
@@ -19,12 +30,15 @@ __all__ = [
     "APGD",
     "CW",
     "DDN",
+    "DIFGSM",
     "FAB",
     "FGSM",
     "FMN",
     "FastView",
     "MIFGSM",
+    "NIFGSM",
     "PGD",
+    "Admix",
     "AttackResult",
     "AutoAttack",
     "EnsembleResult",
@@ -34,10 +48,15 @@ __all__ = [
     "PGDPlus",
     "Parity",
     "Perturbed",
+    "SINIFGSM",
     "SigmaZero",
     "Square",
+    "TIFGSM",
     "TargetedAPGD",
     "TargetedFAB",
+    "TransferFGSM",
+    "VMIFGSM",
+    "VNIFGSM",
     "apgd",
     "cw",
     "ddn",
@@ -53,4 +72,5 @@ __all__ = [
     "targeted_apgd",
     "targeted_fab",
     "to_uint8",
+    "transfer_fgsm",
 ]

@@ -189,7 +189,7 @@ class AutoAttack(Settable):
         self.lo, self.hi = lo, hi
         if self.parity.reseed and seed is None:
             raise ValueError("parity.reseed needs a seed")
-        self.progress = Lines() if progress == "auto" else progress
+        self.progress = progress
         common = {"lo": lo, "hi": hi, "output": output, "validate": validate}
         common |= {"norm": self.norm, "eps": eps, "seed": seed}
         self._clean = self._as_is(PGD(steps=0, start="none", **common))
@@ -248,7 +248,11 @@ class AutoAttack(Settable):
                 functions, which have no identity that the state can be compared by.
         """
         ensemble = self.ensemble(
-            self.model, batch_size=batch_size, state=state, state_name=state_name
+            self.model,
+            batch_size=batch_size,
+            state=state,
+            state_name=state_name,
+            progress=self._shown(len(x)),
         )
         ensemble.attack(x, y)
         found = ensemble.findings
@@ -304,8 +308,12 @@ class AutoAttack(Settable):
             described=self.members(_ENOUGH_CLASSES),
             reseed=self.seed if self.parity.reseed else None,
             as_is=self.parity.keep_modes,
-            **{"progress": self.progress, **settings},
+            **{"progress": self._shown(None), **settings},
         )
+
+    def _shown(self, samples: int | None) -> Progress | None:
+        """Return what is called with the progress of one run."""
+        return Lines(samples=samples) if self.progress == "auto" else self.progress
 
     def _only(self, name: str) -> AutoAttack:
         only = copy(self)

@@ -122,8 +122,8 @@ class AutoAttack:
         a `seed` for that, since the time is another seed at every call. `state_name` names a model
         that is a lambda or a local function.
         """
-        native = self._native()
         checks.batch(x_orig, y_orig, None)
+        native = self._native(len(x_orig))
         x, y = (t.to(self.device or t.device) for t in (x_orig, y_orig))
         found = native.run_standard_evaluation(
             x, y, bs, return_labels, state_path, state_name=state_name
@@ -158,7 +158,7 @@ class AutoAttack:
         parts = {"fab": self.fab, "fab-t": self.fab, "square": self.square}
         return parts.get(name, self.apgd_targeted if name == "apgd-t" else self.apgd)
 
-    def _native(self) -> attacks.AutoAttack:
+    def _native(self, samples: int | None = None) -> attacks.AutoAttack:
         native = attacks.AutoAttack(
             self.model,
             norm=self.norm,
@@ -166,7 +166,7 @@ class AutoAttack:
             version="custom",
             attacks=self.attacks_to_run,
             seed=int(time.time()) if self.seed is None else self.seed,
-            progress=Lines(self.log_path) if self.verbose else None,
+            progress=Lines(self.log_path, samples) if self.verbose else None,
             parity=self.parity,
         )
         for name in self.attacks_to_run:

@@ -108,6 +108,7 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         queries=torch.zeros_like(y),
         gradients=torch.zeros_like(y),
         steps=torch.zeros_like(y),
+        model=model,
     )
     # x itself is the first iterate of a search without a radius; other starts are taken as given.
     narrow = leaves_by_rounding(task.x.dtype) and not nearest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyadv.engine.starts import Noise
-from pyadv.engine.task import LoopSettings
+from pyadv.engine.task import LoopSettings, Model
 from pyadv.ops.steps import unchecked_keep_best_
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class State(PerSample):
         queries: (B,) int64, forward passes so far; `eot` passes at one iterate count once.
         gradients: (B,) int64, backward passes so far.
         steps: (B,) int64, steps so far.
+        model: the network that is searched, for rules that look at points besides the iterate.
         index: (B,) places of the rows in the batch; None while all of it is here.
         best: the best iterate so far, if the settings ask for one.
         still: (B,) bool, classified as y at the current iterate.
@@ -91,6 +92,7 @@ class State(PerSample):
     queries: Tensor
     gradients: Tensor
     steps: Tensor
+    model: Model
     index: Tensor | None = None
     best: Best | None = None
     still: Tensor | None = None

@@ -36,7 +36,8 @@ def make(kind, model, **settings):
     """Return a short attack of this kind, without the settings that it does not have."""
     short = {"steps": 3, "queries": 6, "eps": 0.1, "seed": 0}
     search = {"searches": 2, "lr": 0.3, "c": 10.0} if kind is attacks.CW else {}
-    settings = {**short, **search, **settings}
+    mixed = {"images": images()[0]} if kind is attacks.Admix else {}
+    settings = {**short, **search, **mixed, **settings}
     return kind(model, **{k: v for k, v in settings.items() if k in parameters(kind)})
 
 
@@ -89,12 +90,14 @@ def test_few_classes(kind, classes):
 @pytest.mark.parametrize("shape", [(48,), (2, 3, 2, 2, 2)])
 def test_inputs_that_are_no_images(kind, shape):
     x, y = images()
-    x, attack = x.reshape(5, *shape), make(kind, linear())
-    if kind is attacks.Square:
-        with pytest.raises(ValueError, match=r"Square needs images \(B, C, H, W\)"):
+    pictures, x = x, x.reshape(5, *shape)
+    mixed = {"images": x} if kind is attacks.Admix else {}
+    attack = make(kind, linear(), **mixed)
+    if kind in (attacks.Square, attacks.DIFGSM, attacks.TIFGSM):
+        with pytest.raises(ValueError, match=r"needs images \(B, C, H, W\)"):
             attack(x, y)
     else:
-        assert torch.equal(attack(x, y), make(kind, linear())(x.view(5, 3, 4, 4), y).view_as(x))
+        assert torch.equal(attack(x, y), make(kind, linear())(pictures, y).view_as(x))
 
 
 @every

@@ -77,9 +77,11 @@ def test_custom_and_refusals(trained):
 def test_torchattacks_shape(trained, monkeypatch):
     net, x, y = trained
     attack = TorchAttacksAutoAttack(net, eps=0.1)
-    for member in attack._attack.plan.values():
+    ensemble = attack._ensemble()
+    for member in ensemble.plan.values():
         assert member.steps >= 100  # 10 in torchattacks
         member.steps = 10
+    monkeypatch.setattr(attack, "_ensemble", lambda: ensemble)
     x_adv = attack(x[:20], y[:20])
     assert torch.equal(attack(x[:20], y[:20]), x_adv) and (x_adv - x[:20]).abs().max() <= 0.1001
     assert ((x_adv != x[:20]).flatten(1).any(1)).any()
