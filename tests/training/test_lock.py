@@ -94,6 +94,7 @@ def owner(**changes: object) -> dict[str, object]:
         ("[1]", "in use by another process"),
         (json.dumps(owner(pid=0)), "in use by process 0 "),
     ],
+    ids=["another host", "empty", "no mapping", "no process"],
 )
 def test_owners_that_may_be_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
