@@ -49,6 +49,8 @@ class Parity:
             float32 gradient of the cross-entropy is gone.
         keep_modes: a model in train mode is attacked in train mode, and its BatchNorm statistics
             move.
+        count_held: L1-APGD spends its share of coordinates also on those that the box lets no
+            further.
         few_classes: refuse models with fewer classes than an attack has targets (there an
             IndexError), and two classes with the difference of logits ratio.
     """
@@ -57,6 +59,7 @@ class Parity:
     reseed: bool = False
     autograd: bool = False
     keep_modes: bool = False
+    count_held: bool = False
     few_classes: bool = False
 
     @classmethod
@@ -283,6 +286,7 @@ class AutoAttack:
             "start": "generator" if parity.reseed else "keyed",
             "grad_mode": "autograd" if parity.autograd else "fused",
             "zero_first_check": parity.zero_first_check,
+            "count_held": parity.count_held,
             "multi_eps": m.multi_eps,
             "eot": m.eot,
             "rho": m.rho,

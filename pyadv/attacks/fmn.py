@@ -26,7 +26,7 @@ from pyadv.engine.norms import DUAL, distance, row_norm
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
-from pyadv.tensors import clip_to_box, parameter, per_row, widen
+from pyadv.tensors import clip_to_box, largest, parameter, widen
 from pyadv.tensors import rows as flatten
 
 _LAST_ALPHA = 0.01  # as a share of the first
@@ -155,7 +155,7 @@ class BallRule(ClassRule):
         grad = widen(grad)
         point = ops.l2_step(self.point, grad, x, self.alpha, radius, None, None)
         if s.norm == "L0":  # the step gets its length within the entries that are kept
-            kept = _largest(point - x, self.radius)
+            kept = largest(point - x, self.radius)
             inside = torch.where(kept, self.point, x)
             point = ops.l2_step(inside, grad * kept, x, self.alpha, radius, None, None)
         elif s.norm != "L2":
@@ -174,14 +174,6 @@ def _entries_to_boundary(state: State, grad: Tensor, missing: Tensor) -> Tensor:
     gains = flatten(torch.where(grad == 0, 0.0, grad.abs() * room)).sort(1, descending=True).values
     short = gains.cumsum(1) < missing[:, None]
     return (short.sum(1) + 1).clamp(max=gains.shape[1]).to(missing.dtype)
-
-
-def _largest(offset: Tensor, count: Tensor) -> Tensor:
-    """Return a mask of the `count` (B,) entries of largest magnitude of each row."""
-    order = flatten(offset).abs().argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places).view(offset.shape)
-    return rank < per_row(count, offset)
 
 
 fmn = functional("fmn", FMN)
