@@ -40,7 +40,8 @@ class PGD0(GradientAttack):
         pixels: count pixels of images (B, C, H, W), whose channels change together, instead of
             entries.
         alpha: mean length of a step per entry, in units of the box's width (of x, if lo and hi are
-            not both numbers).
+            not both numbers). With long steps the projection keeps the entries with the largest
+            product of gradient and room in the box.
         steps: number of steps.
         loss: what is maximised: "margin", "ce", "dlr", "slm", or a callable (logits, y) -> (B,).
         start: "keyed" (uniform in the box and then projected, the same for a sample whatever batch
@@ -66,7 +67,7 @@ class PGD0(GradientAttack):
         *,
         eps: FloatOrTensor = 10,
         pixels: bool = False,
-        alpha: float = 1.0,
+        alpha: float = 10.0,
         steps: int = 100,
         loss: str | LossFunction = "margin",
         start: Start = "keyed",

@@ -36,6 +36,8 @@ def make(kind, model, **settings):
     short = {"steps": 3, "queries": 6, "eps": 0.1, "seed": 0}
     search = {"searches": 2, "lr": 0.3, "c": 10.0} if kind is attacks.CW else {}
     settings = {**short, **search, **settings}
+    if kind is attacks.PGD0 and settings["eps"] > 0:
+        settings["eps"] = 5  # entries
     return kind(model, **{k: v for k, v in settings.items() if k in parameters(kind)})
 
 
