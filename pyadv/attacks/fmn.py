@@ -29,6 +29,7 @@ from pyadv.engine.task import Model
 from pyadv.tensors import clip_to_box, largest, parameter, widen
 from pyadv.tensors import rows as flatten
 
+_FIRST_ALPHA = {"Linf": 10.0, "L2": 3.0, "L1": 1.0, "L0": 10.0}  # in widths of the box
 _LAST_ALPHA = 0.01  # as a share of the first
 _TINY = 1e-12
 
@@ -47,8 +48,8 @@ class FMN(NearestIterate):
         norm: "Linf", "L2", "L1" or "L0" (or inf, 2, 1, 0); L0 counts the entries of x that change.
         steps: number of steps.
         alpha: L2 size of the first step, in units of x; by default the width of the box (1 if lo
-            and hi are not both numbers); ten times that in Linf and L0, where entries move far. It
-            falls along half a cosine to a hundredth.
+            and hi are not both numbers) in L1, three times that in L2, and ten times that in Linf
+            and L0, where entries move far. It falls along half a cosine to a hundredth.
         gamma, gamma_final: change of the radius at the first step and after the last, in (0, 1);
             between them it falls as alpha does. In L0 it is at least one entry.
         classes: which wrong class c to descend towards: "nearest", the one whose linearised
@@ -86,8 +87,7 @@ class FMN(NearestIterate):
         checks.share("gamma_final", gamma_final)
         norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
-        usual = 10 * width if norm in ("Linf", "L0") else width
-        alpha = usual if alpha is None else alpha
+        alpha = _FIRST_ALPHA[norm] * width if alpha is None else alpha
         checks.size("alpha", alpha)
         super().__init__(
             model,
