@@ -118,7 +118,7 @@ def fixed(norm: str, eps: float, steps: int, queries: int, targets: int) -> Make
     return found
 
 
-def nearest(norm: str, steps: int, searches: int, search_steps: int) -> Makers:
+def nearest(norm: str, steps: int, fab: int, searches: int, search_steps: int) -> Makers:
     """Return the attacks that look for the nearest point."""
     p = P[norm]
 
@@ -142,7 +142,7 @@ def nearest(norm: str, steps: int, searches: int, search_steps: int) -> Makers:
     def pyautoattack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         from pyautoattack.fab_pt import FABAttack_PT
 
-        attack = FABAttack_PT(model, norm=norm, n_iter=steps, eps=_FAR[norm], device=x.device)
+        attack = FABAttack_PT(model, norm=norm, n_iter=fab, eps=_FAR[norm], device=x.device)
         return attack.perturb(x, y)
 
     def torchattacks(name: str, **settings: Any) -> Maker:
@@ -180,9 +180,8 @@ def nearest(norm: str, steps: int, searches: int, search_steps: int) -> Makers:
         found["sigma-zero"] = {"adv-lib": adv_lib("sigma_zero", num_steps=steps)}
         found["VFGA"] = {"adv-lib": adv_lib("vfga", False)}
         return found
-    fab = {"adv-lib": adv_lib("fab", p, n_iter=steps), "pyautoattack": pyautoattack}
-    fab["torchattacks"] = torchattacks("FAB", norm=norm, steps=steps, eps=_FAR[norm])
-    found["FAB"] = fab
+    # torchattacks' FAB is a copy of the authors' code, which pyautoattack packages.
+    found["FAB"] = {"adv-lib": adv_lib("fab", p, n_iter=fab), "pyautoattack": pyautoattack}
     found["PDPGD"] = {"adv-lib": adv_lib("pdpgd", p, num_steps=steps)}
     if norm != "L2":
         if norm == "Linf":
