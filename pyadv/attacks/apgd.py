@@ -56,7 +56,7 @@ class APGD(GradientAttack):
             as a rise. Published AutoAttack numbers contain it.
         count_held: in L1, choose the coordinates to move as the authors' code does: among all, also
             those that the box lets no further, and never fewer than two. Published AutoAttack
-            numbers contain it; on linear models with few coordinates it ends up to 20 % short of
+            numbers contain it; on linear models with few coordinates it ends up to 43 % short of
             the optimum.
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps.
         seed: of the keyed noise; torch.initial_seed() by default.

@@ -57,8 +57,8 @@ class PGD0(GradientAttack):
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
             logits.
 
-    Source: section 3.1 and the authors' code, whose step is this one with other lengths. There the
-    first iterate lies near x; steps add noise, which finds no more.
+    Source: PGD_0 of that paper: a step along the gradient, then the projection onto the L0 ball
+    inside the box. Start, step length and default loss are ours.
     """
 
     def __init__(
