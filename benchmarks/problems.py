@@ -10,6 +10,8 @@ import torch
 from harness import Options
 from torch import Tensor, nn
 
+Objective = Callable[..., Tensor]  # (model, x, y, epoch=) -> the loss of a training step
+
 EPS, ALPHA = 0.1, 0.025  # for the embedded grey images
 COLOUR_EPS, COLOUR_ALPHA = 8 / 255, 2 / 255
 
@@ -91,15 +93,25 @@ def _trained(device: torch.device, epochs: int, images: int | None) -> nn.Module
     torch.manual_seed(0)
     model = SmallCNN().to(device)
     x, y = (t[:images].to(device) for t in _images()[:2])
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     objective = AT(PGD(eps=EPS, alpha=EPS / 2, steps=4, seed=0))
+    return fit(model, objective, x, y, epochs)
+
+
+def fit(model: nn.Module, objective: Objective, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+    """Train by Adam in batches of 128, drawn from torch's generator; return it in eval mode."""
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(len(x), device=device).split(128):
+        for rows in torch.randperm(len(x), device=x.device).split(128):
             optimizer.zero_grad()
             objective(model, x[rows], y[rows], epoch=epoch).backward()
             optimizer.step()
     optimizer.zero_grad()
     return model.eval()
+
+
+def standard(model: nn.Module, x: Tensor, y: Tensor, epoch: int) -> Tensor:
+    """Return the mean cross-entropy: the objective of standard training."""
+    return nn.functional.cross_entropy(model(x), y)
 
 
 @functools.cache

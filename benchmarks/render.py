@@ -1,4 +1,5 @@
-"""Write docs/benchmarks.md and its pictures from the committed results.
+"""Write docs/benchmarks.md and its pictures, and the pages of questions that have their own, from
+the committed results.
 
 python benchmarks/render.py
 """
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from harness import HERE, Row, load, quartiles, ratios, use_checkout
-from questions import QUESTIONS, SHOWN
+from questions import OWN_PAGES, QUESTIONS, SHOWN
 
 DOCS = HERE.parent / "docs"
 _BUSY = 0.5  # load per core above which a machine counts as busy
@@ -52,13 +53,24 @@ def main() -> None:
         if found:
             parts += _device(folder.name, found)
     (DOCS / "benchmarks.md").write_text("\n".join(parts).rstrip() + "\n")
+    for name in OWN_PAGES:
+        found = sorted((HERE / "results").glob(f"*-????-??-??/{name}.json"), key=_date)
+        if found:
+            page = importlib.import_module(name).page(*load(found[-1]))
+            (DOCS / f"{name}.md").write_text(page.rstrip() + "\n")
+
+
+def _date(path: Path) -> str:
+    """Return the date that the name of a results folder ends with."""
+    return path.parent.name[-10:]
 
 
 def _newest(results: Path) -> list[Path]:
     """Return the last folder of each device; the names end with the date."""
     last: dict[str, Path] = {}
     for folder in sorted(results.glob("*-????-??-??")):
-        last[folder.name[:-11]] = folder
+        if any((folder / f"{name}.json").is_file() for name in SHOWN):
+            last[folder.name[:-11]] = folder
     return list(last.values())
 
 
@@ -157,6 +169,8 @@ def _slower(rows: Iterable[Row]) -> str:
 
 def text(module: ModuleType, rows: list[Row]) -> str:
     """Return the tables of one question, in Markdown."""
+    if hasattr(module, "text"):
+        return module.text(rows)
     table = _matrix if module.LAYOUT == "matrix" else _list
     parts = [table(part) for part in _split(rows, module.LAYOUT)]
     refused = [f"- {r.case}: {r.provider}: {r.refused}" for r in rows if r.refused]

@@ -8,6 +8,9 @@
 Each question checks the results of its providers, times them in turns, prints a table and writes
 its rows to DIR/<question>.json. A full run takes about half an hour. `--quick` takes seconds and
 says nothing about speed. `python benchmarks/render.py` writes docs/benchmarks.md from the results.
+
+`strength` is asked by name only. It compares how strong attacks are, which no other load on the
+machine changes, in about 15 minutes of one core; its page is docs/strength.md.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import time
 from pathlib import Path
 
 import harness
-from questions import GPU_QUESTIONS, QUESTIONS
+from questions import GPU_QUESTIONS, OWN_PAGES, QUESTIONS
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -44,11 +47,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--site", type=Path, help="folder of libraries to compare with")
     options = parser.parse_args(given)
-    unknown = set(options.questions) - {*QUESTIONS, *GPU_QUESTIONS}
+    unknown = set(options.questions) - {*QUESTIONS, *OWN_PAGES, *GPU_QUESTIONS}
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu adds up the time of all threads, so it needs --threads 1")
     if unknown:
-        parser.error(f"questions are {', '.join(QUESTIONS)}; got {', '.join(sorted(unknown))}")
+        known = ", ".join((*QUESTIONS, *OWN_PAGES))
+        parser.error(f"questions are {known}; got {', '.join(sorted(unknown))}")
     return options
 
 
@@ -71,12 +75,13 @@ def main() -> None:
     wrong = []
     for name in given.questions or QUESTIONS:
         question = importlib.import_module(name)
+        measure = getattr(question, "measure", harness.measure)  # "strength" times nothing
         rows, begin = [], time.perf_counter()
         for n in _threads(given, device, getattr(question, "THREADS", None)):
             options = harness.Options(device, n, given.quick, against, given.clock)
             with harness.threads(n), peers.quiet():
                 for case in question.cases(options):
-                    rows += harness.measure(case, options)
+                    rows += measure(case, options)
                     seconds = round(time.perf_counter() - begin, 1)  # so far, in case it is stopped
                     harness.save(out / f"{name}.json", {**environment, "seconds": seconds}, rows)
                     print(f"\r{name}: {case.name[:70]:<70}", end="", file=sys.stderr, flush=True)

@@ -38,6 +38,15 @@ def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:
     return per_row(t, like) if t.dim() == 1 else t
 
 
+def largest(values: Tensor, count: Tensor) -> Tensor:
+    """Return a mask of the `count` (B,) entries of largest magnitude of each row; among equals, the
+    first."""
+    order = flatten(values).abs().argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places).view(values.shape)
+    return rank < per_row(count, values)
+
+
 def clip_to_box(v: Tensor, lo: float | Tensor | None, hi: float | Tensor | None) -> Tensor:
     """Clip v to [lo, hi]; None is no bound."""
     if lo is not None:

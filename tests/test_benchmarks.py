@@ -81,6 +81,84 @@ def test_page(harness, results, tmp_path, monkeypatch):
             assert f"| {goal.text} |" in page
 
 
+def test_strength(harness, tmp_path, monkeypatch):
+    """The question without times runs through the command line and has a page of its own."""
+    folder = tmp_path / "results" / "some-cpu-2026-01-01"
+    command = [sys.executable, BENCHMARKS / "run.py", "strength", "--quick", "--threads", "1"]
+    done = subprocess.run(
+        [*map(str, command), "--against", "none", "--out", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    strength = importlib.import_module("strength")
+    _, rows = harness.load(folder / "strength.json")
+    assert not any(r.refused for r in rows)
+    kinds = {(norm, kind) for norm in strength.NORMS for kind in (strength.FIXED, strength.NEAREST)}
+    assert {r.group for r in rows} == {f"{norm}, {kind}" for norm, kind in kinds}
+    assert len({r.case for r in rows}) == 5 * len(kinds)
+    for row in rows:
+        assert row.forwards > 0 and (row.backwards or "Square" in row.provider)
+        assert 0 <= row.facts.get("robust", 0) <= 100 and row.facts.get("ratio", 1) >= 1
+
+    render = importlib.import_module("render")
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    render.main()
+    page = (tmp_path / "strength.md").read_text()
+    assert "| **pyadv PGD0** |" in page and page.count("| forward | backward |") == len(kinds)
+    assert "**Where pyadv loses**\n\nNowhere." in page  # without peers
+
+
+def test_a_loss_of_strength_is_named(harness):
+    """By a peer's attack of the same name, and by the strongest peer of all."""
+    strength = importlib.import_module("strength")
+
+    def row(provider, ours, ratio, found=100.0):
+        facts = {"ratio": ratio, "median": 1.0, "found": found}
+        own = provider.startswith("pyadv")
+        return harness.Row(
+            "case",
+            provider,
+            ours,
+            1,
+            "L2, the nearest point",
+            2,
+            peer=not own,
+            forwards=4,
+            facts=facts,
+        )
+
+    rows = [row("pyadv FMN", "pyadv FMN", 1.0), row("a FMN", "pyadv FMN", 1.2)]
+    assert "Nowhere." in strength.text(rows)
+    rows += [row("pyadv CW", "pyadv CW", 1.1), row("a CW", "pyadv CW", 1.0, 50.0)]
+    assert "Nowhere." in strength.text(rows)  # it finds fewer
+    rows += [row("b CW", "pyadv CW", 1.05), row("b new", "pyadv new", 0.9)]
+    text = strength.text(rows)
+    assert "- case: b CW 1.050, pyadv CW 1.100" in text
+    assert "- case: b new 0.900, pyadv FMN 1.000" in text
+
+
+def test_points_that_are_no_success(harness):
+    """Points outside the box, and points that the network still classifies correctly."""
+    strength = importlib.import_module("strength")
+    x = torch.full((3, 1, 2, 2), 0.5)
+    y = torch.zeros(3, dtype=torch.int64)
+
+    def model(v):
+        f = v.flatten(1)[:, 0] - 0.6
+        return torch.stack([-f, f], 1)
+
+    x_adv = x.clone()
+    x_adv[0, 0, 0, 0], x_adv[1, 0, 0, 0], x_adv[2, 0, 0, 0] = 0.7, 1.1, 0.55
+    victim = strength.Victim("name", model, x, y, {"L2": 0.1})
+    found = strength._distances(victim, x_adv, "L2")
+    torch.testing.assert_close(found, torch.tensor([0.2, torch.inf, torch.inf]))
+    contest = strength.Contest(victim, "L2", strength.FIXED, {})
+    assert strength._facts(contest, found, found) == {"robust": 100.0}
+
+
 def test_modules_import_one_way():
     """The driver may import the page, and neither the page nor a question imports the driver."""
     imported = {}

@@ -9,6 +9,7 @@ from pyadv.attacks.fab import FAB, TargetedFAB, fab, targeted_fab
 from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.fmn import FMN, fmn
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
+from pyadv.attacks.pgd0 import PGD0, pgd0
 from pyadv.attacks.sigma_zero import SigmaZero, sigma_zero
 from pyadv.attacks.square import Square, square
 from pyadv.attacks.to_uint8 import to_uint8
@@ -38,6 +39,7 @@ __all__ = [
     "MIFGSM",
     "NIFGSM",
     "PGD",
+    "PGD0",
     "Admix",
     "AttackResult",
     "AutoAttack",
@@ -67,6 +69,7 @@ __all__ = [
     "fmn",
     "mifgsm",
     "pgd",
+    "pgd0",
     "sigma_zero",
     "square",
     "targeted_apgd",

@@ -56,6 +56,10 @@ class APGD(Attack):
         zero_first_check: repeat a mistake of the authors' code in Linf and L2: the first loss is
             compared with 0 instead of the loss at the start, so for cross-entropy it always counts
             as a rise. Published AutoAttack numbers contain it.
+        count_held: in L1, choose the coordinates to move as the authors' code does: among all, also
+            those that the box lets no further, and never fewer than two. Published AutoAttack
+            numbers contain it; on linear models with few coordinates it ends up to 43 % short of
+            the optimum.
         lo, hi: the box inputs lie in; None for no bound; float, or tensor like eps.
         seed: of the keyed noise; torch.initial_seed() by default.
         compact, output, grad_mode, validate, speed, graph: as in `PGD`.
@@ -86,6 +90,7 @@ class APGD(Attack):
         eot: int = 1,
         multi_eps: bool | None = None,
         zero_first_check: bool = False,
+        count_held: bool = False,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
@@ -108,7 +113,7 @@ class APGD(Attack):
         if multi_eps and norm != "L1":
             raise ValueError(f"multi_eps is a schedule of the L1 attack, got norm={norm}")
         self.multi_eps = norm == "L1" if multi_eps is None else multi_eps
-        sparse = SparseRule(from_start=self.multi_eps or callable(start))
+        sparse = SparseRule(self.multi_eps or callable(start), published=count_held)
         settings = GradientSettings(
             norm=norm,
             eps=eps,

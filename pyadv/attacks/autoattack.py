@@ -48,6 +48,8 @@ class Parity:
         autograd: compute losses as plain expressions, with their rounding: at margins beyond 17
             half of the float32 gradient of the cross-entropy is lost.
         keep_modes: attack a model in train mode as it is, so that its BatchNorm statistics move.
+        count_held: L1-APGD spends its share of coordinates also on those that the box lets no
+            further.
         few_classes: refuse models with fewer classes than an attack has targets (the authors' code
             raises an IndexError), and two classes with the difference of logits ratio.
     """
@@ -56,6 +58,7 @@ class Parity:
     reseed: bool = False
     autograd: bool = False
     keep_modes: bool = False
+    count_held: bool = False
     few_classes: bool = False
 
     @classmethod
@@ -333,6 +336,7 @@ class AutoAttack(Settable):
             "start": "generator" if parity.reseed else "keyed",
             "grad_mode": "autograd" if parity.autograd else "fused",
             "zero_first_check": parity.zero_first_check,
+            "count_held": parity.count_held,
             "multi_eps": m.multi_eps,
             "eot": m.eot,
             "rho": m.rho,

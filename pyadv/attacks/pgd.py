@@ -28,7 +28,9 @@ class PGD(Attack):
     (one forward pass more with `best` other than "last"); `attack.run(x, y)` also says how it
     ended, for one forward pass more. The model's modes, BatchNorm statistics, `.grad` and
     `requires_grad` are afterwards as they were, also when the model raises; with keyed starts so is
-    torch's generator. It never moves the model or the data.
+    torch's generator. It never moves the model or the data. In L1 it is a weak attack: on an
+    adversarially trained network it broke 3 % of the images where `APGD` broke 23 %, so evaluate
+    with `APGD`.
 
     Args:
         model: anything that maps x to logits (B, C). A DistributedDataParallel wrapper is attacked

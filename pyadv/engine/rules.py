@@ -16,7 +16,7 @@ from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import PerSample, State
 from pyadv.engine.task import FloatOrTensor
 from pyadv.ops.steps import stepper
-from pyadv.tensors import compute_dtype, flatten, keep_inactive, per_row, widen
+from pyadv.tensors import broadcastable, compute_dtype, flatten, keep_inactive, per_row, widen
 
 MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
 
@@ -208,9 +208,13 @@ class SparseRule(StepRule):
     changed, divided by 1.5. Where that has shrunk by more than 5 %, the step gets its first size
     again and the sample goes back to its best iterate; elsewhere the size is divided by 1.5, down
     to a tenth.
+
+    The authors' code spends the share on entries that the box lets no further, too, and never comes
+    down from two entries to one; with `published` this rule does so.
     """
 
     from_start: bool  # the first share too is that of the start, instead of `settings.keep`
+    published: bool = False
     factor: Tensor | None = None
     keep: Tensor | None = None
     changed: Tensor | None = None
@@ -219,7 +223,7 @@ class SparseRule(StepRule):
         n = state.x[:1].numel()
         if self.from_start:
             changed = _changed(state.x_adv, state.x)
-            keep = changed / n / 1.5
+            keep = self._share(changed, n)
         else:
             changed = torch.full_like(state.y, n)
             keep = torch.full_like(state.y, state.settings.keep, dtype=torch.float32)
@@ -235,7 +239,7 @@ class SparseRule(StepRule):
         now = _changed(state.best.x_adv, state.x)
         sparser = now / self.changed < 0.95
         self.changed.copy_(now)
-        self.keep.copy_(now / state.x[:1].numel() / 1.5)
+        self.keep.copy_(self._share(now, state.x[:1].numel()))
         self.factor.copy_(torch.where(sparser, 1.0, (self.factor / 1.5).clamp_min(0.1)))
         return back_to_best(state, sparser, grad)
 
@@ -243,7 +247,32 @@ class SparseRule(StepRule):
         s, x_adv = state.settings, state.x_adv
         alpha = _scaled(s.alpha, self.factor, state.x)
         ball = s.eps, s.lo, s.hi
-        ops.l1_step(x_adv, grad, state.x, alpha, *ball, active, keep=self.keep, out=x_adv)
+        keep = self.keep if self.published else self._with_held(state, grad)
+        ops.l1_step(x_adv, grad, state.x, alpha, *ball, active, keep=keep, out=x_adv)
+
+    def _share(self, changed: Tensor, n: int) -> Tensor:
+        """Return the share of the coordinates to move next."""
+        if self.published:
+            return changed / n / 1.5
+        return ((changed / 1.5).floor().clamp(min=1) - 0.5) / n  # rounding decides no entry
+
+    def _with_held(self, state: State, grad: Tensor) -> Tensor:
+        """Return the share with which `keep` counts only entries that can move: entries that the
+        box holds stay among the largest, so that the projection does not take them back, but make
+        room for others."""
+        s, size, x_adv = state.settings, flatten(widen(grad).abs()), widen(state.x_adv)
+        n = size.shape[1]
+        if not size.numel():
+            return self.keep
+        held = torch.zeros_like(x_adv, dtype=torch.bool)
+        if s.hi is not None:
+            held |= (grad > 0) & (x_adv >= broadcastable(s.hi, x_adv))
+        if s.lo is not None:
+            held |= (grad < 0) & (x_adv <= broadcastable(s.lo, x_adv))
+        free = torch.where(flatten(held), 0.0, size).sort(1, descending=True).values
+        place = (self.keep * n).ceil().long().clamp(1, n) - 1
+        least = free.gather(1, place[:, None])
+        return (((size >= least) & (size > 0)).sum(1).clamp(min=1) - 0.5) / n
 
 
 def back_to_best(state: State, mask: Tensor, grad: Tensor) -> Tensor:

@@ -45,11 +45,35 @@ def test_linear_optimum_without_a_box(norm, loss, device):
 
 
 def assert_reaches(gain, most, norm):
-    """L1-APGD moves two coordinates or more at a time, so it ends on a few of the best ones
-    instead of the best; in the box, L2-APGD projects onto the ball and then the box, which is not
-    the projection onto both."""
-    least = {"Linf": 0.9999, "L2": 0.99, "L1": 0.85}[norm]
+    """In the box, L2-APGD projects onto the ball and then the box, which is not the projection onto
+    both."""
+    least = {"Linf": 0.9999, "L2": 0.99, "L1": 0.98}[norm]
     assert (gain <= most * (1 + 1e-5)).all() and (gain >= least * most).all(), gain / most
+
+
+@pytest.mark.parametrize("n", [12, 20, 30, 300])
+@pytest.mark.parametrize("eps", [0.3, 2.0, 6.0])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_few_coordinates_in_l1(n, eps, bounded, device):
+    """Coordinates that the box holds take nothing from the share that moves, and one coordinate may
+    be enough; as the authors count, up to a fifth and more of the gain is missing."""
+    x = torch.rand(20, n, device=device, dtype=torch.float64)
+    y = torch.arange(20, device=device) % 2
+    model = RowLinear(n, classes=2, seed=n, dtype=torch.float64).to(device)
+    w = model.weight.detach()[y] - model.weight.detach()[1 - y]
+    bounds = dict(lo=0.0, hi=1.0) if bounded else dict(lo=None, hi=None)
+    room = torch.where(w > 0, x, 1 - x) if bounded else torch.full_like(x, torch.inf)
+    best_first = room.gather(1, w.abs().argsort(1, descending=True)).clamp(max=eps)
+    left = (eps - (best_first.cumsum(1) - best_first)).clamp_min(0)
+    sizes = w.abs().sort(1, descending=True).values
+    most = (sizes * torch.minimum(best_first, left)).sum(1)
+
+    def share(held):
+        attack = APGD(model, norm="L1", eps=eps, best="loss", seed=0, count_held=held, **bounds)
+        return (w * (x - attack(x, y))).sum(1) / most
+
+    ours, theirs = share(False), share(True)
+    assert (ours >= 0.9).all() and ours.median() >= 0.98 and ours.mean() >= theirs.mean() - 1e-3
 
 
 @pytest.mark.parametrize("norm", DUAL)

@@ -31,7 +31,7 @@ def start_point(x, norm, eps):
     return (x + eps * attack.normalize(t)).clamp(0, 1)
 
 
-SETTINGS = dict(grad_mode="autograd", best="loss", zero_first_check=True)
+SETTINGS = dict(grad_mode="autograd", best="loss", zero_first_check=True, count_held=True)
 
 
 @pytest.mark.parametrize("norm", EPS)

@@ -38,6 +38,8 @@ def make(kind, model, **settings):
     search = {"searches": 2, "lr": 0.3, "c": 10.0} if kind is attacks.CW else {}
     mixed = {"images": images()[0]} if kind is attacks.Admix else {}
     settings = {**short, **search, **mixed, **settings}
+    if kind is attacks.PGD0 and settings["eps"] > 0:
+        settings["eps"] = 5  # entries
     return kind(model, **{k: v for k, v in settings.items() if k in parameters(kind)})
 
 

@@ -312,7 +312,7 @@ def linear(classes=5):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(40, classes)).double()
     with torch.no_grad():
-        net[1].weight.mul_(torch.tensor([1.0, 0.2, 3.0, 0.5, 2.0])[:classes, None])
+        net[1].weight.mul_(torch.tensor([1.0, 0.2, 3.0, 0.5, 2.0]).repeat(2)[:classes, None])
     x = 0.35 + 0.3 * torch.rand(30, 1, 5, 8).double()
     z, w = net(x).detach(), net[1].weight.detach()
     y = z.argmax(1)
@@ -336,6 +336,19 @@ def test_the_nearest_class_is_followed(name):
     assert (ways.argsort(1)[:, 0] != net(x).argsort(1, descending=True)[:, 1]).any()
     assert off["nearest"].max() < (1.2 if name == "CW" else 1.1) and off["nearest"].median() < 1.06
     assert off["runner-up"].max() > 1.5
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_the_choice_costs_less_than_a_tenth(name):
+    """At the default steps, with ten classes, in forward and backward passes together."""
+    net, x, y, _ = linear(10)
+    kind = CW if name == "CW" else FOLLOWERS[name]
+    settings = dict(abort_early=False, steps=100) if name == "CW" else {}
+    cost = {}
+    for classes in CLASSES:
+        result = kind(net, classes=classes, **settings).run(x[:4], y[:4])
+        cost[classes] = (result.queries + result.gradients).sum().item()
+    assert cost["runner-up"] < cost["nearest"] < 1.1 * cost["runner-up"]
 
 
 def test_a_targeted_attack_follows_its_target():
