@@ -128,7 +128,8 @@ def train(
         float | None, _option("Radius, e.g. 8/255.", _ATTACK, parser=_number, metavar="NUMBER")
     ] = None,
     alpha: Annotated[
-        float | None, _option("Step size \\[eps/4].", _ATTACK, parser=_number, metavar="NUMBER")
+        float | None,
+        _option("Step size \\[by eps, norm and steps].", _ATTACK, parser=_number, metavar="NUMBER"),
     ] = None,
     steps: Annotated[int | None, _option("Steps \\[10].", _ATTACK)] = None,
     start: Annotated[

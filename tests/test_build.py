@@ -1079,20 +1079,23 @@ def test_report_says_what_runs():
 
 
 def test_import_costs_little(tmp_path):
-    """Beyond PyTorch itself: at most 0.2 s of the processor's time (the best of three, after a
-    first one that leaves bytecode, as an installation does)."""
+    """Importing pyadv takes at most 0.3 of the processor's time that importing PyTorch takes (the
+    best of three, after a first run that leaves bytecode, as an installation does)."""
     code = """
-        import time, torch, sys
+        import sys, time
         begin = time.process_time()
+        import torch
+        middle = time.process_time()
         import pyadv
         from pyadv import ops, reference
-        print(time.process_time() - begin, "torch._dynamo" in sys.modules, "triton" in sys.modules)
+        share = (time.process_time() - middle) / (middle - begin)
+        print(share, "torch._dynamo" in sys.modules, "triton" in sys.modules)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     settings = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
     _, *runs = [subprocess.run(command, **settings) for _ in range(4)]
-    seconds, *heavy = min((run.stdout.split() for run in runs), key=lambda words: float(words[0]))
+    share, *heavy = min((run.stdout.split() for run in runs), key=lambda words: float(words[0]))
     assert heavy == ["False", "False"]
-    assert float(seconds) < 0.2
+    assert float(share) < 0.3

@@ -31,6 +31,11 @@ class _Shared:
 
     tensor: Tensor
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shared) and torch.equal(self.tensor, other.tensor)
+
+    __hash__ = None  # as of a tensor that is compared by value
+
 
 @dataclass
 class TransferRule(MomentumRule):

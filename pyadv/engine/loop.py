@@ -64,7 +64,8 @@ def judge(task: Task, found: Perturbed) -> AttackResult:
     logits = predict(model, found.x_adv, s)
     reference = predict(model, task.x, s) if s.loss.needs_reference_logits else None
     with torch.inference_mode(False), torch.no_grad():
-        loss, _, correct = s.loss.at(logits, owned(task.y), reference, task.target)
+        target = None if task.target is None else owned(task.target)
+        loss, _, correct = s.loss.at(logits, owned(task.y), reference, target)
     taken = {f.name: getattr(found, f.name) for f in fields(Perturbed)}
     taken["queries"] = found.queries + 1
     non_finite = ~has_answer(logits)

@@ -78,7 +78,7 @@ class Row:
             "description": self.description,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
-            "interval": self.interval,
+            "interval": list(self.interval),
             "forward_passes_per_sample": self.queries.double().mean().item(),
             "backward_passes_per_sample": self.gradients.double().mean().item(),
             "non_finite": self.non_finite_count,

@@ -20,6 +20,8 @@ from pyadv.attacks import (
     FMN,
     MIFGSM,
     PGD,
+    PGD0,
+    Admix,
     AutoAttack,
     DeepFool,
     FriendlyPGD,
@@ -135,17 +137,19 @@ EVERY = [
 def test_a_changed_attack_is_as_if_made_so(kind):
     model, x, y = problem()
     short = {"queries": 6} if kind is Square else {} if kind is FGSM else {"steps": 3}
-    changed = kind(model, **{k: v + 1 for k, v in short.items()}, eps=0.3)
-    for name, value in {**short, "eps": 0.1, "lo": -0.5, "output": None}.items():
+    more = {"images": x} if kind is Admix else {}
+    eps, other = (2, 5) if kind is PGD0 else (0.1, 0.3)
+    changed = kind(model, **{k: v + 1 for k, v in short.items()}, eps=other, **more)
+    for name, value in {**short, "eps": eps, "lo": -0.5, "output": None}.items():
         setattr(changed, name, value)
         assert getattr(changed, name) == value
-    made = kind(model, **short, eps=0.1, lo=-0.5)
+    made = kind(model, **short, eps=eps, lo=-0.5, **more)
     again = copy.deepcopy(pickle.loads(pickle.dumps(changed)))
     assert changed.describe() == made.describe() == again.describe()
     assert changed.settings == made.settings
     expected = made.perturb(x, y, draw=0).x_adv
     assert torch.equal(changed.perturb(x, y, draw=0).x_adv, expected)
-    again.eps = 0.1
+    again.eps = eps
     assert torch.equal(again.perturb(x, y, draw=0).x_adv, expected)
 
 

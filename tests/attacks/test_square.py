@@ -153,7 +153,7 @@ def test_dtypes(norm, dtype, device):
 @pytest.mark.parametrize("norm", EPS)
 def test_empty_and_single_batches(norm, size, batch):
     model, x, y = batch
-    result = Square(model, norm=norm, queries=5, restarts=2).run(x[:size], y[:size])
+    result = Square(model, norm=norm, eps=0.5, queries=5, restarts=2).run(x[:size], y[:size])
     assert result.x_adv.shape == x[:size].shape and result.correct.shape == (size,)
 
 

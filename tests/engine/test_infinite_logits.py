@@ -74,8 +74,11 @@ def test_every_attack_judges_a_masked_model_as_the_model_itself(kind):
         settings |= {"searches": 2}
     if kind is attacks.FGSM:
         settings = {}
-    plain = kind(model, eps=0.05, **settings)
-    masked = kind(Masked(model), eps=0.05, **settings)
+    if kind is attacks.Admix:
+        settings |= {"images": x}
+    settings |= {"eps": 3 if kind is attacks.PGD0 else 0.05}
+    plain = kind(model, **settings)
+    masked = kind(Masked(model), **settings)
     for attack in (plain, masked):
         attack.seed = 0
     expected, found = plain.run(x, y), masked.run(x, KEPT[y])

@@ -360,7 +360,7 @@ def test_eps_grows_over_the_warm_up(
 
     monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
     train(small, tmp_path / "run", eps=0.2, eps_warmup=2)
-    assert seen == [(0.1, 0.025), (0.2, 0.05), (0.2, 0.05)]
+    assert seen == [(0.1, 0.1), (0.2, 0.2), (0.2, 0.2)]  # one step, of size eps
 
 
 def test_samples_are_known_to_the_objective_by_their_index(
