@@ -23,7 +23,7 @@ _BITS = {"linf_step", "linf_project", "linf_momentum_step", "square_step", "keep
 _BITS |= {"keep_best_", "track", "keyed_uniform", "row_hash"}
 _UNCHECKED = {"temperature", "exact", "center", "detach_weight"}  # types the schema refuses
 # Units in the last place of the largest value; float64 has no wider form to say what is right.
-_ROUNDING = {torch.float64: 1024}
+_ROUNDING = {torch.float64: 16384}  # no wider arithmetic tells the exact result
 
 
 @dataclass
@@ -205,8 +205,8 @@ def _copy(t: Tensor) -> Tensor:
 
 
 def _no_set(args: dict[str, Any]) -> bool:
-    """Return whether a radius or bound is NaN, or the box empty at infinity: the ball and the box
-    are then no sets, and the contract says nothing of the result."""
+    """Return whether a radius or bound is NaN, a step infinite, or the box empty at infinity: the
+    contract says nothing of the result then."""
 
     def any_of(name: str, bad: Callable[[Tensor], Tensor]) -> bool:
         value = args.get(name)
@@ -215,6 +215,7 @@ def _no_set(args: dict[str, Any]) -> bool:
     sizes = ("alpha", "eps", "lo", "hi", "momentum", "share", "overshoot", "value")
     return (
         any(any_of(n, torch.isnan) for n in sizes)
+        or any_of("alpha", torch.isinf)
         or any_of("lo", lambda t: t == torch.inf)
         or any_of("hi", lambda t: t == -torch.inf)
     )
