@@ -65,6 +65,8 @@ def test_no_source_file_can_execute_a_pickle():
     files = [path for folder in FOLDERS for path in folder.rglob("*.py")]
     assert len(files) > 50
     found = {path.name: unsafe_calls(path.read_text()) for path in files}
+    # The fast view runs code that torch.fx has generated from the user's own model.
+    assert [call.split()[0] for call in found.pop("rewrite.py")] == ["exec"]
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
@@ -119,6 +121,6 @@ def test_pickled_batches_give_arrays_only(tmp_path, module):
         (tmp_path / f"data_batch_{i}").write_bytes(evil)
     for name in ("test_batch", "batches.meta"):
         (tmp_path / name).write_bytes(evil)
-    with pytest.raises(pickle.UnpicklingError, match="is not part of a CIFAR batch"):
+    with pytest.raises(ValueError, match="is not part of a CIFAR batch"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()

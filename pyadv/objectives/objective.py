@@ -269,8 +269,11 @@ def ascends_kl(attack: Attack | None) -> bool:
 
 def _check_labels_fit(x: Tensor, y: Tensor) -> None:
     """Raise an error unless y has one int64 label or one row of probabilities per sample."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"objective: y must be a tensor, got {type(y).__name__}")
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"objective: {name} must be a tensor, got {type(value).__name__}")
+    if not x.dim():
+        raise ValueError("objective: x must have a batch dimension, got a 0-dim tensor")
     soft = y.is_floating_point() and y.dim() == 2
     if not soft and y.dtype != torch.int64:
         raise TypeError(f"objective: y must be an int64 tensor, got {y.dtype}")

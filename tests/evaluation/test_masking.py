@@ -118,7 +118,6 @@ def test_honest_model_passes_every_check(honest: MaskingReport) -> None:
         (probabilities, {"probabilities"}),
         (other_when_attacked, {"dynamic"}),
         (of_the_batch, {"dynamic"}),
-        (learns, {"dynamic"}),
         (rough, {"starts", "radius", "square", "transfer"}),
     ],
     ids=lambda v: getattr(v, "__name__", "flags"),
@@ -126,6 +125,11 @@ def test_honest_model_passes_every_check(honest: MaskingReport) -> None:
 def test_each_fault_is_flagged_by_its_checks(fault, flags: set[str]) -> None:
     report = check_masking(Faulty(fault), *problem(), eps=EPS, surrogate=Honest(), **QUIET)
     assert found(report) == flags
+
+
+def test_a_model_that_learns_while_it_is_evaluated_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="its forward pass changes a buffer"):
+        check_masking(Faulty(learns), *problem(), eps=EPS, **QUIET)
 
 
 @pytest.mark.parametrize("fault", [noisy, dropout_left_on])
