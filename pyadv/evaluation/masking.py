@@ -9,8 +9,10 @@ checks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,9 +37,11 @@ from pyadv.evaluation.masking_statistics import (
     share,
 )
 from pyadv.passes.borrow import (
+    LeavesEvaluation,
     Output,
     borrowed,
     device_of,
+    evaluating,
     gradients_on,
     owned,
     pick_logits,
@@ -118,6 +122,12 @@ def check_masking(
     """
     common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
     s = _Study(model, x, y, eps, batch_size, progress, common)
+    with evaluating(s.model) if s.bn == "as_is" else contextlib.nullcontext():
+        return _report(s, surrogate, queries)
+
+
+def _report(s: _Study, surrogate: Model | None, queries: int) -> MaskingReport:
+    """Run all checks."""
     always = s.without_attack()
     if s.no_gradient_attack:
         names = ("loss", "logit scale", "steps", "starts", "radius")
@@ -126,8 +136,8 @@ def check_masking(
         plain, steps = s.steps()
         by_gradient = [s.loss(plain), s.scale(plain), steps, s.starts(plain), s.radius(plain)]
     checks = (*by_gradient, s.square(queries), s.transfer(surrogate), *always)
-    n = len(x)
-    return MaskingReport(n, s.norm, float(eps), checks, s.curves, s.queries / n, s.gradients / n)
+    n = len(s.x)
+    return MaskingReport(n, s.norm, float(s.eps), checks, s.curves, s.queries / n, s.gradients / n)
 
 
 class _Study:
@@ -158,6 +168,12 @@ class _Study:
         self.batch_size = batch_size
         self.progress = Lines() if progress == "auto" else progress
         self.only_look = self.pgd(steps=0, start="none")
+        self.bn = "eval"
+        try:
+            predict(self.model, x[:1].to(self.device), self.only_look.settings)
+        except LeavesEvaluation:  # attacks refuse it; here "dynamic" tells what it does
+            self.bn = "as_is"
+            self.only_look = self.as_borrowed(self.only_look)
         self.differentiable = True
         self.queries = self.gradients = 0
         self.clean = self.standing = torch.ones(len(x), dtype=torch.bool)
@@ -169,7 +185,13 @@ class _Study:
         eps = self.eps if eps is None else eps
         return PGD(eps=eps, alpha=eps / 4, **{"steps": USUAL_STEPS, **self.common, **settings})
 
+    def as_borrowed(self, attack: Attack) -> Attack:
+        """Return the attack, which borrows the model as this study does."""
+        attack.settings = replace(attack.settings, bn=self.bn)
+        return attack
+
     def run(self, attack: Attack, x: Tensor, y: Tensor, draw: int = 0) -> AttackResult:
+        attack = self.as_borrowed(attack)
         result = attack.run(x, y, draw=draw, model=self.model)
         self.queries += int(result.queries.sum())
         self.gradients += int(result.gradients.sum())
@@ -261,7 +283,7 @@ class _Study:
         others = x.clone()  # every second sample is replaced by another one
         others[1::2] = x[::2][: len(x) // 2]
         again, mixed = (predict(self.model, b, self.only_look.settings) for b in (x, others))
-        with gradients_on(), borrowed(self.model):
+        with gradients_on(), borrowed(self.model, self.bn):
             leaf = owned(x).clone().requires_grad_()
             with_gradients = pick_logits(self.model(leaf), self.common["output"])
             dead = self.dead(leaf, with_gradients, owned(y))

@@ -241,6 +241,26 @@ def pick_logits(result: Any, output: Output) -> Tensor:
     return logits
 
 
+class LeavesEvaluation(RuntimeError):
+    """Raised for a model whose forward pass leaves evaluation mode or moves statistics."""
+
+
+@contextlib.contextmanager
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
+    """Set evaluation mode without watching the model; put back modes and buffers at the end."""
+    modules = _with_modes(model)
+    modes = [m.training for m in modules]
+    buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+    try:
+        _set_modes(modules, [False] * len(modules))
+        yield
+    finally:
+        _set_modes(modules, modes)
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
 @contextlib.contextmanager
 def borrowed(
     model: Callable[..., Any], bn: str = "eval", update_stats: bool = False
@@ -260,7 +280,7 @@ def borrowed(
         update_stats: with bn="train", keep the running statistics that the passes have moved.
 
     Raises:
-        RuntimeError: at the end, if the model has left evaluation mode by itself.
+        LeavesEvaluation: at the end, if the model has left evaluation mode by itself.
     """
     if bn == "as_is":
         yield
@@ -289,7 +309,7 @@ def borrowed(
             if why:
                 watch.restore()
     if why:
-        raise RuntimeError(
+        raise LeavesEvaluation(
             f"the model was to be evaluated in evaluation mode (bn='eval'), but {why}. Modes and "
             "statistics are put back. Wrap the model so that its forward pass keeps the mode it is "
             "given: pyadv.compat.emr.official(model) passes _eval=True to the networks of EMR's "
