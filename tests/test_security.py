@@ -121,6 +121,7 @@ def test_pickled_batches_give_arrays_only(tmp_path, module):
         (tmp_path / f"data_batch_{i}").write_bytes(evil)
     for name in ("test_batch", "batches.meta"):
         (tmp_path / name).write_bytes(evil)
-    with pytest.raises(ValueError, match="is not part of a CIFAR batch"):
+    with pytest.raises(ValueError, match="is not part of a CIFAR batch") as error:
         load(tmp_path)
+    assert isinstance(error.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "ran").exists()
