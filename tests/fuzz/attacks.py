@@ -21,13 +21,11 @@ from pyadv.engine.attack import Attack
 KINDS = tuple(
     value
     for value in vars(attacks).values()
-    if isinstance(value, type)
-    and issubclass(value, Attack)
-    # These need images or whole radii, which the generator does not make yet.
-    and not issubclass(value, (attacks.TransferFGSM, attacks.PGD0, attacks.SigmaZero))
+    if isinstance(value, type) and issubclass(value, Attack)
 )
 _MINIMUM = (attacks.FAB, attacks.TargetedFAB, attacks.DDN, attacks.FMN, attacks.CW)
-_MINIMUM += (attacks.DeepFool,)
+_MINIMUM += (attacks.DeepFool, attacks.SigmaZero)
+_OF_IMAGES = (attacks.Square, attacks.TransferFGSM)
 _NEAREST = {"targeted", "eps", "lo", "hi", "compact", "output", "validate", "speed"}
 _UNCHECKED = {"output", "seed"}  # not checked at construction
 _SHARES = {"beta", "gamma", "gamma_final"}  # whose type is not checked
@@ -52,7 +50,7 @@ def parameters(kind: type) -> set[str]:
 def case(draw: Draw) -> str:
     kind = draw.choice(KINDS)
     has = parameters(kind)
-    images = kind is attacks.Square or draw.chance(0.5)
+    images = issubclass(kind, _OF_IMAGES) or draw.chance(0.5)
     dtype = draw.choice(models.DTYPES)
     lo, hi = draw.choice(((0.0, 1.0), (0.0, 1.0), (0.0, 1.0), (-2.0, 3.0)))
     x, y = models.batch(draw, images, dtype, lo, hi)
@@ -298,12 +296,21 @@ def _settings(draw: Draw, kind: type, has: set[str], x: Tensor) -> dict[str, Any
         options["norm"] = ("L2", "Linf")
     if kind is attacks.FMN:
         options["norm"] = (*options["norm"], "L0", 0)
+    if kind in (attacks.DDN, attacks.CW, attacks.FMN):
+        options["classes"] = ("nearest", "runner-up")
+    if kind is attacks.DeepFool and draw.chance(0.3):
+        options |= {"norm": ("L2",), "variant": ("super",)}
+    if kind is attacks.PGD0:
+        eps = torch.arange(len(x)) if isinstance(eps, Tensor) else draw.choice((0, 1, 3, 10**6))
+        options |= {"start": ("keyed", "none"), "pixels": (False, x.dim() == 4)}
     settings: dict[str, Any] = {"seed": draw.choice((0, 7, 2**40))}
     settings["steps" if "steps" in has else "queries"] = draw.choice((0, 1, 2, 4, 5))
     if kind is attacks.CW:
         settings |= {"steps": draw.choice((1, 3)), "searches": draw.choice((1, 2))}
     if kind not in _MINIMUM or draw.chance(0.6):
         settings["eps"] = eps
+    if kind is attacks.Admix:
+        settings["images"] = x.detach().clone()
     names = [n for n in sorted(options) if n in has]
     for name in draw.sample(names, min(len(names), draw.choice((0, 1, 2, 3, 4)))):
         settings[name] = draw.choice(options[name])
