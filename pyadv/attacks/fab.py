@@ -101,10 +101,8 @@ class FAB(MinimumNorm):
         norm = checks.canonical_norm(norm)
         if early_stop and eps is None:
             raise ValueError("early_stop=True stops within eps, so it needs eps, got None")
-        checks.size("alpha_max", alpha_max)
+        checks.share("alpha_max", alpha_max, zero=True, one=True)
         checks.size("eta", eta)
-        if not 0 <= alpha_max <= 1:
-            raise ValueError(f"alpha_max must be a share in [0, 1], got {alpha_max!r}")
         if not 1 <= eta < math.inf:
             raise ValueError(f"eta must be a finite number >= 1, got {eta!r}")
         checks.share("beta", beta)

@@ -83,9 +83,7 @@ class Square(Attack):
         norm = checks.canonical_norm(norm)
         checks.count("queries", queries, 0)
         checks.choice("draws", draws, ("keyed", "official"))
-        checks.size("p", p)
-        if not 0 < p <= 1:
-            raise ValueError(f"p must be a share in (0, 1], got {p!r}")
+        checks.share("p", p, one=True)
         settings = LoopSettings(
             norm=norm,
             eps=radius(eps, norm),

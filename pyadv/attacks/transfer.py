@@ -269,8 +269,7 @@ class TransferFGSM(MIFGSM):
         neighbourhood: float = 1.5,
         **settings: Any,
     ):
-        if not 0 <= diversity <= 1:
-            raise ValueError(f"diversity must be a probability in [0, 1], got {diversity!r}")
+        checks.share("diversity", diversity, zero=True, one=True)
         checks.share("resize", resize)
         checks.count("kernel", kernel, 0)
         checks.choice("kernel_shape", kernel_shape, KERNELS)

@@ -73,10 +73,13 @@ def count(name: str, value: int, least: int) -> int:
     return int(value)
 
 
-def share(name: str, value: float) -> None:
-    """Raise ValueError if the value is not in (0, 1)."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
+def share(name: str, value: float, zero: bool = False, one: bool = False) -> None:
+    """Raise an error if the value is no number in (0, 1); `zero` and `one` include an end."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name} must be a share in {interval}, got {value!r}")
 
 
 def size(name: str, value: float | Tensor) -> None:

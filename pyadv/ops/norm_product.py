@@ -88,7 +88,7 @@ class NormProduct(nn.Module):
             is_operator = conv == "operator" and isinstance(layer, _CONVS)
             if kind == "spectral":
                 shape = in_shape if is_operator else (weight[0].numel(),)
-                v = torch.randn(shape, generator=draw).to(weight)
+                v = torch.randn(shape, generator=draw, device="cpu").to(weight)
                 self.register_buffer(f"v{i}", v / torch.linalg.vector_norm(v))
             elif is_operator:
                 self._refuse_padding(name)

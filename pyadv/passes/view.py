@@ -330,7 +330,7 @@ def _moved_inside(x: Tensor, generator: torch.Generator) -> Tensor:
     """
     if not x.is_floating_point():
         return x
-    share = _PULL * torch.rand(x.shape, generator=generator).to(x)
+    share = _PULL * torch.rand(x.shape, generator=generator, device="cpu").to(x)
     other = x.roll(1, 0)
     if x.dim() > 2:
         other = other.mean(tuple(range(2, x.dim())), keepdim=True)
@@ -348,7 +348,7 @@ class _Look:
         if logits.requires_grad:
             generator = torch.Generator()
             generator.set_state(state)
-            weights = torch.randn(logits.shape, generator=generator).to(logits)
+            weights = torch.randn(logits.shape, generator=generator, device="cpu").to(logits)
             (self.gradient,) = torch.autograd.grad(logits, leaf, weights, allow_unused=True)
 
 

@@ -411,7 +411,7 @@ def test_a_gradient_that_is_not_finite_is_no_hyperplane(problem):
         (dict(alpha_max=1.5), "alpha_max must be"),
         (dict(early_stop=True), "early_stop=True .* needs eps"),
         (dict(eta=0.5), "eta must be"),
-        (dict(beta=1.0), "beta must lie"),
+        (dict(beta=1.0), "beta must be a share in"),
         (dict(steps=-1), "steps must be"),
         (dict(restarts=0), "restarts must be"),
     ],

@@ -46,3 +46,18 @@ def test_first_logits_need_an_answer_in_every_row():
     z[1:] = -math.inf
     with pytest.raises(ValueError, match="but 2 of 3 samples break this"):
         checks.logits(z, y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((attacks.FAB, n) for n in ("beta", "alpha_max")),
+        *((attacks.DIFGSM, n) for n in ("diversity", "resize")),
+        (attacks.DDN, "gamma"),
+        (attacks.Square, "p"),
+    ],
+)
+@pytest.mark.parametrize("value", [None, "0.5", [0.5], True])
+def test_shares_are_numbers(kind, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+        kind(**{name: value})

@@ -28,7 +28,6 @@ _MINIMUM += (attacks.DeepFool, attacks.SigmaZero)
 _OF_IMAGES = (attacks.Square, attacks.TransferFGSM)
 _NEAREST = {"targeted", "eps", "lo", "hi", "compact", "output", "validate", "speed"}
 _UNCHECKED = {"output", "seed"}  # not checked at construction
-_SHARES = {"beta", "gamma", "gamma_final"}  # whose type is not checked
 _ORDER = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}
 
 
@@ -324,9 +323,7 @@ def _settings(draw: Draw, kind: type, has: set[str], x: Tensor) -> dict[str, Any
 def _spoil(draw: Draw, settings: dict[str, Any], has: set[str]) -> str:
     """One setting becomes something that somebody might pass by mistake."""
     name = draw.choice([*sorted(has - _UNCHECKED), "stepz"])
-    options: list[Any] = [-1, -0.5, math.nan, math.inf]
-    if name not in _SHARES:
-        options += [None, "0.1", "x", True, [0.1], {}, object()]
+    options: list[Any] = [-1, -0.5, math.nan, math.inf, None, "0.1", "x", True, [0.1], {}, object()]
     if name in ("eps", "alpha", "lo", "hi"):
         options += [torch.rand(77), torch.tensor(-1.0), torch.tensor(math.nan)]
         options += [torch.rand(2, 9, 9, 9, 9, 9), torch.tensor(0.5, dtype=torch.complex64)]

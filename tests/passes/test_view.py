@@ -713,3 +713,13 @@ def test_the_ensemble_at_speed():
 def test_speed_is_one_of_three():
     with pytest.raises(ValueError, match="speed must be one of"):
         PGD(speed="faster")
+
+
+def test_a_view_does_not_follow_the_default_device():
+    model, x = settled(ConvNet(), torch.float32), inputs(dtype=torch.float32)
+    torch.set_default_device("meta")
+    try:
+        view = fast_view(model, x)
+    finally:
+        torch.set_default_device(None)
+    assert isinstance(view, FastView)
