@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyadv import _state, attacks
 from pyadv.attacks.square import SquareRule
+from pyadv.compat._missing import missing_classes
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack as NativeAttack
 from pyadv.engine.losses import ranked_targets
@@ -1250,15 +1251,4 @@ __all__ = [
 __wrapper__ = ["MultiAttack"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NEAREST:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    class Missing:
-        """An attack of torchattacks that pyadv does not have."""
-
-        def __init__(self, *args: Any, **settings: Any):
-            raise NotImplementedError(f"pyadv has no {name}; the nearest is {_NEAREST[name]}")
-
-    Missing.__name__ = Missing.__qualname__ = name
-    return Missing
+__getattr__ = missing_classes(__name__, _NEAREST)

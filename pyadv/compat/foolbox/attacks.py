@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks, ops
+from pyadv.compat._missing import missing_classes
 from pyadv.compat.foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from pyadv.compat.foolbox.models import PyTorchModel, unwrapped
 from pyadv.engine import checks
@@ -498,15 +499,4 @@ for _norm in ("L1", "L2", "Linf"):
     _NEAREST[f"{_norm}AdamPGD"] = f"{_norm}PGD"
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NEAREST:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    class Missing:
-        """An attack of foolbox that pyadv does not have."""
-
-        def __init__(self, *args: Any, **settings: Any):
-            raise NotImplementedError(f"pyadv has no {name}; the nearest is {_NEAREST[name]}")
-
-    Missing.__name__ = Missing.__qualname__ = name
-    return Missing
+__getattr__ = missing_classes(__name__, _NEAREST)
