@@ -1079,8 +1079,9 @@ def test_report_says_what_runs():
 
 
 def test_import_costs_little(tmp_path):
-    """Importing pyadv takes at most 0.3 of the processor's time that importing PyTorch takes (the
-    best of three, after a first run that leaves bytecode, as an installation does)."""
+    """Importing pyadv takes at most a quarter of the processor's time that importing PyTorch takes
+    (the best of three, after a first run that leaves bytecode, as an installation does), and leaves
+    out what a training loop does without."""
     code = """
         import sys, time
         begin = time.process_time()
@@ -1089,7 +1090,8 @@ def test_import_costs_little(tmp_path):
         import pyadv
         from pyadv import ops, reference
         share = (time.process_time() - middle) / (middle - begin)
-        print(share, "torch._dynamo" in sys.modules, "triton" in sys.modules)
+        heavy = ("torch._dynamo", "triton", "pyadv.evaluation")
+        print(share, *(name in sys.modules for name in heavy))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
@@ -1097,5 +1099,5 @@ def test_import_costs_little(tmp_path):
     settings = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
     _, *runs = [subprocess.run(command, **settings) for _ in range(4)]
     share, *heavy = min((run.stdout.split() for run in runs), key=lambda words: float(words[0]))
-    assert heavy == ["False", "False"]
-    assert float(share) < 0.3
+    assert heavy == ["False"] * 3
+    assert float(share) < 0.25
