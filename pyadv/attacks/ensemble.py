@@ -90,10 +90,12 @@ class Findings:
 
     def __init__(self, names: Sequence[str]):
         self.names, width = tuple(names), len(names)
-        self.keys = self.y = self.prediction = torch.zeros(0, dtype=torch.int64)
-        self.logits = torch.zeros(0, 0)
-        self.done = self.broken = self.non_finite = torch.zeros(0, width, dtype=torch.bool)
-        self.queries = self.gradients = torch.zeros(0, width, dtype=torch.int64)
+        self.keys = self.y = self.prediction = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.logits = torch.zeros(0, 0, device="cpu")
+        self.done = self.broken = self.non_finite = torch.zeros(
+            0, width, dtype=torch.bool, device="cpu"
+        )
+        self.queries = self.gradients = torch.zeros(0, width, dtype=torch.int64, device="cpu")
         self.kind = ""
         # Rows, and the examples that broke them first. A selection shares this list.
         self._examples: list[tuple[Tensor, Tensor]] = []
@@ -117,10 +119,10 @@ class Findings:
         """Return (rows (M,) in rising order, x_adv (M, ...)): the first example that fooled the
         model, for the samples that it classifies correctly without an attack."""
         if not self._examples:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            return torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu")
         rows, x_adv = (torch.cat(parts) for parts in zip(*self._examples, strict=True))
-        at = torch.full((max(int(rows.max()), int(self._last_row())) + 1,), -1)
-        at[rows] = torch.arange(len(rows))
+        at = torch.full((max(int(rows.max()), int(self._last_row())) + 1,), -1, device="cpu")
+        at[rows] = torch.arange(len(rows), device="cpu")
         chosen = at if self._selected is None else at[self._selected]
         found = (chosen >= 0).nonzero()[:, 0]
         return found, x_adv[chosen[found]]
@@ -149,10 +151,12 @@ class _Records(Findings):
         """Return the row of each sample (hash, label); samples that are new get new rows."""
         pairs = list(zip(keys.tolist(), y.tolist(), strict=True))
         before = len(self._row_of)
-        rows = torch.tensor([self._row_of.setdefault(p, len(self._row_of)) for p in pairs])
+        rows = torch.tensor(
+            [self._row_of.setdefault(p, len(self._row_of)) for p in pairs], device="cpu"
+        )
         new, width = len(self._row_of) - before, len(self.names)
         if new:
-            added = torch.tensor(list(self._row_of)[before:]).view(new, 2)
+            added = torch.tensor(list(self._row_of)[before:], device="cpu").view(new, 2)
             self.keys, self.y = (
                 torch.cat([self.keys, added[:, 0]]),
                 torch.cat([self.y, added[:, 1]]),
@@ -172,7 +176,7 @@ class _Records(Findings):
         logits = result.logits.detach()
         if column == 0:
             if not self.classes:
-                self.logits = torch.full((len(self.keys), logits.shape[1]), math.nan)
+                self.logits = torch.full((len(self.keys), logits.shape[1]), math.nan, device="cpu")
             self.logits[rows] = logits.float().cpu()
         self.done[rows, column] = True
         self.broken[rows, column] = broken
@@ -262,7 +266,9 @@ class Ensemble:
         parts |= {f"attacks.{name}": attack for name, attack in (described or {}).items()}
         parts |= identity or {}
         self._file = None if path is None else _StateFile(path, model, parts, state_name)
-        self._unchecked = torch.zeros(0, dtype=torch.bool)  # rows that came from the file
+        self._unchecked = torch.zeros(
+            0, dtype=torch.bool, device="cpu"
+        )  # rows that came from the file
         self._as_is, self._saved_at = as_is, time.monotonic()
         if self._file is not None and self._file.found is not None:
             self._records.load_state_dict(self._file.found)
@@ -292,7 +298,11 @@ class Ensemble:
             self._save()
 
     def _rows_given(self) -> Tensor:
-        return torch.cat(self._given) if self._given else torch.zeros(0, dtype=torch.int64)
+        return (
+            torch.cat(self._given)
+            if self._given
+            else torch.zeros(0, dtype=torch.int64, device="cpu")
+        )
 
     def _attack(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor) -> None:
         self._stage(0, self.clean, 0, rows, places, x, y)
@@ -475,7 +485,7 @@ def _first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the different rows in the order in which they first come, and where that is."""
     different, inverse = rows.unique(return_inverse=True)
     last = torch.full_like(different, len(rows))
-    first = last.scatter_reduce(0, inverse, torch.arange(len(rows)), "amin")
+    first = last.scatter_reduce(0, inverse, torch.arange(len(rows), device="cpu"), "amin")
     places, order = first.sort()
     return different[order], places
 
@@ -484,7 +494,7 @@ def _agree(a: Tensor, b: Tensor, rounding: bool = False) -> Tensor:
     """Return (B,) bool: whether logits a and b (B, C) have the same leader and nearly the same
     values, `_NEAR` as a share of the largest; with `rounding`, up to rounding."""
     if a.shape != b.shape:
-        return torch.zeros(len(a), dtype=torch.bool)
+        return torch.zeros(len(a), dtype=torch.bool, device="cpu")
     scale = torch.where(b.isfinite(), b.abs(), 0.0).amax(1, keepdim=True).clamp(min=1.0)
     share = math.sqrt(torch.finfo(a.dtype).eps) if rounding else _NEAR
     near = ((a == b) | ((a - b).abs() <= share * scale)).all(1)

@@ -249,7 +249,7 @@ def measure_margins(
     progress = Lines() if progress == "auto" else progress
     model, device, label = unwrap(model), device_of(model, x), y.cpu()
     bound, uncertified = _bound(model, x, output) if certificate else (None, None)
-    nearest = torch.full((len(x),), torch.inf, dtype=compute_dtype(x.dtype))
+    nearest = torch.full((len(x),), torch.inf, dtype=compute_dtype(x.dtype), device="cpu")
 
     def batches(name: str, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         done = 0
@@ -261,7 +261,7 @@ def measure_margins(
                 progress(name, done, len(chosen), int(nearest.isinf().sum()))
 
     looks = []
-    for rows, inputs, labels in batches("effective", torch.arange(len(x))):
+    for rows, inputs, labels in batches("effective", torch.arange(len(x), device="cpu")):
         logits, effective = logits_and_margin(model, inputs, labels, norm, output)
         radius = effective if bound is None else bound.certified_radius(logits, labels)
         prediction = logits.argmax(1)

@@ -176,7 +176,7 @@ class _Study:
             self.only_look = self.as_borrowed(self.only_look)
         self.differentiable = True
         self.queries = self.gradients = 0
-        self.clean = self.standing = torch.ones(len(x), dtype=torch.bool)
+        self.clean = self.standing = torch.ones(len(x), dtype=torch.bool, device="cpu")
         self.curves: dict[str, list[tuple[float, float]]] = {}
 
     # --- Batches and attacks; outcomes are (N,) bool on the CPU.
@@ -213,7 +213,7 @@ class _Study:
             if self.progress:
                 self.progress(name, done, total, int(self.standing.sum()))
         found = torch.cat(parts, 1)
-        everywhere = torch.zeros(len(found), len(rows), dtype=torch.bool)
+        everywhere = torch.zeros(len(found), len(rows), dtype=torch.bool, device="cpu")
         everywhere[:, rows] = found
         return list(everywhere)
 
@@ -410,8 +410,8 @@ class _Study:
     def full_radius(self) -> float:
         """Return the radius of a ball that holds the whole box, whichever sample is its centre."""
         x, lo, hi = self.x, self.common["lo"], self.common["hi"]
-        low = x.min().cpu() if lo is None else torch.as_tensor(lo).cpu()
-        high = x.max().cpu() if hi is None else torch.as_tensor(hi).cpu()
+        low = x.min().cpu() if lo is None else torch.as_tensor(lo, device="cpu")
+        high = x.max().cpu() if hi is None else torch.as_tensor(hi, device="cpu")
         width, d = float((high - low).max()), x[0].numel()
         return width * {"Linf": 1.0, "L2": math.sqrt(d), "L1": float(d)}[self.norm]
 

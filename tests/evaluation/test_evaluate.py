@@ -350,3 +350,17 @@ def test_an_output_that_finds_no_logits(output: object, error: type, message: st
     if error is TypeError:
         with pytest.raises(error, match=message):  # raised before any forward pass
             AutoAttack(in_dict, eps=0.1, output=output)
+
+
+def test_an_evaluation_does_not_follow_the_default_device():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x = torch.rand(9, 1, 4, 4)
+    y = model(x).argmax(1)
+    expected = evaluate(model, x, y, eps=0.1, progress=None)
+    torch.set_default_device("meta")
+    try:
+        found = evaluate(model, x, y, eps=0.1, progress=None)
+    finally:
+        torch.set_default_device(None)
+    assert found.to_dict()["rows"] == expected.to_dict()["rows"]
