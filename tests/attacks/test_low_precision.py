@@ -35,8 +35,6 @@ def lengths(x_adv, x, norm):
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_lies_in_the_ball(kind, norm, dtype):
-    if norm == "L1" and kind is MIFGSM:
-        pytest.skip("covered by PGD: the same step")
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = torch.arange(16) % 3
     short = {"queries": 8} if kind is Square else {} if kind is FGSM else {"steps": 4}
