@@ -96,7 +96,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_vector_kernels_access_16_bytes(ptx: dict[str, str]) -> None:
-    """A kernel <T, V, ...> with V elements per access loads and stores 16 bytes at once."""
+    """A kernel <T, V, ...> with V elements per access loads and stores 16 bytes at once. A hash
+    is one number per row: its kernel only loads."""
     vector = {
         name: body
         for name, body in ptx.items()
@@ -104,7 +105,7 @@ def test_vector_kernels_access_16_bytes(ptx: dict[str, str]) -> None:
     }
     assert vector
     for name, body in vector.items():
-        for access in ("ld", "st"):
+        for access in ("ld",) if "row_hash_kernel" in name else ("ld", "st"):
             assert re.search(rf"{access}\.global(\.nc)?\.v(4\.[fbu]32|2\.[fbu]64)", body), name
 
 

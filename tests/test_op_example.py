@@ -71,7 +71,7 @@ def run(tree: Path, *words: str, **variables: str) -> str:
 
 @pytest.mark.build
 def test_native_and_reference(tree: Path) -> None:
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_shrink.py")
+    tests = ("-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_shrink.py")
     assert "backend: native" in run(tree, *tests, PYADV_NATIVE="1", PYADV_CUDA="0")
     assert "backend: reference" in run(tree, *tests, PYADV_NATIVE="0")
     run(tree, "-c", BENCHMARK, PYADV_NATIVE="1", PYADV_CUDA="0")

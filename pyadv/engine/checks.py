@@ -158,13 +158,18 @@ def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> Non
         )
 
 
+def rows(z: Tensor, samples: int) -> None:
+    """Raise ValueError unless the model returned a row of logits for each sample."""
+    if z.shape[0] != samples:
+        raise ValueError(
+            f"attack: the model returned {z.shape[0]} rows of logits for {samples} samples"
+        )
+
+
 def logits(z: Tensor, y: Tensor) -> None:
     """Raise an error if the first logits of an attack do not fit the labels, or if a row has no
     answer: NaN, +inf, or all -inf. A class at -inf is only out of play."""
-    if z.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"attack: the model returned {z.shape[0]} rows of logits for {y.shape[0]} samples"
-        )
+    rows(z, len(y))
     if y.numel() == 0:
         return
     low, high = map(int, y.aminmax())

@@ -55,7 +55,9 @@ def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
     s, model = settings, unwrap(model)
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, s.bn, s.update_stats):
         # The model may write into its input, so it gets a copy.
-        return pick_logits(model(x.clone()), s.output)
+        logits = pick_logits(model(x.clone()), s.output)
+    checks.rows(logits, len(x))
+    return logits
 
 
 def judge(task: Task, found: Perturbed) -> AttackResult:

@@ -169,13 +169,13 @@ class _Study:
         self.progress = Lines() if progress == "auto" else progress
         self.only_look = self.pgd(steps=0, start="none")
         self.bn = "eval"
+        self.queries, self.gradients = 1, 0  # the next pass, of one sample
         try:
             predict(self.model, x[:1].to(self.device), self.only_look.settings)
         except LeavesEvaluation:  # attacks refuse it; here "dynamic" tells what it does
             self.bn = "as_is"
             self.only_look = self.as_borrowed(self.only_look)
         self.differentiable = True
-        self.queries = self.gradients = 0
         self.clean = self.standing = torch.ones(len(x), dtype=torch.bool, device="cpu")
         self.curves: dict[str, list[tuple[float, float]]] = {}
 

@@ -254,8 +254,8 @@ def test_transfers_better_than_plain_steps():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"diversity": 1.5}, "diversity must be a probability"),
-        ({"resize": 1.0}, "resize must lie in"),
+        ({"diversity": 1.5}, "diversity must be a share in"),
+        ({"resize": 1.0}, "resize must be a share in"),
         ({"kernel": 2.5}, "kernel must be an integer"),
         ({"kernel_shape": "round"}, "kernel_shape must be one of"),
         ({"scales": 0}, "scales must be an integer >= 1"),
