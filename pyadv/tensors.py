@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+# PyTorch divides the reduction of a tensor to one number among its threads from this size on.
+_DIVIDED = 32768
+_PIECE = 4096
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,6 +33,36 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 def flatten(t: Tensor) -> Tensor:
     """Reshape (B, ...) to (B, n)."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
+
+
+def reduce_rows(t: Tensor, reduction: Callable[..., Tensor]) -> Tensor:
+    """Return `reduction` (a sum or a norm) of each row of t, (B,).
+
+    On the CPU the result for a row depends neither on the other rows nor on the number of threads
+    or the memory layout: rows are reduced contiguously, and long ones piece by piece.
+    """
+    t = flatten(t).contiguous()
+    if t.shape[1] >= _DIVIDED:
+        whole = t.shape[1] - t.shape[1] % _PIECE
+        pieces = reduction(t[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
+        t = torch.cat([pieces, reduction(t[:, whole:], dim=1).unsqueeze(1)], 1)
+    return reduction(t, dim=1)
+
+
+def row_norm(t: Tensor, order: float) -> Tensor:
+    """Return the norm of each row, (B,), as `reduce_rows`; 0 for rows without entries."""
+    if not math.prod(t.shape[1:]):
+        return t.new_zeros(len(t))
+    if order == math.inf:  # takes a tenth of the time of vector_norm on the CPU
+        return flatten(t).abs().amax(1)
+    if order == 0:
+        return row_sum((t != 0).to(t.dtype))
+    return reduce_rows(t, partial(torch.linalg.vector_norm, ord=order))
+
+
+def row_sum(t: Tensor) -> Tensor:
+    """Return the sum of each row, (B,), as `reduce_rows`."""
+    return reduce_rows(t, torch.sum)
 
 
 def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, n, generator=generator, dtype=dtype))
 
     def forward(self, x):
-        rows = x.flatten(1)
+        rows = x.flatten(1).contiguous()
         return torch.stack([(rows * w).sum(1) for w in self.weight], 1)
 
 

@@ -21,13 +21,13 @@ from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.loop import input_gradient, predict
 from pyadv.engine.losses import ranked_targets
-from pyadv.engine.norms import DUAL, row_norm
+from pyadv.engine.norms import DUAL
 from pyadv.engine.results import Perturbed
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
 from pyadv.engine.task import Model, Task
 from pyadv.passes.borrow import owned
-from pyadv.tensors import clip_to_box, flatten, per_row, widen
+from pyadv.tensors import clip_to_box, flatten, per_row, row_norm, row_sum, widen
 
 _LEAST = 1e-4
 _SMALL = 1e-6
@@ -192,7 +192,7 @@ class NormalRule(BoundaryRule):
         normal = widen(input_gradient(logits, leaf, towards, retain_graph=True))
         length = row_norm(normal, 2).clamp(min=_SMALL)
         normal = normal / per_row(length, normal)
-        along = flatten((self.point - widen(state.x)) * normal).sum(1)
+        along = row_sum((self.point - widen(state.x)) * normal)
         way, passes = super().direction(state, kind, logits, leaf, gradient)
         outer = self.outer + per_row(along, normal) * normal - self.point
         ended = per_row(self.inside & ~state.still, way)

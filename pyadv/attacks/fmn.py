@@ -22,11 +22,11 @@ from pyadv.attacks.minimum_norm import (
 )
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
-from pyadv.engine.norms import DUAL, distance, row_norm
+from pyadv.engine.norms import DUAL, distance
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
 from pyadv.engine.task import Model
-from pyadv.tensors import broadcastable, clip_to_box, flatten, largest, widen
+from pyadv.tensors import broadcastable, clip_to_box, flatten, largest, row_norm, widen
 
 _FIRST_ALPHA = {"Linf": 10.0, "L2": 3.0, "L1": 1.0, "L0": 10.0}  # in widths of the box
 _LAST_ALPHA = 0.01  # as a share of the first

@@ -14,13 +14,13 @@ from pyadv.engine import checks
 from pyadv.engine.attack import Attack, show
 from pyadv.engine.loop import input_gradient
 from pyadv.engine.losses import Loss, ranked_targets
-from pyadv.engine.norms import DUAL, ORDER, distance, row_norm
+from pyadv.engine.norms import DUAL, ORDER, distance
 from pyadv.engine.results import MinimumNormResult
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
 from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
 from pyadv.passes.borrow import Output
-from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
+from pyadv.tensors import broadcastable, clip_to_box, per_row, row_norm, row_sum, widen
 
 _TINY = 1e-12
 _RIVALS = 9  # classes that are compared when one to follow is chosen
@@ -148,7 +148,7 @@ class ClassRule(StepRule):
         nearest = torch.full_like(widen(logits.detach())[:, 0], torch.inf)
         follow, w = classes[:, 0].clone(), torch.zeros_like(offset)
         for j, (margin, grad, slope) in enumerate(boundaries(logits, leaf, y, classes, norm)):
-            at_x = margin + flatten(grad * offset).sum(1)
+            at_x = margin + row_sum(grad * offset)
             way = (-at_x).clamp(min=0) / (_TINY + slope)
             nearer = (way < nearest) & slope.isfinite()
             nearest = torch.where(nearer, way, nearest)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyadv.engine import checks
 from pyadv.ops.arguments import check_like
-from pyadv.tensors import broadcastable, flatten, per_row
+from pyadv.tensors import broadcastable, per_row, row_norm
 
 LEVELS = 255
 _SLACK = 1e-4  # grid steps added to the radius, so that a rounded 8 / 255 counts as eight steps
@@ -55,7 +55,7 @@ def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = 
         order = 2 if norm == "L2" else 1
 
         def fits(d: Tensor) -> Tensor:
-            length = torch.linalg.vector_norm(flatten(d), order, dim=1)
+            length = row_norm(d, order)
             return per_row(length, d) <= radius
 
         move = torch.where(fits(move.round()), move.round(), move.trunc())

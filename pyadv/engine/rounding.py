@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyadv.engine.norms import ORDER, row_norm
+from pyadv.engine.norms import ORDER
 from pyadv.engine.task import FloatOrTensor
-from pyadv.tensors import broadcastable, keep_inactive, per_row
+from pyadv.tensors import broadcastable, keep_inactive, per_row, row_norm
 
 _LOW = (torch.float16, torch.bfloat16)
 _SHRINKS = (1e-4, 1e-3)  # by which a row is shortened before it is rounded to the nearest values

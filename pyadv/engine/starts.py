@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
-from pyadv.tensors import broadcastable, per_row, widen
+from pyadv.tensors import broadcastable, per_row, row_norm, widen
 
 PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
 
@@ -113,10 +113,10 @@ def start(
     # A point is uniform in the ball if (r / eps)^n is uniform, for its radius r in n dimensions.
     if norm == "L2":
         direction = source.normal(wide)
-        length = _row_norm(direction, 2)
+        length = per_row(row_norm(direction, 2), direction)
     else:
         direction = laplace(source, wide)
-        length = _row_norm(direction, 1)
+        length = per_row(row_norm(direction, 1), direction)
     share = source.uniform(wide.flatten(1)[:, :1], kind=1) ** (1.0 / max(x[:1].numel(), 1))
     unit = direction / length.clamp_min(torch.finfo(length.dtype).tiny)
     point = wide + unit * per_row(share[:, 0], wide) * radius
@@ -140,12 +140,8 @@ def start_on_sphere(
     wide = widen(x)
     offset = 2 * source.uniform(wide) - 1 if norm == "Linf" else source.normal(wide)
     if norm != "L1":
-        length = _row_norm(offset, 2 if norm == "L2" else torch.inf)
+        length = per_row(row_norm(offset, 2 if norm == "L2" else torch.inf), offset)
         offset = (
             offset / length.clamp_min(torch.finfo(length.dtype).tiny) * broadcastable(eps, wide)
         )
     return PROJECT[norm]((wide + offset).to(x.dtype), x, eps, lo, hi)
-
-
-def _row_norm(t: Tensor, p: float) -> Tensor:
-    return per_row(torch.linalg.vector_norm(t.flatten(1), p, dim=1), t)

@@ -11,11 +11,11 @@ from pyadv import ops
 from pyadv.attacks import PGD, MinimumNormResult, TargetedAPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
-from pyadv.engine.norms import ORDER, distance, row_norm
+from pyadv.engine.norms import ORDER, distance
 from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.normalized_margins import effective_margin
 from pyadv.passes.borrow import Output, owned
-from pyadv.tensors import broadcastable, widen
+from pyadv.tensors import broadcastable, row_norm, widen
 
 _LEAST = 1e-4  # least first radius, as a share of the radius that holds the whole box
 

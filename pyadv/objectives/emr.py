@@ -13,7 +13,7 @@ from pyadv.engine import checks
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.passes.borrow import borrowed, gradients_on, pick_logits, uncompiled, unwrap
 from pyadv.passes.tangent import TangentSweep
-from pyadv.tensors import per_row
+from pyadv.tensors import per_row, row_norm
 
 DERIVATIVES = ("tangent", "double", "difference")
 
@@ -159,7 +159,7 @@ class EMR:
     def _difference(self, logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
         """Return J g (B, C) by a central difference: one forward pass of 2 B samples."""
         radius = self.radius or torch.finfo(x.dtype).eps ** 0.5
-        length = torch.linalg.vector_norm(g.flatten(1), dim=1)
+        length = row_norm(g, 2)
         unit = g / per_row(length.clamp_min(torch.finfo(g.dtype).tiny), g)
         ahead, behind = logits_at(torch.cat([x + radius * unit, x - radius * unit])).chunk(2)
         return (ahead - behind) * (length / (2 * radius))[:, None]

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn.functional import hardshrink, pad
 
 from pyadv.reference.projections import row_scale
-from pyadv.tensors import broadcastable, clip_to_box, finish, flatten, movable, per_row, widen
+from pyadv.tensors import (
+    broadcastable,
+    clip_to_box,
+    finish,
+    flatten,
+    movable,
+    per_row,
+    row_sum,
+    widen,
+)
 
 # Smaller slopes, relative to the largest of the row, count as 0: their squares vanish in float32.
 _FLAT = 1e-18
@@ -49,7 +58,7 @@ def boundary_step(
     w = w / scale
     value = torch.as_tensor(value, dtype=a.dtype, device=a.device).flatten() / scale.flatten()
     points, values = torch.stack([a, center]), torch.stack([value, value])
-    values[1] += flatten((center - a) * w).sum(1)
+    values[1] += row_sum((center - a) * w)
     d = offset_to_hyperplane(points, w, values, norm, lo, hi)
     d_rows = d.reshape(2, len(a), -1)
     furthest = d_rows.abs().amax(2, keepdim=True).clamp(min=1.0)  # squares may overflow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyadv import tensors
 from pyadv.tensors import broadcastable, clip_to_box, finish, flatten, per_row, widen
 
 
@@ -60,7 +61,7 @@ def row_scale(t: Tensor) -> Tensor:
 def row_norm(t: Tensor) -> Tensor:
     """Return L2 norms as (B, 1, ...). No square under- or overflows, whatever the entries' size."""
     scale = row_scale(t)
-    return per_row(torch.linalg.vector_norm(flatten(t / scale), dim=1), t) * scale
+    return per_row(tensors.row_norm(t / scale, 2), t) * scale
 
 
 def linf_clip(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.reference.projections import l1_box_clip, l2_clip, linf_clip, row_scale
-from pyadv.tensors import broadcastable, finish, flatten, movable, per_row, widen
+from pyadv.tensors import broadcastable, finish, flatten, movable, per_row, row_norm, widen
 
 
 def linf_step(
@@ -192,7 +192,7 @@ def _signed(g: Tensor, size: Tensor) -> Tensor:
 def _unit(g: Tensor) -> Tensor:
     """Return g / ||g|| for rows of any norm, and 0 for a row of zeros."""
     scaled = g / row_scale(g)
-    norm = per_row(torch.linalg.vector_norm(flatten(scaled), dim=1), g)
+    norm = per_row(row_norm(scaled, 2), g)
     return torch.where(norm > 0, scaled / norm, torch.zeros_like(g))
 
 
