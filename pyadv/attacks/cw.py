@@ -20,8 +20,8 @@ from pyadv.engine.state import State
 from pyadv.engine.task import Model, Settings
 from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
 
-_INSIDE = 0.99  # where w starts for entries on the bounds, near which tanh is flat
-_MOST = 1 - 1e-6  # of tanh, so that no entry is stuck where the slope rounds to 0
+_INSIDE = 0.99  # the first |tanh(w)| of entries on a bound, where tanh is flat
+_MOST = 1 - 1e-6  # the largest |tanh(w)|: beyond it the slope rounds to 0
 _BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
 _NO_PROGRESS = 0.9999
 
@@ -65,7 +65,7 @@ class CW(NearestIterate):
     starts at x itself, and such entries reach 99.5 % of the box).
     """
 
-    steps = Setting("settings.rule.steps")  # of each search
+    steps = Setting("settings.rule.steps")  # steps of each search
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class CW(NearestIterate):
 
 @dataclass
 class SearchRule(ClassRule):
-    """The rule of CW: searches one after the other, each from x by Adam. The gradient at x is taken
-    once."""
+    """The rule of CW: it runs its searches one after the other, each from x by Adam, and computes
+    the gradient at x once."""
 
     searches: int
     steps: int
@@ -115,17 +115,17 @@ class SearchRule(ClassRule):
     c: Tensor | None = None
     lower: Tensor | None = None
     upper: Tensor | None = None
-    done: Tensor | None = None  # searches
+    done: Tensor | None = None  # finished searches
     age: Tensor | None = None  # steps taken in this search
-    found: Tensor | None = None  # a success in this search
+    found: Tensor | None = None  # whether this search has fooled the model
     before: Tensor | None = None  # the objective at the last check
-    width: Tensor | None = None  # (B,) of the box
+    width: Tensor | None = None  # (B,) width of the box
     loss: Tensor | None = None
     loss_at_x: Tensor | None = None
     grad_at_x: Tensor | None = None
-    place: Tensor | None = None  # tanh(w), which needs no w; without two bounds x_adv - x
+    place: Tensor | None = None  # tanh(w), or x_adv - x if a bound is missing
     place_of_x: Tensor | None = None
-    mean: Tensor | None = None  # Adam's, of the gradient and of its square
+    mean: Tensor | None = None  # Adam's running means of the gradient and of its square
     square: Tensor | None = None
     decay1: Tensor | None = None  # the powers of beta1 and beta2
     decay2: Tensor | None = None

@@ -26,7 +26,7 @@ from pyadv.engine.state import State
 from pyadv.engine.task import Model
 from pyadv.tensors import widen
 
-_LAST_ALPHA = 0.01  # as a share of the first
+_LAST_ALPHA = 0.01  # a share of the first step size
 
 
 class DDN(NearestIterate):
@@ -97,9 +97,9 @@ class SphereRule(ClassRule):
     gamma: float
     start_radius: float
     first_alpha: float
-    alpha: Tensor | None = None  # of this step
+    alpha: Tensor | None = None  # the step size of this step
     radius: Tensor | None = None
-    most: Tensor | None = None  # radius that reaches all of the box
+    most: Tensor | None = None  # (B,) the radius that reaches the whole box
     point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> SphereRule:
@@ -124,7 +124,7 @@ class SphereRule(ClassRule):
     def step(self, state: State, kind: Hashable, grad: Tensor, active: Tensor | None) -> None:
         s, x = state.settings, widen(state.x)
         ahead = ops.l2_step(self.point, widen(grad), x, self.alpha, torch.inf, None, None)
-        # From x along the offset, by the radius: the sphere's point in the new direction.
+        # A step of length `radius` from x along the offset ends on the sphere.
         ops.l2_step(x, ahead - x, x, self.radius, torch.inf, s.lo, s.hi, out=self.point)
         state.x_adv.copy_(rounded(self.point, state.x, s.lo, s.hi))
 

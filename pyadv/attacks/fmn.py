@@ -28,8 +28,8 @@ from pyadv.engine.state import State
 from pyadv.engine.task import Model
 from pyadv.tensors import broadcastable, clip_to_box, flatten, largest, row_norm, widen
 
-_FIRST_ALPHA = {"Linf": 10.0, "L2": 3.0, "L1": 1.0, "L0": 10.0}  # in widths of the box
-_LAST_ALPHA = 0.01  # as a share of the first
+_FIRST_ALPHA = {"Linf": 10.0, "L2": 3.0, "L1": 1.0, "L0": 10.0}  # multiples of the box width
+_LAST_ALPHA = 0.01  # a share of the first step size
 _TINY = 1e-12
 
 
@@ -110,10 +110,10 @@ class BallRule(ClassRule):
     first_gamma: float
     last_gamma: float
     first_alpha: float
-    alpha: Tensor | None = None  # of this step
+    alpha: Tensor | None = None  # the step size of this step
     gamma: Tensor | None = None
     radius: Tensor | None = None
-    most: Tensor | None = None  # radius that reaches all of the box
+    most: Tensor | None = None  # (B,) the radius that reaches the whole box
     point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> BallRule:
@@ -157,7 +157,7 @@ class BallRule(ClassRule):
         radius = self.radius if s.norm == "L2" else torch.inf
         grad = widen(grad)
         point = ops.l2_step(self.point, grad, x, self.alpha, radius, None, None)
-        if s.norm == "L0":  # the step gets its length within the entries that are kept
+        if s.norm == "L0":  # scales the step after the entries to keep are chosen
             kept = largest(point - x, self.radius)
             inside = torch.where(kept, self.point, x)
             point = ops.l2_step(inside, grad * kept, x, self.alpha, radius, None, None)
@@ -168,8 +168,8 @@ class BallRule(ClassRule):
 
 
 def _entries_to_boundary(state: State, grad: Tensor, missing: Tensor) -> Tensor:
-    """Return (B,): how many entries have to move as far as the box allows until a linear model with
-    this gradient has gained `missing`; all of them where that is not enough."""
+    """Return (B,): the number of entries that must move to the border of the box until a linear
+    model with this gradient gains `missing`, or of all entries if they do not suffice."""
     s, x_adv = state.settings, widen(state.x_adv)
     up = torch.inf if s.hi is None else broadcastable(s.hi, x_adv) - x_adv
     down = torch.inf if s.lo is None else x_adv - broadcastable(s.lo, x_adv)

@@ -1,4 +1,4 @@
-"""The identity of models and attacks: what a saved evaluation must have been made with.
+"""Identities of models and attacks, which a saved evaluation is compared by.
 
 An identity is a flat mapping from the path of a part ("model.body.0.weight", "apgd-ce.restarts") to
 text that is equal for equal parts. It is made of types, attributes, parameters, buffers and hooks,
@@ -31,8 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from pyadv.engine.attack import Attack
 
 _OURS = ("pyadv", "torch")
-_LONG = 96  # characters of a text that is stored as it is; longer ones are hashed
-_DEEP = 8  # levels of nested attributes that are read
+_LONG = 96  # texts of more characters are hashed
+_DEEP = 8  # nested attributes are read to this depth
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes of every module, of which those that matter are read by name, and marks that
@@ -80,8 +80,8 @@ class _Reader:
         self.found: dict[str, str] = {}
         self.where = ""
         self.inside = 0  # objects of classes that are neither modules nor attacks
-        self.paths: dict[int, str] = {}  # of the modules read so far
-        self.texts: dict[int, tuple[Any, str]] = {}  # of objects, which are kept alive
+        self.paths: dict[int, str] = {}  # path of each module that was read, by id
+        self.texts: dict[int, tuple[Any, str]] = {}  # each object, kept alive, and its text
 
     def add(self, path: str, value: Any) -> None:
         """Enter `value`, and modules, attacks and dataclasses part by part."""

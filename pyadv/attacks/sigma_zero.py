@@ -21,7 +21,7 @@ from pyadv.tensors import clip_to_box, flatten, per_row, widen
 
 _BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
 _TINY = 1e-12
-_LAST_ALPHA = 0.1  # as a share of the first
+_LAST_ALPHA = 0.1  # a share of the first step size
 
 
 class SigmaZero(NearestIterate):
@@ -95,13 +95,13 @@ class SparseDescentRule(StepRule):
     first_threshold: float
     rate: float
     width: float
-    alpha: Tensor | None = None  # of this step
-    next_alpha: Tensor | None = None  # which the threshold moves with
+    alpha: Tensor | None = None  # the step size of this step
+    next_alpha: Tensor | None = None  # the step size that scales the change of the threshold
     seen1: Tensor | None = None  # 1 - beta1^k, 1 - beta2^k
     seen2: Tensor | None = None
     threshold: Tensor | None = None  # (B,)
     offset: Tensor | None = None  # x_adv - x
-    mean: Tensor | None = None  # Adam's, of the gradient and of its square
+    mean: Tensor | None = None  # Adam's running means of the gradient and of its square
     square: Tensor | None = None
 
     def begin(self, state: State) -> SparseDescentRule:
