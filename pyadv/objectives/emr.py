@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
-from pyadv.objectives.step import Schedule, Step, at_epoch
+from pyadv.objectives.step import Schedule, Step, at_epoch, is_sharded
 from pyadv.passes.borrow import borrowed, gradients_on, pick_logits, uncompiled, unwrap
 from pyadv.passes.tangent import TangentSweep
 from pyadv.tensors import per_row, row_norm
@@ -60,7 +60,7 @@ class EMR:
             larger ones meet more kinks. Half precision is too coarse for a difference.
 
     "tangent" and "double" run a compiled model uncompiled, because compiled graphs have no second
-    derivatives. A network that sets its own mode in `forward`, as the official ones do, needs
+    derivatives. A model that FSDP shards needs "difference". A network that sets its own mode in `forward`, as the official ones do, needs
     `pyadv.compat.emr.official`.
 
     Source: Liu and Chan, "Boosting Adversarial Robustness From The Perspective of Effective Margin
@@ -107,6 +107,11 @@ class EMR:
         """Return the penalty of each sample (B,), differentiable with respect to the parameters."""
         if self.of == "pairwise" and step.ignore_index is not None:
             raise ValueError('EMR(of="pairwise") needs a label for every sample')
+        if self.derivative != "difference" and is_sharded(step.model):
+            raise ValueError(
+                'EMR: derivative must be "difference" for a model that FSDP shards, which frees '
+                f'parameters before a second derivative reads them, got "{self.derivative}"'
+            )
         # A compiled backward pass runs only once, and several cotangents need several.
         compiled = self.derivative == "difference" and self.of == "softmax"
         model = unwrap(step.model) if compiled else uncompiled(step.model)

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "mail-mart": lambda: MAIL(attack(), "mart", margin="dif"),
     "mail-awp": lambda: AWP(MAIL(attack()), gamma=0.05),
     "trades+emr": lambda: TRADES(attack(loss="kl")) + EMR(0.5),
+    "emr difference": lambda: Standard() + EMR(0.5, derivative="difference"),
     "emr official": lambda: Standard() + EMR(12.0, reduction="official"),
     "gair-rst": lambda: GAIRRST(attack(loss="kl"), attack(loss="margin"), lam=-1.0),
 }
@@ -25,6 +26,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = sys.argv[2:]
 import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 DDP = DistributedDataParallel
 from objective_parts import gradients, make_batch, make_net
@@ -70,6 +72,18 @@ for name, wrap, settings in (
     total = loss.detach().clone()
     dist.all_reduce(total)
     results["mail-mart", name] = total / 2, [p.grad for p in net.parameters()]
+for name in ("mail-mart", "gairat", "emr difference", "trades+emr"):
+    net, objective = make_net().double().eval(), OBJECTIVES[name]()
+    try:
+        loss = objective(fully_shard(net), *mine)
+    except ValueError as error:
+        assert name == "trades+emr" and 'must be "difference"' in str(error), error
+        continue
+    assert name != "trades+emr"
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    results[name, "fully sharded"] = total / 2, [p.grad.full_tensor() for p in net.parameters()]
 net = make_net().double().eval()
 one = OBJECTIVES["mail-mart"]()
 one(net, *mine, group=False)
