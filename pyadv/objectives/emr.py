@@ -60,8 +60,8 @@ class EMR:
             larger ones meet more kinks. Half precision is too coarse for a difference.
 
     "tangent" and "double" run a compiled model uncompiled, because compiled graphs have no second
-    derivatives. A model that FSDP shards needs "difference". A network that sets its own mode in `forward`, as the official ones do, needs
-    `pyadv.compat.emr.official`.
+    derivatives. A model that FSDP shards needs "difference". A network that sets its own mode in
+    `forward`, as the official ones do, needs `pyadv.compat.emr.official`.
 
     Source: Liu and Chan, "Boosting Adversarial Robustness From The Perspective of Effective Margin
     Regularization", BMVC 2022, and its official code.
