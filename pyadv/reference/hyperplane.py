@@ -120,6 +120,7 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
     knot, rate = (room / slope.clamp(min=_FLAT), slope * slope) if l2 else (room, slope)
     length, t = torch.zeros_like(room), torch.zeros_like(need)
     before = torch.full_like(need, torch.inf)
+    most = torch.finfo(room.dtype).max  # an infinite t times a slope of 0 would be NaN
     for k in count():
         # On a CPU, `where` on whole rows would be slower than all the arithmetic here.
         free = (knot - t).sign_().clamp_(min=0)
@@ -128,7 +129,7 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
         if (t.is_cpu or k % _UNCHECKED == _UNCHECKED - 1) and not unsettled.any():
             return length
         left = (need - (slope * length).sum(-1, keepdim=True)).clamp(min=0)
-        t = t + torch.where(unsettled & (speed > 0), left / speed, 0.0)
+        t = (t + torch.where(unsettled & (speed > 0), left / speed, 0.0)).clamp_(max=most)
         length = torch.minimum(t * slope if l2 else t, room)
         before = speed
 
