@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pyadv.tensors import flatten
+
 
 class RowLinear(nn.Module):
     """A linear model that computes each row on its own, in an order that the batch does not
@@ -16,7 +18,7 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, n, generator=generator, dtype=dtype))
 
     def forward(self, x):
-        rows = x.flatten(1).contiguous()
+        rows = flatten(x).contiguous()
         return torch.stack([(rows * w).sum(1) for w in self.weight], 1)
 
 

@@ -104,7 +104,7 @@ class APGD(Attack):
         norm = checks.canonical_norm(norm)
         eps = radius(eps, norm)
         checks.size("eps", eps)
-        checks.size("rho", rho)
+        checks.size("rho", rho, tensor=False)
         checks.choice("best", best, ("fooled", "loss"))
         if not callable(start):
             checks.choice("start", start, SPHERE_STARTS)

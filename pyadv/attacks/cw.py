@@ -3,6 +3,7 @@ IEEE S&P 2017)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,7 +85,7 @@ class CW(NearestIterate):
         checks.count("steps", steps, 1)
         checks.count("searches", searches, 1)
         for name, value in (("confidence", confidence), ("lr", lr), ("c", c)):
-            checks.size(name, value)
+            checks.size(name, value, tensor=False)
         super().__init__(
             model,
             norm="L2",
@@ -137,7 +138,7 @@ class SearchRule(ClassRule):
             half = _half_width(s, x).expand_as(x)
             place = torch.where(half > 0, (x - broadcastable(s.lo, x)) / half - 1, 0.0)
             place, width = place.clamp(-_INSIDE, _INSIDE), 2 * half
-        width = flatten(width).amax(1) if x[:1].numel() else torch.ones_like(x[:, 0])
+        width = flatten(width).amax(1) if math.prod(x.shape[1:]) else x.new_ones(len(x))
         return replace(
             self,
             c=torch.full_like(width, self.first_c),

@@ -75,9 +75,9 @@ class DDN(NearestIterate):
         checks.share("gamma", gamma)
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         radius = width if start_radius is None else start_radius
-        checks.size("start_radius", radius)
+        checks.size("start_radius", radius, tensor=False)
         alpha = width if alpha is None else alpha
-        checks.size("alpha", alpha)
+        checks.size("alpha", alpha, tensor=False)
         super().__init__(
             model,
             norm="L2",

@@ -82,7 +82,7 @@ class DeepFool(NearestIterate):
     ):
         norm = checks.canonical_norm(norm, ("Linf", "L2"))
         checks.choice("variant", variant, ("plain", "super"))
-        checks.size("overshoot", overshoot)
+        checks.size("overshoot", overshoot, tensor=False)
         checks.count("classes", classes, 2)
         if variant == "super" and norm != "L2":
             raise ValueError(f'variant="super" is an attack in L2, got norm={norm}')

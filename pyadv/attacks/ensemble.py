@@ -522,7 +522,7 @@ def _passed(model: Model, x: Tensor, output: Output, as_is: bool) -> Iterator[No
     mode = "as_is" if as_is else "eval"
     with torch.random.fork_rng(devices), gradients_on(), borrowed(model, mode):
         leaf = owned(x).to(device, copy=True).requires_grad_()
-        logits = pick_logits(model(leaf), output)
+        logits = pick_logits(model(leaf), output, len(leaf))
         if logits.requires_grad:
             torch.autograd.grad(logits.sum(), leaf, allow_unused=True)
     try:

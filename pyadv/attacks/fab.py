@@ -102,7 +102,7 @@ class FAB(MinimumNorm):
         if early_stop and eps is None:
             raise ValueError("early_stop=True stops within eps, so it needs eps, got None")
         checks.share("alpha_max", alpha_max, zero=True, one=True)
-        checks.size("eta", eta)
+        checks.size("eta", eta, tensor=False)
         if not 1 <= eta < math.inf:
             raise ValueError(f"eta must be a finite number >= 1, got {eta!r}")
         checks.share("beta", beta)
@@ -215,7 +215,7 @@ class FAB(MinimumNorm):
 
     def _step(self, model: Model, r: _Attempts, s: Settings, first: bool) -> None:
         leaf = r.x_adv.detach().requires_grad_()
-        logits = pick_logits(model(leaf), s.output)
+        logits = pick_logits(model(leaf), s.output, len(leaf))
         if first:
             check_first(logits, r.y, validate=False, differentiate=True)
         value, w = nearest_boundary(logits, leaf, r.y, r.classes, s.norm)

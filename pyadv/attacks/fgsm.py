@@ -68,7 +68,7 @@ class MIFGSM(PGD):
         start: Start = "none",
         **settings: Any,
     ):
-        checks.size("decay", decay)
+        checks.size("decay", decay, tensor=False)
         eps = radius(eps, checks.canonical_norm(norm))
         if alpha is None:
             checks.size("eps", eps)

@@ -91,7 +91,7 @@ class FMN(NearestIterate):
         norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         alpha = _FIRST_ALPHA[norm] * width if alpha is None else alpha
-        checks.size("alpha", alpha)
+        checks.size("alpha", alpha, tensor=False)
         super().__init__(
             model,
             norm=norm,

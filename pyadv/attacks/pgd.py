@@ -204,7 +204,7 @@ class FriendlyPGD(PGD):
                 'FriendlyPGD stops each sample at an iterate of its own: best must be "last", got '
                 f"{self.settings.best!r}"
             )
-        checks.size("omega", omega)
+        checks.size("omega", omega, tensor=False)
         patience = checks.count("tau", tau, 0)
         self.settings = replace(self.settings, rule=PlainRule(omega), patience=patience)
 

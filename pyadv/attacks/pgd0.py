@@ -84,7 +84,7 @@ class PGD0(Attack):
         graph: bool | str = "auto",
     ):
         _check_count(eps)
-        checks.size("alpha", alpha)
+        checks.size("alpha", alpha, tensor=False)
         checks.choice("pixels", pixels, (True, False))
         checks.choice("best", best, BESTS)
         if not callable(start):

@@ -71,7 +71,7 @@ class SigmaZero(NearestIterate):
         alpha = width if alpha is None else alpha
         sizes = {"alpha": alpha, "sigma": sigma, "threshold": threshold}
         for name, value in {**sizes, "threshold_rate": threshold_rate}.items():
-            checks.size(name, value)
+            checks.size(name, value, tensor=False)
         if not sigma:
             raise ValueError("sigma must be above 0, got 0")
         super().__init__(

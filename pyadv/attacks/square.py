@@ -276,7 +276,7 @@ def _halves(side: int, order: int) -> Tensor:
 def _pyramid(height: int, width: int, order: int) -> Tensor:
     """Return nested squares around the middle with weights 1 / k^2 (L2) or 1 / k^4 (L1), scaled to
     norm 1."""
-    values = torch.zeros(height, width, dtype=torch.float64)
+    values = torch.zeros(height, width, dtype=torch.float64, device="cpu")
     for k in range(max(height // 2, width // 2) + 1):
         top, left = height // 2 - k, width // 2 - k
         rows, columns = slice(max(top, 0), top + 2 * k + 1), slice(max(left, 0), left + 2 * k + 1)

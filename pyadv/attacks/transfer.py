@@ -152,7 +152,7 @@ class TransferRule(MomentumRule):
             for scale in range(self.scales):
                 leaf = point.clone().requires_grad_()
                 altered = self._altered(state, leaf, scale, self.number + draw)
-                logits = pick_logits(state.model(altered), s.output)
+                logits = pick_logits(state.model(altered), s.output, len(altered))
                 _, grad_logits, _ = s.loss.at(logits, state.y, state.reference_logits, state.target)
                 total += input_gradient(logits, leaf, grad_logits)
                 draw += 1
@@ -273,12 +273,12 @@ class TransferFGSM(MIFGSM):
         checks.share("resize", resize)
         checks.count("kernel", kernel, 0)
         checks.choice("kernel_shape", kernel_shape, KERNELS)
-        checks.size("kernel_sigmas", kernel_sigmas)
+        checks.size("kernel_sigmas", kernel_sigmas, tensor=False)
         checks.count("scales", scales, 1)
         checks.count("mixes", mixes, 1)
-        checks.size("mix_share", mix_share)
+        checks.size("mix_share", mix_share, tensor=False)
         checks.count("neighbours", neighbours, 0)
-        checks.size("neighbourhood", neighbourhood)
+        checks.size("neighbourhood", neighbourhood, tensor=False)
         if images is not None and not (isinstance(images, Tensor) and len(images)):
             raise ValueError(f"images must be a tensor of one image or more, got {images!r}")
         if settings.get("eot", 1) != 1:

@@ -82,13 +82,14 @@ def share(name: str, value: float, zero: bool = False, one: bool = False) -> Non
         raise ValueError(f"{name} must be a share in {interval}, got {value!r}")
 
 
-def size(name: str, value: float | Tensor) -> None:
-    """Raise an error if a radius, step size or standard deviation is no finite number >= 0. Tensors
-    are checked when they are used."""
-    if isinstance(value, Tensor):
+def size(name: str, value: float | Tensor, tensor: bool = True) -> None:
+    """Raise an error if a radius, step size or standard deviation is no finite number >= 0. Where
+    tensors are allowed, their values are checked when they are used."""
+    if isinstance(value, Tensor) and tensor:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a Tensor, got {type(value).__name__}")
+        allowed = "a float or a Tensor" if tensor else "a float"
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
@@ -158,18 +159,9 @@ def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> Non
         )
 
 
-def rows(z: Tensor, samples: int) -> None:
-    """Raise ValueError unless the model returned a row of logits for each sample."""
-    if z.shape[0] != samples:
-        raise ValueError(
-            f"attack: the model returned {z.shape[0]} rows of logits for {samples} samples"
-        )
-
-
 def logits(z: Tensor, y: Tensor) -> None:
     """Raise an error if the first logits of an attack do not fit the labels, or if a row has no
     answer: NaN, +inf, or all -inf. A class at -inf is only out of play."""
-    rows(z, len(y))
     if y.numel() == 0:
         return
     low, high = map(int, y.aminmax())

@@ -55,9 +55,7 @@ def predict(model: Callable[..., Any], x: Tensor, settings: Settings) -> Tensor:
     s, model = settings, unwrap(model)
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, s.bn, s.update_stats):
         # The model may write into its input, so it gets a copy.
-        logits = pick_logits(model(x.clone()), s.output)
-    checks.rows(logits, len(x))
-    return logits
+        return pick_logits(model(x.clone()), s.output, len(x))
 
 
 def judge(task: Task, found: Perturbed) -> AttackResult:
@@ -128,9 +126,7 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
         kind: Hashable = rule.kind(k, s.steps) if steps_on else "last"
         if steps_on:
             state.rule.schedule(state, k)
-        loss, logits, state.still, gradient = _forward(model, state, kind, differentiate)
-        if k == 0:
-            check_first(logits, y, s.checks_values(task.x), differentiate)
+        loss, logits, state.still, gradient = _forward(model, state, kind, differentiate, k == 0)
         if s.releases:
             state.queries += state.active
         if nearest:
@@ -173,9 +169,9 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
 
 
 def _forward(
-    model: Callable[..., Any], state: State, kind: Hashable, differentiate: bool
+    model: Callable[..., Any], state: State, kind: Hashable, differentiate: bool, first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[], tuple[Tensor, int]]]:
-    """Pass the current iterates through the model.
+    """Pass the current iterates through the model, and check the logits of the first iterates.
 
     Returns the loss (B,), the logits (B, C), which rows are still classified as y (B,), and a
     function that returns the gradient of the step and the number of backward passes it took. Loss
@@ -188,11 +184,14 @@ def _forward(
         # gradients.
         if differentiate:
             leaf = state.x_adv.detach().requires_grad_()
-            logits = pick_logits(model(leaf), s.output)
+            logits = pick_logits(model(leaf), s.output, len(leaf))
         else:
             leaf = state.x_adv.clone()
             with torch.no_grad():
-                logits = pick_logits(model(leaf), s.output)
+                logits = pick_logits(model(leaf), s.output, len(leaf))
+        if first:
+            check_first(logits, state.y, s.checks_values(state.x), differentiate)
+            first = False
         loss, grad_logits, still = s.loss.at(logits, state.y, state.reference_logits, state.target)
         losses.append(loss)
         if remaining and differentiate:
@@ -266,4 +265,4 @@ def _reference_logits(task: Task) -> Tensor | None:
     if not s.loss.needs_reference_logits:
         return None
     with torch.no_grad():
-        return pick_logits(task.model(task.x.clone()), s.output)
+        return pick_logits(task.model(task.x.clone()), s.output, len(task.x))

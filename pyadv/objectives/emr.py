@@ -117,7 +117,7 @@ class EMR:
         model = unwrap(step.model) if compiled else uncompiled(step.model)
 
         def logits_at(x: Tensor) -> Tensor:
-            return pick_logits(model(x), step.output)
+            return pick_logits(model(x), step.output, len(x))
 
         with gradients_on(), borrowed(model):
             x = step.x_train.detach().requires_grad_()

@@ -130,7 +130,7 @@ class Step:
             ValueError: a label is not a class of the model (read on the CPU only).
         """
         self._passed = True
-        logits = pick_logits(self.model(x), self.output)
+        logits = pick_logits(self.model(x), self.output, len(x))
         self.check_labels(logits.shape[1])
         return logits
 

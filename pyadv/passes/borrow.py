@@ -201,7 +201,7 @@ def check_output(output: Output) -> None:
         )
 
 
-def pick_logits(result: Any, output: Output) -> Tensor:
+def pick_logits(result: Any, output: Output, samples: int | None = None) -> Tensor:
     """Return the logits (B, C) in what a model returned.
 
     Without `output`: a tensor, `.logits` (Hugging Face), the entry "logits" of a dict or the first
@@ -209,7 +209,8 @@ def pick_logits(result: Any, output: Output) -> Tensor:
 
     Raises:
         TypeError: if nothing says where the logits are.
-        ValueError: if what is found is not a tensor with two dimensions.
+        ValueError: if what is found is not a tensor with two dimensions, or has not one row for
+            each of `samples`, where their number is given.
     """
     if callable(output):
         logits = output(result)
@@ -238,6 +239,8 @@ def pick_logits(result: Any, output: Output) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits of shape [batch, classes], got {got}")
+    if samples is not None and len(logits) != samples:
+        raise ValueError(f"the model returned {len(logits)} rows of logits for {samples} samples")
     return logits
 
 

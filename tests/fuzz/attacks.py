@@ -160,7 +160,10 @@ def check_result(
     confident = s.loss.confidence == 0.0
     minimum = isinstance(attack, _MINIMUM)
     if not minimum and not callable(s.start) and x.numel() and s.start != "normal_small":
-        d = (x_adv.double() - x.double()).flatten(1)
+        d = x_adv.double() - x.double()
+        if getattr(s.rule, "pixels", False):  # eps counts pixels, whatever their channels
+            d = d.abs().amax(1)
+        d = d.flatten(1)
         length = torch.linalg.vector_norm(d, _ORDER[s.norm], dim=1)
         eps = torch.as_tensor(s.eps).double().reshape(-1)
         size = x.double().abs().flatten(1).amax(1).clamp(min=1.0)
