@@ -44,11 +44,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan = _build.plan_cuda(CSRC, _build.this_torch())
     if plan.problem:
         pytest.skip(plan.problem)
+    work = tmp_path_factory.mktemp("cuda")
+    kept = ("--keep", f"--keep-dir={work}")  # the PTX, among others
     strict = tuple(
-        (path, (*words, *(STRICT if path.suffix == ".cu" else ("-Werror",))))
+        (path, (*words, *((*STRICT, *kept) if path.suffix == ".cu" else ("-Werror",))))
         for path, words in plan.compile
     )
-    work = tmp_path_factory.mktemp("cuda")
     return _build.build([dataclasses.replace(plan, compile=strict)], work)[0]
 
 
@@ -82,14 +83,12 @@ def test_registers_suffice(usage: list[Usage]) -> None:
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the PTX body of every kernel by its mangled name."""
-    nvcc, bodies = _build.find_cuda() / "bin" / "nvcc", {}
+def ptx(library: Path) -> dict[str, str]:
+    """Return the PTX body of every kernel for sm_90 by its mangled name."""
+    bodies = {}
     for source in SOURCES:
-        out = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
-        flags = (*_build.NVCC_FLAGS, f"-I{CSRC}", "-arch=sm_90", "-ptx", "-o", str(out))
-        subprocess.run([nvcc, *flags, source], check=True)
-        found = re.findall(r"\.entry (\w+)\((.*?)\n\}", out.read_text(), re.DOTALL)
+        (file,) = library.parent.glob(f"{source.stem}*90*.ptx")
+        found = re.findall(r"\.entry (\w+)\((.*?)\n\}", file.read_text(), re.DOTALL)
         assert found, f"{source} has no kernel"
         bodies |= found
     return bodies

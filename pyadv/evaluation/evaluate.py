@@ -291,7 +291,8 @@ def run_attacks(
         Row(
             name,
             descriptions.get(name, "no attack"),
-            ~(found.broken[:, : k + 1].any(1) if ensemble.survivors else found.broken[:, k]),
+            # x lies in the ball, so a sample that is wrong without an attack is not robust.
+            ~found.broken[:, range(k + 1) if ensemble.survivors else [0, k]].any(1),
             found.queries[:, k],
             found.gradients[:, k],
             found.non_finite[:, k],

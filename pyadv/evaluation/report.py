@@ -37,7 +37,7 @@ class Row:
     Attributes:
         name: the attack's name.
         description: one line that lets a reader repeat the attack.
-        correct: (N,) bool: the sample is still classified correctly.
+        correct: (N,) bool: the sample is classified correctly at x and under the attack.
         queries, gradients: (N,) int64 forward and backward passes.
         non_finite: (N,) bool: the attack reached logits with NaN or +inf, which counts as
             misclassified; None for none.

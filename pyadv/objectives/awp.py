@@ -57,10 +57,10 @@ class AWP(Objective):
         module = uncompiled(step.model)
         if not isinstance(module, nn.Module):
             raise TypeError(f"AWP needs a torch.nn.Module, got {type(module).__name__}")
+        weights = _weights(module)
         self.run_attacks(step)
         with kept_buffers(module):
             loss = super().evaluate(step.again(unwrap(step.model)))
-            weights = _weights(module)
             grads = torch.autograd.grad(loss, weights, allow_unused=True)
         moves = {
             w: self.gamma * w.detach().norm() / (g.norm() + _TINY) * g
@@ -80,12 +80,19 @@ class AWP(Objective):
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices and kernels, by the rule of the official code."""
-    return [
+    """Return the matrices and kernels, by the rule of the official code. Raise ValueError if there
+    are none."""
+    found = [
         p
         for name, p in module.named_parameters()
         if p.requires_grad and p.dim() > 1 and "weight" in name
     ]
+    if not found:
+        raise ValueError(
+            "AWP moves the model's weights, but no parameter that requires a gradient has two or "
+            'more dimensions and "weight" in its name'
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -42,6 +42,17 @@ def test_accuracy_is_exact_on_a_linear_model() -> None:
         assert torch.equal(row.correct, distance > eps), name
 
 
+def test_a_sample_that_is_wrong_at_x_is_not_robust() -> None:
+    """Neither where the attack has left it by its first iterate, nor where it has been moved."""
+    model, x, y, distance = linear_problem()
+    w = model[1].weight.detach()
+    to_right = 0.1 * torch.sign((w[0] - w[1]) * (1 - 2 * y[:, None])).view(x.shape)
+    moved = PGD(eps=0.1, steps=0, start=lambda given: given + to_right)
+    assert moved.run(x, y, model=model).correct[distance < 0].any()
+    report = evaluate(model, x, y, eps=0.1, attacks={"moved": moved})
+    assert torch.equal(report["moved"].correct, distance > 0)
+
+
 def test_result_does_not_depend_on_the_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 3))

@@ -185,6 +185,9 @@ def _objective(
     for regulariser in added:
         made = made + regulariser
     if draw.chance(0.2):
+        weights = [n for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
+        if not any("weight" in n for n in weights):
+            wrong.append("AWP")
         made = o.AWP(made, gamma=draw.choice((0.01, 0.0)), begin_epoch=draw.choice((1, 3)))
         is_smooth = False
     draw.note(regularisers=[type(a).__name__ for a in added], awp=isinstance(made, o.AWP))

@@ -93,6 +93,10 @@ class TestAWP:
         x = torch.rand(4, 3)
         with pytest.raises(TypeError, match="AWP needs a torch.nn.Module, got function"):
             AWP(Standard())(lambda x: x, x, torch.zeros(4, dtype=torch.int64))
+        frozen = torch.nn.Linear(3, 2)
+        frozen.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match='AWP moves the model\'s weights, but no .*"weight"'):
+            AWP(Standard())(frozen, x, torch.zeros(4, dtype=torch.int64))
 
 
 class TestNormPenalty:
