@@ -197,16 +197,21 @@ void launch_rows(const typename Rule::Args& s, unsigned blocks, void* stream) {
                  stream, s, blocks, staged);
 }
 
+// Clusters serve rows of 16- and 32-bit numbers in whole vectors. For others, which are rare, they
+// would not be worth the third of the time that all of these kernels take to compile.
 template <class Rule, class T, int V>
 int split_rows(const typename Rule::Args& s, void* stream) {
-  constexpr int64_t kSlots = Rule::kPrev ? 4 : Rule::kGrad ? 3 : 2;
-  const int64_t bytes = kSlots * s.n * static_cast<int64_t>(sizeof(T));
-  unsigned blocks = 1;
-  while (blocks < kMostClusterBlocks && bytes > blocks * row_bytes_per_block()) blocks *= 2;
-  if (blocks > 1 && runs_clusters(rows_kernel<Rule, T, V, true>))
-    launch_rows<Rule, T, V, true>(s, blocks, stream);
-  else
-    launch_rows<Rule, T, V, false>(s, 1, stream);
+  if constexpr (V > 1 && sizeof(T) <= sizeof(float)) {
+    constexpr int64_t kSlots = Rule::kPrev ? 4 : Rule::kGrad ? 3 : 2;
+    const int64_t bytes = kSlots * s.n * static_cast<int64_t>(sizeof(T));
+    unsigned blocks = 1;
+    while (blocks < kMostClusterBlocks && bytes > blocks * row_bytes_per_block()) blocks *= 2;
+    if (blocks > 1 && runs_clusters(rows_kernel<Rule, T, V, true>)) {
+      launch_rows<Rule, T, V, true>(s, blocks, stream);
+      return static_cast<int>(cudaGetLastError());
+    }
+  }
+  launch_rows<Rule, T, V, false>(s, 1, stream);
   return static_cast<int>(cudaGetLastError());
 }
 
