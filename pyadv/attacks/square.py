@@ -317,26 +317,31 @@ class _Keyed:
         return self.words[:, self.used - n : self.used]
 
 
+def _rand(*shape: int) -> Tensor:
+    return torch.rand(shape, device="cpu")
+
+
 class _Official:
-    """Random numbers for one proposal from torch's generator, in the order of the authors' code."""
+    """Random numbers for one proposal from torch's generator for the CPU, in the order of the
+    authors' code."""
 
     def __init__(self, x: Tensor, active: Tensor):
         self.active, self.x = active, x
 
     def square(self, rows: int, columns: int, channels: int) -> Tensor:
-        corner = [((most * torch.rand(1)).long() + 0.5) / (most + 1) for most in (rows, columns)]
-        up = 0.5 * (torch.rand(channels) > 0.5)
+        corner = [((most * _rand(1)).long() + 0.5) / (most + 1) for most in (rows, columns)]
+        up = 0.5 * (_rand(channels) > 0.5)
         return torch.cat([*corner, up]).to(self.x.device, torch.float32).expand(self.x.shape[0], -1)
 
     def integer(self, most: int) -> Tensor:
-        return (most * torch.rand(1)).long().to(self.x.device).expand(self.x.shape[0])
+        return (most * _rand(1)).long().to(self.x.device).expand(self.x.shape[0])
 
     def coin(self) -> Tensor:
-        return (torch.rand(1) > 0.5).to(self.x.device).expand(self.x.shape[0])
+        return (_rand(1) > 0.5).to(self.x.device).expand(self.x.shape[0])
 
     def signs(self, *shape: int) -> Tensor:
         signs = self.x.new_ones((self.x.shape[0], *shape), dtype=compute_dtype(self.x.dtype))
-        drawn = torch.sign(2 * torch.rand(int(self.active.sum()), *shape) - 1)
+        drawn = torch.sign(2 * _rand(int(self.active.sum()), *shape) - 1)
         signs[self.active] = drawn.to(signs)
         return signs
 

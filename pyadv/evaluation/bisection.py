@@ -124,7 +124,9 @@ class Bisection:
 
     def describe(self) -> str:
         """Return one line that lets a reader repeat the search."""
-        return f"{self.attack(torch.ones(1)).describe()}, chosen in {self.rounds} rounds"
+        return (
+            f"{self.attack(torch.ones(1, device='cpu')).describe()}, chosen in {self.rounds} rounds"
+        )
 
     def _radius_of_the_box(self, x: Tensor) -> Tensor:
         """Return (B,) distances from x to the farthest corner of the box; inf without a box."""

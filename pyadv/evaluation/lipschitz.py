@@ -83,7 +83,8 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
     "The Singular Values of Convolutional Layers" (ICLR 2019), for the periodic convolution.
     """
     model = uncompiled(model)
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    none = torch.empty(0, device="cpu")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), none)
     x, body, head = parameter.new_zeros((1, *input_shape)), 1.0, None
     with torch.inference_mode(False), torch.no_grad(), borrowed(model):
         for name, module in _chain(model, ""):

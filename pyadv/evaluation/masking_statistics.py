@@ -41,7 +41,7 @@ def smallest_difference(n: int, threshold: float) -> float:
     """Return the least share of n samples, all changing in one direction, for which `difference`
     exceeds the threshold; 1 if even all of them do not suffice."""
     for k in range(1, n + 1):
-        if difference(torch.arange(n) < k) > threshold:
+        if difference(torch.arange(n, device="cpu") < k) > threshold:
             return k / n
     return 1.0
 

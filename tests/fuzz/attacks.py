@@ -292,6 +292,8 @@ def _settings(draw: Draw, kind: type, has: set[str], x: Tensor) -> dict[str, Any
     if issubclass(kind, attacks.APGD):
         options["start"] = ("keyed", "none", "generator", lambda t: t.clone())
         options["best"] = ("fooled", "loss")
+    if issubclass(kind, _MINIMUM) or kind is attacks.PGD0:  # one size for all samples
+        options["alpha"] = (0.02, 0.3, 0.0)
     if kind is attacks.DDN:
         options.pop("norm")
     if kind is attacks.DeepFool:
