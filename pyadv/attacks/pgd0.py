@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyadv.attacks.minimum_norm import box_width
 from pyadv.engine import checks
-from pyadv.engine.attack import Attack, functional, show
+from pyadv.engine.attack import Attack, Plan, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import StepRule
@@ -115,12 +115,11 @@ class PGD0(Attack):
         of = ["pixels"] if s.rule.pixels else []
         return [*of, f"{s.steps} steps", f"loss {show(s.loss.loss)}"]
 
-    def _task(self, x: Tensor, *rest: object) -> Task:
-        if self.settings.rule.pixels and x.dim() != 4:
-            raise ValueError(
-                f"pixels=True needs images (B, C, H, W), got x of shape {list(x.shape)}"
-            )
-        return super()._task(x, *rest)
+    def _plan(self, task: Task) -> Plan:
+        if self.settings.rule.pixels and task.x.dim() != 4:
+            got = list(task.x.shape)
+            raise ValueError(f"pixels=True needs images (B, C, H, W), got x of shape {got}")
+        return super()._plan(task)
 
 
 @dataclass

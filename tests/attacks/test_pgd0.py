@@ -119,3 +119,5 @@ def test_pixels_need_images(device):
     x, y = torch.rand(2, 12, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"pixels=True needs images \(B, C, H, W\)"):
         PGD0(RowLinear(12).to(device), pixels=True)(x, y)
+    with pytest.raises(TypeError, match="x must be a Tensor"):
+        PGD0(RowLinear(12).to(device), pixels=True)(3, y)
