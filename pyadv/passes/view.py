@@ -173,7 +173,8 @@ def fast_view(
     Args:
         model: in evaluation mode; maps x to logits (B, C), or see `output`.
         x: (B, ...) an input; from an empty one nothing can be learned.
-        dtype: torch.bfloat16 or torch.float16 for convolutions and linear layers (autocast).
+        dtype: torch.bfloat16 or torch.float16: on the CPU for convolutions and linear layers
+            (autocast), on a GPU for all operations, with logits in the dtype of x.
         output: how to find the logits in what the model returns, as in `PGD`.
 
     Raises:
