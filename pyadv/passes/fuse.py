@@ -29,7 +29,7 @@ from pyadv.passes.fused import (
     is_plain,
     pooled,
 )
-from pyadv.passes.layers import NORM_AFTER, WeightedLayer
+from pyadv.passes.layers import NORM_AFTER, WeightedLayer, takes
 from pyadv.passes.rewrite import Network, between, is_relu, is_sum, renamed
 
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation mode
@@ -84,9 +84,8 @@ class _Fusion:
         self._flatten()
         self._return_twice()
         self.graph.lint()
-        return Network(self.graph, renamed(self.graph, self.held, self.parts)), [
-            *self.parts.values()
-        ]
+        names = renamed(self.graph, self.held, self.parts)
+        return Network(self.graph, names), list(self.parts.values())
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         return self.held[node.target] if node.op == "call_module" else None
@@ -115,8 +114,8 @@ class _Fusion:
                     node.args = (self.graph.call_function(entered, enter),)
             elif type(layer) in NORM_AFTER.values() and layer.running_mean is not None:
                 conv = self.parts.get(before)
-                takes = isinstance(conv, (FusedConv, WeightedLayer)) and len(before.users) == 1
-                if takes and not conv.norm and NORM_AFTER[type(conv.layer[0])] is type(layer):
+                free = isinstance(conv, (FusedConv, WeightedLayer)) and _is_alone(before)
+                if free and takes(conv, layer):
                     conv.norm = (layer,)
                     self._erase(node, before)
                 else:
@@ -124,10 +123,10 @@ class _Fusion:
 
     def _pool(self) -> None:
         for node in list(self.graph.nodes):
-            keepdim = _keepdim_of_global_mean(node, self._layer(node))
-            if keepdim is not None:
+            how = _global_mean(node, self._layer(node))
+            if how is not None:
                 with self.graph.inserting_before(node):
-                    mean = self.graph.call_function(pooled, (node.args[0], keepdim))
+                    mean = self.graph.call_function(pooled, (node.args[0], *how))
                 self._erase(node, mean)
 
     def _take_relus(self) -> dict[fx.Node, float]:
@@ -160,7 +159,7 @@ class _Fusion:
         for node in [n for n in self.graph.nodes if is_sum(n) and _terms(n)]:
             if node in rectified:
                 if not self._into_convolution(node, rectified[node]):
-                    self._alone(node, rectified[node])
+                    self._with_relu(node, rectified[node])
             else:
                 self._into_norm(node)
 
@@ -178,7 +177,7 @@ class _Fusion:
                 return True
         return False
 
-    def _alone(self, node: fx.Node, slope: float) -> None:
+    def _with_relu(self, node: fx.Node, slope: float) -> None:
         """Make a sum and its ReLU one call."""
         with self.graph.inserting_before(node):
             both = self.graph.call_module("", node.args)  # named by `renamed`
@@ -254,11 +253,10 @@ class _Fusion:
                     user.replace_input_with(node, item)
 
     def _nothing_written(self, first: fx.Node, last: fx.Node) -> bool:
-        """Return whether no node between could write in place what is computed later or earlier
-        after a move."""
-        return all(
-            n in self.parts or n.target in (operator.getitem, entered) for n in between(first, last)
-        )
+        """Return whether no node between the two can write into a tensor, so that one of them may
+        move to the place of the other."""
+        harmless = (operator.getitem, entered, pooled)
+        return all(n in self.parts or n.target in harmless for n in between(first, last))
 
 
 def _is_alone(node: Any) -> bool:
@@ -297,21 +295,23 @@ def _slope(node: fx.Node, layer: nn.Module | None) -> float | None:
     return float(slope) if right else None
 
 
-def _keepdim_of_global_mean(node: fx.Node, layer: nn.Module | None) -> bool | None:
-    """Return whether a mean over height and width keeps these dimensions; None for other nodes."""
+def _global_mean(node: fx.Node, layer: nn.Module | None) -> tuple[Any, bool] | None:
+    """Return the dimensions of a mean over height and width, and whether it keeps them; None for
+    other nodes."""
     args = node.args
     if not args or not isinstance(args[0], fx.Node):
         return None
+    one, pixels = (1, (1, 1), [1, 1]), ([-2, -1], [2, 3])
     if type(layer) is nn.AdaptiveAvgPool2d:
-        return True if layer.output_size in (1, (1, 1), [1, 1]) else None
+        return ([-2, -1], True) if layer.output_size in one else None
     if node.target is F.adaptive_avg_pool2d:
         size = args[1] if len(args) > 1 else node.kwargs.get("output_size")
-        return True if size in (1, (1, 1), [1, 1]) else None
+        return ([-2, -1], True) if size in one else None
     if node.target is torch.mean or (node.op, node.target) == ("call_method", "mean"):
         more = dict(zip(("dim", "keepdim"), args[1:], strict=False)) | dict(node.kwargs)
         dims, keepdim = more.pop("dim", None), more.pop("keepdim", False)
-        pixels = isinstance(dims, (list, tuple)) and sorted(dims) in ([2, 3], [-2, -1])
-        return keepdim if pixels and isinstance(keepdim, bool) and not more else None
+        if isinstance(dims, (list, tuple)) and list(dims) in (*pixels, *(p[::-1] for p in pixels)):
+            return (list(dims), keepdim) if isinstance(keepdim, bool) and not more else None
     return None
 
 

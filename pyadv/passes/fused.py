@@ -326,10 +326,10 @@ class _LinearRelu(torch.autograd.Function):
         return ops.affine_relu_backward(y, grad, other) @ weight, None, None, None
 
 
-def pooled(x: Tensor, keepdim: bool) -> Tensor:
-    """Return the mean over the pixels of each channel."""
+def pooled(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Return the mean over these dimensions, which are height and width if x is images."""
     if x.dim() != 4:
-        return F.adaptive_avg_pool2d(x, 1) if keepdim else x.mean((-2, -1))
+        return x.mean(dims, keepdim=keepdim)
     return _Pool.apply(x, keepdim)
 
 

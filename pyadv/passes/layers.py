@@ -63,10 +63,6 @@ class WeightedLayer(nn.Module):
             and min(layer.in_channels, layer.out_channels) >= least
         )
 
-    def takes(self, norm: nn.Module) -> bool:
-        """Return whether `norm` can be folded into this layer."""
-        return not self.norm and NORM_AFTER.get(type(self.layer[0])) is type(norm)
-
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         """Copy the weights that the model has now."""
         (layer,) = self.layer
@@ -255,6 +251,11 @@ class WinogradConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ops.winograd_conv2d_input(grad, points, ctx.shape, *ctx.window, mask=mask)
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def takes(part: Any, norm: nn.Module) -> bool:
+    """Return whether `norm` can be folded into the layer that the part replaces."""
+    return not part.norm and NORM_AFTER.get(type(part.layer[0])) is type(norm)
 
 
 def folded(layer: nn.Module, norms: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:

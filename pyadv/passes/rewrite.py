@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyadv.passes.layers import NORM_AFTER, AffineLayer, WeightedLayer
+from pyadv.passes.layers import NORM_AFTER, AffineLayer, WeightedLayer, takes
 
 Part = WeightedLayer | AffineLayer
 
@@ -61,7 +61,7 @@ def rewrite(graph: fx.Graph, held: dict[str, Any]) -> tuple[Network, list[Part]]
             parts[node] = WeightedLayer(layer)
         elif type(layer) in NORM_AFTER.values() and layer.running_mean is not None:
             conv = parts.get(before)
-            if alone and isinstance(conv, WeightedLayer) and conv.takes(layer):
+            if alone and isinstance(conv, WeightedLayer) and takes(conv, layer):
                 conv.norm = (layer,)
                 node.replace_all_uses_with(before)
                 graph.erase_node(node)
@@ -122,11 +122,13 @@ def _fuse(graph: fx.Graph, parts: dict[fx.Node, Part]) -> None:
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes after `first` and before `last`."""
     while (first := first.next) is not last:
         yield first
 
 
 def is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Return whether the node, which calls `layer` if it calls one, is a ReLU."""
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return type(layer) is nn.ReLU or (
@@ -135,4 +137,5 @@ def is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
 
 
 def is_sum(node: fx.Node) -> bool:
+    """Return whether the node is a sum."""
     return node.op == "call_function" and node.target in (operator.add, torch.add)
