@@ -374,6 +374,25 @@ def test_means_over_pixels_of_other_shapes(dims, keepdim):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_a_card(name, dtype):
+    """Views are the models, and cuDNN fuses the convolutions of the usual networks."""
+    model, x = network(name, torch.float32, 8)
+    exact = gradient(copy.deepcopy(model).double(), x.double())
+    model, x = model.cuda(), x.cuda()
+    view = fused_view(model, x, dtype)
+    logits, grad = (t.cpu() for t in gradient(view, x))
+    assert logits.dtype == grad.dtype == torch.float32
+    root = max(torch.finfo(dtype or torch.float32).eps, 2**-10) ** 0.5  # float32 is TF32 there
+    assert distances(logits, exact[0]).max() <= root / 2
+    assert distances(grad, exact[1]).median() <= 3 * root
+    if name in CALLS or name == "ResNet-18":
+        convolutions = [p for p in view._parts if isinstance(p, fused.FusedConv)]
+        assert all(p.convolutions is not None for p in convolutions)
+
+
 EITHER_FORM = {"multi-head", "transformer layer", "complex", "local response", "PReLU"}
 EITHER_FORM |= {"weight of another layer", "weight norm", "spectral norm", "orthogonal"}
 
