@@ -23,6 +23,7 @@ CALLS = 20
 
 EPS, ALPHA = 8 / 255, 2 / 255
 IMAGES = {torch.float32: (128, 3, 224, 224), torch.bfloat16: (256, 3, 224, 224)}  # 73 MiB
+FEATURES = {torch.float32: (256, 64, 32, 32), torch.bfloat16: (512, 64, 32, 32)}  # 64 MiB
 LOGITS = (128, 10), (4096, 1000), (256, 21841)
 _COPIED = 2 * 4 * math.prod(IMAGES[torch.float32])  # bytes that `copy_` moves
 
@@ -84,6 +85,10 @@ def kernels(quick: bool) -> Iterator[Kernel]:
                 yield make("Projections", f"{op}_project", moved=moved, share=share)
             for op in ("keyed_uniform", "keyed_normal", "row_hash"):  # more work than traffic
                 yield make("Noise", op, moved=1)
+    for dtype, large in FEATURES.items():  # channels-last, as between two convolutions
+        for shape in [(3, 3, 7, 5), (2, 8, 4, 4)] if quick else [large]:
+            for op in ("affine_relu", "affine_relu_backward"):
+                yield Kernel("Convolution", op, shape, dtype, 4, 0.9)
     if not quick:  # rows that fit the shared memory of one block
         for op, group, moved in (("l2_step", "Steps", 4), ("l2_project", "Projections", 3)):
             yield Kernel(group, op, (8192, 3, 32, 32), torch.float32, moved, 0.9)
@@ -182,7 +187,7 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 def calls(kernel: Kernel, device: torch.device) -> Calls:
     """Return the op and its reference on the same tensors."""
-    makers = {"Steps": _step, "Losses": _loss, "Rows": _rows}
+    makers = {"Steps": _step, "Losses": _loss, "Rows": _rows, "Convolution": _features}
     torch.manual_seed(0)
     ours, theirs = makers.get(kernel.group, _plain)(kernel, device)
     return torch.no_grad()(ours), torch.no_grad()(theirs)
@@ -236,6 +241,20 @@ def _plain(kernel: Kernel, device: torch.device) -> Calls:
     given = arguments.get(kernel.op, (x, other, EPS))
     ours, theirs = (getattr(module, kernel.op) for module in (ops, reference))
     return functools.partial(ours, *given), functools.partial(theirs, *given)
+
+
+def _features(kernel: Kernel, device: torch.device) -> Calls:
+    from pyadv import ops, reference
+
+    make = functools.partial(_random, kernel, device, torch.randn)
+    first, second, third = (make().contiguous(memory_format=torch.channels_last) for _ in range(3))
+    if kernel.op == "affine_relu_backward":
+        given, more = (first, second, third), {}
+    else:
+        scale, shift = (torch.randn(kernel.shape[1], device=device) for _ in range(2))
+        given, more = (first, scale, shift), {"added": second, "keep_sum": True}
+    ours, theirs = (getattr(module, kernel.op) for module in (ops, reference))
+    return functools.partial(ours, *given, **more), functools.partial(theirs, *given, **more)
 
 
 def _loss(kernel: Kernel, device: torch.device) -> Calls:

@@ -124,6 +124,7 @@ def cases(options: Options) -> Iterator[Case]:
         yield from _rows(rows, options)
     yield from _norms(options)
     yield from _noise(one, options)
+    yield _masked_sum((2, 16, 4, 4) if options.quick else (128, 64, 32, 32), options)
     if options.device.type == "cpu":
         for shape in [(2, 16, 16, 8, 1)] if options.quick else CONVOLUTIONS:
             yield from _convolutions(shape)
@@ -478,6 +479,29 @@ def _noise(shape: tuple[int, ...], options: Options) -> Iterator[Case]:
 
 
 # Convolutions
+
+
+def _masked_sum(shape: tuple[int, ...], options: Options) -> Case:
+    """Return a case of the gradient before a ReLU whose result has two readers."""
+    from pyadv import ops, reference
+
+    last = {"memory_format": torch.channels_last}
+    y, grad, other = (torch.randn(shape, device=options.device).contiguous(**last) for _ in "ygo")
+    calls = {
+        "pyadv": lambda: ops.affine_relu_backward(y, grad, other),
+        "reference": lambda: reference.affine_relu_backward(y, grad, other),
+        "eager": lambda: torch.ops.aten.threshold_backward(grad + other, y, 0),
+    }
+    providers = {name: Provider(call, bytes=4 * y.nbytes) for name, call in calls.items()}
+    target = torch.empty_like(y)
+    copy = Provider(lambda: target.copy_(y), bytes=2 * y.nbytes, yardstick=True)
+    return Case(
+        _case("affine_relu_backward", shape),
+        {**providers, "copy_": copy},
+        close(calls["eager"](), rtol=0, atol=0),
+        group="Convolutions",
+        images=shape[0],
+    )
 
 
 def _convolutions(shape: tuple[int, ...]) -> Iterator[Case]:

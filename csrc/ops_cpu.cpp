@@ -35,6 +35,7 @@ class Device {
 #include "glue/projections.h"
 #include "glue/steps.h"
 #include "glue/weights.h"
+#include "glue/winograd.h"
 
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_steps(m);
@@ -45,4 +46,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_norms(m);
   pyadv::register_noise(m);
   pyadv::register_convolution(m);
+  pyadv::register_winograd(m);
 }

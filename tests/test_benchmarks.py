@@ -281,3 +281,21 @@ def test_command(monkeypatch):
     assert calls == [
         [sys.executable, script, "ops", "--against", "peers", "--quick", "--out", "here"]
     ]
+
+
+def test_strength_of_fast_views_in_both_forms(options):
+    module = importlib.import_module("fast_strength")
+    results = list(module.measure(options, images=20))
+    assert [r.speed for r in results] == ["exact", *2 * ["fast", "bfloat16", "float16"]]
+    assert {r.form for r in results[4:]} == {"GPU, on the CPU"}
+    for r in results:
+        assert 0 <= r.success <= 100 and r.differs <= 1
+    assert module.table(results).count("\n") == 8
+    model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), torch.rand(2, 4)
+    from pyadv.attacks import fast_view
+    from pyadv.passes import view
+
+    with module.as_on_a_gpu():
+        assert fast_view(model.eval(), x).fused
+    view._views.clear()
+    assert not fast_view(model, x).fused

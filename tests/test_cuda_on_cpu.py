@@ -16,7 +16,7 @@ from pyadv import _build
 
 pytestmark = pytest.mark.build
 
-# torch.compile does not depend on which kernels run, and convolutions have no CUDA kernel.
+# torch.compile does not depend on which kernels run, and Winograd convolution has no CUDA kernel.
 _ELSEWHERE = ("test_compile.py", "test_convolution.py")
 OP_TESTS = sorted(
     path.name

@@ -135,7 +135,119 @@ struct WeightLoop {
   }
 };
 
+constexpr int kBlock = 256;  // elements whose intermediate values stay in the cache
+
+// Writes the parameter's values for the elements [first, first + n).
+template <class C>
+PYADV_HD void fill(const Param& p, int64_t first, int64_t n, C* to) {
+  const C* from = static_cast<const C*>(p.data);
+  for (int64_t i = 0; i < n;) {
+    const int64_t at = first + i, k = at / p.inner % p.period;
+    const bool along = p.inner == 1;  // successive elements read successive values
+    const int64_t run = std::min(n - i, along ? p.period - k : p.inner - at % p.inner);
+    if (along)
+      for (int64_t j = 0; j < run; ++j) to[i + j] = from[k + j];
+    else
+      for (int64_t j = 0; j < run; ++j) to[i + j] = from[k];
+    i += run;
+  }
+}
+
+template <class T>
+PYADV_HD const T* elements(const void* data, int64_t first) {
+  return static_cast<const T*>(data) + first;
+}
+
+// Each step is a loop of its own over a block, so that all of them vectorise for any combination
+// of absent tensors.
+template <class T>
+struct AffineReluLoop {
+  using C = compute_t<T>;
+
+  PYADV_HD static void run(const AffineReluArgs* a, int64_t begin, int64_t end) {
+    C v[kBlock], p[kBlock];
+    const C slope = static_cast<C>(a->slope);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t n = std::min<int64_t>(kBlock, end - first);
+      const T* x = elements<T>(a->x, first);
+      PYADV_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) v[i] = widen(x[i]);
+      if (a->added != nullptr) {
+        const T* added = elements<T>(a->added, first);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = widen(narrow<T>(v[i] + widen(added[i])));
+      }
+      if (a->sum != nullptr) {
+        T* sum = static_cast<T*>(a->sum) + first;
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) sum[i] = narrow<T>(v[i]);
+      }
+      if (a->scale.data != nullptr) {
+        fill(a->scale, first, n, p);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = v[i] * p[i];
+      }
+      if (a->shift.data != nullptr) {
+        fill(a->shift, first, n, p);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = v[i] + p[i];
+      }
+      T* out = static_cast<T*>(a->out) + first;
+      PYADV_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(below_zero(v[i], v[i], slope));
+    }
+  }
+};
+
+template <class T>
+struct AffineReluBackwardLoop {
+  using C = compute_t<T>;
+
+  PYADV_HD static void run(const AffineReluBackwardArgs* a, int64_t begin, int64_t end) {
+    C v[kBlock], p[kBlock];
+    const C slope = static_cast<C>(a->slope);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t n = std::min<int64_t>(kBlock, end - first);
+      const T* grad = elements<T>(a->grad, first);
+      PYADV_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) v[i] = widen(grad[i]);
+      if (a->other != nullptr) {
+        const T* other = elements<T>(a->other, first);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = v[i] + widen(other[i]);
+      }
+      const T* y = elements<T>(a->y, first);
+      PYADV_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) v[i] = below_zero(widen(y[i]), v[i], slope);
+      if (a->scale.data != nullptr) {
+        fill(a->scale, first, n, p);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = v[i] * p[i];
+      }
+      if (a->added != nullptr) {
+        const T* added = elements<T>(a->added, first);
+        PYADV_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) v[i] = v[i] + widen(added[i]);
+      }
+      T* out = static_cast<T*>(a->out) + first;
+      PYADV_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(v[i]);
+    }
+  }
+};
+
 }  // namespace
+
+void affine_relu(const AffineReluArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.dtype,
+           [&](auto tag) { run<AffineReluLoop<typename decltype(tag)::type>>(&args, begin, end); });
+}
+
+void affine_relu_backward(const AffineReluBackwardArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.dtype, [&](auto tag) {
+    run<AffineReluBackwardLoop<typename decltype(tag)::type>>(&args, begin, end);
+  });
+}
 
 void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end) {
   run<WeightLoop>(&args, begin, end);

@@ -53,6 +53,9 @@ void row_hash(const HashArgs& args, int64_t begin, int64_t end);        // items
 // items: panels x input channels
 void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end);
 void winograd(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
+// items: elements
+void affine_relu(const AffineReluArgs& args, int64_t begin, int64_t end);
+void affine_relu_backward(const AffineReluBackwardArgs& args, int64_t begin, int64_t end);
 
 }  // namespace cpu
 }  // namespace pyadv

@@ -2,6 +2,7 @@
 // includes nothing of CUDA, so that the host compiler can compile the tensor glue.
 #pragma once
 
+#include "common/convolution.h"
 #include "common/geometry.h"
 #include "common/losses.h"
 #include "common/noise.h"
@@ -47,6 +48,9 @@ int norms_backward(const NormArgs& args, void* stream);
 int keyed_uniform(const NoiseArgs& args, void* stream);
 int keyed_normal(const NoiseArgs& args, void* stream);
 int row_hash(const HashArgs& args, void* stream);
+
+int affine_relu(const AffineReluArgs& args, void* stream);
+int affine_relu_backward(const AffineReluBackwardArgs& args, void* stream);
 
 }  // namespace cuda
 }  // namespace pyadv

@@ -63,23 +63,15 @@ class WeightedLayer(nn.Module):
             and min(layer.in_channels, layer.out_channels) >= least
         )
 
-    def takes(self, norm: nn.Module) -> bool:
-        """Return whether `norm` can be folded into this layer."""
-        return not self.norm and NORM_AFTER.get(type(self.layer[0])) is type(norm)
-
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         """Copy the weights that the model has now."""
         (layer,) = self.layer
-        weight, bias = layer.weight.detach(), layer.bias
-        for norm in self.norm:
-            scale, shift = scale_and_shift(*_affine(norm))
-            weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
-            bias = shift if bias is None else bias * scale + shift
+        weight, bias = folded(layer, self.norm)
         if weight.dim() != 4 or not (weight.is_cpu or dtype):  # cuDNN converts float32 itself
             layout = torch.preserve_format
-        if _renew(self, "weight", weight, dtype or weight.dtype, layout, layer.weight):
+        if renew(self, "weight", weight, dtype or weight.dtype, layout, layer.weight):
             self.points.clear()
-        _renew(self, "bias", bias, self.weight.dtype, owner=layer.bias)
+        renew(self, "bias", bias, self.weight.dtype, owner=layer.bias)
         self.has_points = (
             self.winograd
             and self.weight.is_cpu
@@ -128,16 +120,16 @@ class AffineLayer(nn.Module):
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         """Copy the parameters and statistics that the model has now."""
         (norm,) = self.norm
-        scale, shift = scale_and_shift(*_affine(norm))
-        _renew(self, "scale", scale, dtype or scale.dtype)
-        _renew(self, "shift", shift, dtype or shift.dtype)
+        scale, shift = scale_and_shift(*affine_of(norm))
+        renew(self, "scale", scale, dtype or scale.dtype)
+        renew(self, "shift", shift, dtype or shift.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *(1,) * (x.dim() - 2))
         return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 
 
-def _renew(
+def renew(
     part: nn.Module,
     name: str,
     value: Tensor | None,
@@ -261,7 +253,23 @@ class WinogradConv(torch.autograd.Function):
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _affine(norm: nn.Module) -> tuple[Any, ...]:
+def takes(part: Any, norm: nn.Module) -> bool:
+    """Return whether `norm` can be folded into the layer that the part replaces."""
+    return not part.norm and NORM_AFTER.get(type(part.layer[0])) is type(norm)
+
+
+def folded(layer: nn.Module, norms: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's weight and bias, with those of the BatchNorms that follow it."""
+    weight, bias = layer.weight.detach(), layer.bias
+    for norm in norms:
+        scale, shift = scale_and_shift(*affine_of(norm))
+        weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+        bias = shift if bias is None else bias * scale + shift
+    return weight, bias
+
+
+def affine_of(norm: nn.Module) -> tuple[Any, ...]:
+    """Return the arguments of `scale_and_shift` for a BatchNorm."""
     return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyadv.passes.layers import NORM_AFTER, AffineLayer, WeightedLayer
+from pyadv.passes.layers import NORM_AFTER, AffineLayer, WeightedLayer, takes
 
 Part = WeightedLayer | AffineLayer
 
@@ -61,21 +61,21 @@ def rewrite(graph: fx.Graph, held: dict[str, Any]) -> tuple[Network, list[Part]]
             parts[node] = WeightedLayer(layer)
         elif type(layer) in NORM_AFTER.values() and layer.running_mean is not None:
             conv = parts.get(before)
-            if alone and isinstance(conv, WeightedLayer) and conv.takes(layer):
+            if alone and isinstance(conv, WeightedLayer) and takes(conv, layer):
                 conv.norm = (layer,)
                 node.replace_all_uses_with(before)
                 graph.erase_node(node)
             else:
                 parts[node] = AffineLayer(layer)
-        elif _is_relu(node, layer) and alone and (before in parts or _is_sum(before)):
+        elif is_relu(node, layer) and alone and (before in parts or is_sum(before)):
             with graph.inserting_before(node):  # no backward pass reads what it overwrites
                 node.replace_all_uses_with(graph.call_function(torch.relu_, (before,)))
             graph.erase_node(node)
     _fuse(graph, parts)
-    return Network(graph, _renamed(graph, held, parts)), list(parts.values())
+    return Network(graph, renamed(graph, held, parts)), list(parts.values())
 
 
-def _renamed(graph: fx.Graph, held: dict[str, Any], parts: dict[fx.Node, Part]) -> dict[str, Any]:
+def renamed(graph: fx.Graph, held: dict[str, Any], parts: dict[fx.Node, Part]) -> dict[str, Any]:
     """Give every layer and tensor that the graph uses a name without dots."""
     names: dict[str, str] = {}
     found: dict[str, Any] = {}
@@ -93,14 +93,14 @@ def _renamed(graph: fx.Graph, held: dict[str, Any], parts: dict[fx.Node, Part]) 
 def _fuse(graph: fx.Graph, parts: dict[fx.Node, Part]) -> None:
     """Make sums and ReLUs that follow Winograd's convolutions part of these."""
     winograd = {n: p for n, p in parts.items() if isinstance(p, WeightedLayer) and p.winograd}
-    for node in [n for n in graph.nodes if _is_sum(n) and len(n.args) == 2 and not n.kwargs]:
+    for node in [n for n in graph.nodes if is_sum(n) and len(n.args) == 2 and not n.kwargs]:
         for conv, other in (node.args, node.args[::-1]):
             if (
                 conv in winograd
                 and conv is not other
                 and isinstance(other, fx.Node)
                 and (len(conv.users), len(conv.args), conv.kwargs) == (1, 1, {})
-                and all(n in parts for n in _between(conv, node))  # nothing written in place
+                and all(n in parts for n in between(conv, node))  # nothing written in place
             ):
                 node.prepend(conv)
                 conv.args = (*conv.args, other)
@@ -121,12 +121,14 @@ def _fuse(graph: fx.Graph, parts: dict[fx.Node, Part]) -> None:
                 reader.source = (part,)
 
 
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes after `first` and before `last`."""
     while (first := first.next) is not last:
         yield first
 
 
-def _is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
+def is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Return whether the node, which calls `layer` if it calls one, is a ReLU."""
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return type(layer) is nn.ReLU or (
@@ -134,5 +136,6 @@ def _is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
     )
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """Return whether the node is a sum."""
     return node.op == "call_function" and node.target in (operator.add, torch.add)

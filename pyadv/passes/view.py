@@ -11,6 +11,10 @@ its layers hold weights that are folded, laid out and frozen for an attack (`lay
 - on the CPU, the input gradient of a first layer, with its few channels, is a matrix product and a
   sum of patches, several times faster than oneDNN's.
 
+On a GPU the graph is rewritten in another way (`fuse`, with layers of `fused`): all of it runs in
+one dtype and in channels-last order, and what surrounds a convolution is part of its call or one
+call of its own.
+
 Here is decided which models get a view, how long it serves, and whether it agrees with the model.
 """
 
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pyadv.passes.borrow import (
     Output,
@@ -42,6 +47,8 @@ from pyadv.passes.borrow import (
     tensors,
     unwrap,
 )
+from pyadv.passes.fuse import fuse
+from pyadv.passes.fused import CONVOLUTIONS, Convolutions
 from pyadv.passes.layers import WeightedLayer
 from pyadv.passes.rewrite import rewrite
 from pyadv.passes.trace import Refused, trace
@@ -61,14 +68,25 @@ class FastView:
     """A model in evaluation mode, with copies of the weights that it had at the last `refresh`.
 
     It has input gradients of first order; parameters get none.
+
+    Args:
+        model: the model.
+        dtype: of the arithmetic; None: the model's.
+        fused: the device's fused convolutions, if the view is to use them.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
-        self.module, self._parts = rewrite(*trace(model))
-        self._dtype = dtype
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, fused: Convolutions | None = None
+    ):
+        self._dtype, self.fused = dtype, fused is not None
+        if fused is None:
+            self.module, self._parts = rewrite(*trace(model))
+        else:
+            self.module, self._parts = fuse(*trace(model), fused, dtype)
         self.comparisons = 0
         self.attacked = 0  # samples, since input gradients were compared last
         self.made_for: list[Any] = []  # the model's footprint
+        self.device: torch.device | None = None
         self.agreed: list[Any] = []  # the kind of input for which it was last compared
         widths = [p.out_channels for p in self._parts if isinstance(p, WeightedLayer)]
         wide = max(widths, default=0) >= WIDE
@@ -76,6 +94,9 @@ class FastView:
         self.refresh()
 
     def __call__(self, x: Tensor) -> Any:
+        if self.fused:  # its layers convert; autocast would do it around every operation
+            with torch.autocast(x.device.type, enabled=False):
+                return _in_dtype_of(x, self.module(x), self._dtype)
         if self._dtype is None:
             return self.module(x)
         with torch.autocast(x.device.type, self._dtype):
@@ -86,6 +107,13 @@ class FastView:
         """Copy the parameters and statistics that the model has now, into the same memory."""
         for part in self._parts:
             part.refresh(self._dtype, self._layout)
+
+
+def _in_dtype_of(x: Tensor, result: Any, dtype: torch.dtype | None) -> Any:
+    """Return what a model returns, with its tensors of this dtype in that of the input x."""
+    if dtype is None or not x.is_floating_point():
+        return result
+    return tree_map_only(Tensor, lambda t: t.to(x.dtype) if t.dtype == dtype else t, result)
 
 
 @dataclass
@@ -145,7 +173,8 @@ def fast_view(
     Args:
         model: in evaluation mode; maps x to logits (B, C), or see `output`.
         x: (B, ...) an input; from an empty one nothing can be learned.
-        dtype: torch.bfloat16 or torch.float16 for convolutions and linear layers (autocast).
+        dtype: torch.bfloat16 or torch.float16: on the CPU for convolutions and linear layers
+            (autocast), on a GPU for all operations, with logits in the dtype of x.
         output: how to find the logits in what the model returns, as in `PGD`.
 
     Raises:
@@ -164,6 +193,9 @@ def fast_view(
         replaced = []  # Accelerate's autocast around the whole model: the view has its own
     if has_hooks(model) or replaced:
         return model
+    kind = x.device.type
+    if dtype is None and kind in CONVOLUTIONS and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # in which the model computes, too
     known, refused = _views.setdefault(model, {}), _refused.setdefault(model, {})
     inputs = _kind_of_input(x, output)
     refusal = refused.get(dtype)
@@ -171,7 +203,7 @@ def fast_view(
         return model  # reading it again would take long
     view = known.get(dtype)
     now = _seen(model)
-    trusted = view is not None and view.made_for == now
+    trusted = view is not None and view.made_for == now and view.device == x.device
     with gradients_on(), kept_generators(x.device) as drawn:
         try:
             why = None
@@ -198,7 +230,7 @@ def fast_view(
         refused[dtype] = _Refusal(why, moved, _seen(model, moved), inputs)
         _LOG.info("%s is attacked as it is, without a fast view: %s", type(model).__name__, why)
         return model
-    view.made_for, view.agreed = now, inputs
+    view.made_for, view.agreed, view.device = now, inputs, x.device
     known[dtype] = view
     return view
 
@@ -210,22 +242,53 @@ def _new_view(
     output: Output,
     drawn: Callable[[], bool],
 ) -> tuple[FastView, str | None]:
-    """Return a view, and how it differs from the model."""
+    """Return a view, and how it differs from the model.
+
+    If the fused form differs or fails, for instance in an operation that does not take 16 bits, the
+    plain form is tried.
+    """
+    fused = CONVOLUTIONS.get(x.device.type)
+    if fused is not None:
+        try:
+            view, why = _compared(model, x, dtype, output, drawn, fused)
+            if not why:
+                return view, None
+        except _NOT_FOLDED as error:
+            why = f"{type(error).__name__}: {error}"
+        _LOG.info("the view of %s is not fused: %s", type(model).__name__, why)
+    return _compared(model, x, dtype, output, drawn, None)
+
+
+def _compared(
+    model: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype | None,
+    output: Output,
+    drawn: Callable[[], bool],
+    fused: Convolutions | None,
+) -> tuple[FastView, str | None]:
+    """Return a view of this form, and how it differs from the model."""
     if dtype is not None:  # too much of a gradient is rounding in 16 bits to tell much of the graph
         with torch.autocast(x.device.type, enabled=False):
             own = getattr(model, "_original_forward", model)  # without Accelerate's autocast
-            view = _built(model, None)
+            view = _built(model, None, fused)
             why = _difference(view, own, x, None, output, drawn)
         if why:
             return view, why
-    view = _built(model, dtype)
+    view = _built(model, dtype, fused)
     return view, _difference(view, model, x, dtype, output, drawn)
 
 
-def _built(model: nn.Module, dtype: torch.dtype | None) -> FastView:
+# Errors of weights that cannot be copied: tensor subclasses, above all.
+_NOT_FOLDED = (NotImplementedError, RuntimeError, TypeError)
+
+
+def _built(model: nn.Module, dtype: torch.dtype | None, fused: Convolutions | None) -> FastView:
+    if fused is not None:
+        return FastView(model, dtype, fused)
     try:
         return FastView(model, dtype)
-    except (NotImplementedError, RuntimeError, TypeError) as error:  # tensor subclasses, above all
+    except _NOT_FOLDED as error:
         raise Refused(f"its weights cannot be folded ({type(error).__name__}: {error})") from None
 
 

@@ -1,6 +1,12 @@
 """The specification of `pyadv.ops`: plain PyTorch functions of the same names."""
 
-from pyadv.reference.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
+from pyadv.reference.convolution import (
+    affine_relu,
+    affine_relu_backward,
+    winograd_conv2d,
+    winograd_conv2d_input,
+    winograd_weight,
+)
 from pyadv.reference.geometry import track
 from pyadv.reference.losses import (
     attack_loss,
@@ -62,6 +68,8 @@ __all__ = [
     "keyed_uniform",
     "keyed_normal",
     "row_hash",
+    "affine_relu",
+    "affine_relu_backward",
     "winograd_weight",
     "winograd_conv2d",
     "winograd_conv2d_input",

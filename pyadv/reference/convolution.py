@@ -1,12 +1,13 @@
-"""Winograd convolution with 3x3 windows, in plain PyTorch.
+"""Winograd convolution with 3x3 windows, and affine maps with a ReLU, in plain PyTorch.
 
 The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
 kernels with these functions.
 
-The algorithm of Toom and Cook multiplies polynomials through their values at points: it convolves a
-line of pixels d with a line of taps w as A^T [(G w) * (B^T d)]. At stride 2 the two outer taps meet
-every second pixel and use five points; the middle tap meets the pixels between and is multiplied
-directly. The transpose is split in the same way. Both directions of the image use the same tiles.
+Winograd convolution: the algorithm of Toom and Cook multiplies polynomials through their values at
+points. It convolves a line of pixels d with a line of taps w as A^T [(G w) * (B^T d)]. At stride 2
+the two outer taps meet every second pixel and use five points; the middle tap meets the pixels
+between and is multiplied directly. The transpose is split in the same way. Both directions of the
+image use the same tiles.
 """
 
 from __future__ import annotations
@@ -174,3 +175,72 @@ def winograd(
     if mask is not None:
         y = torch.where(mask <= 0, 0.0, y)
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def affine_relu(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    slope: float = 0.0,
+    keep_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return relu((x + added) * scale + shift), and x + added if `keep_sum`. See
+    `ops.affine_relu`."""
+    y, total = _affine_relu(x, scale, shift, added, slope, keep_sum)
+    return (y, total) if keep_sum else y
+
+
+def affine_relu_backward(
+    y: Tensor,
+    grad: Tensor,
+    other: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    scale: Tensor | None = None,
+    slope: float = 0.0,
+) -> Tensor:
+    """Return (grad + other) * relu'(y) * scale + added. See `ops.affine_relu_backward`."""
+    g = _widened(grad) if other is None else _widened(grad) + _widened(other)
+    g = _below_zero(y, g, slope)
+    if scale is not None:
+        g = g * _channels(scale, y)
+    if added is not None:
+        g = g + _widened(added)
+    return _formed(g, y)
+
+
+def _affine_relu(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    added: Tensor | None,
+    slope: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    total = x if added is None else x + added
+    v = _widened(total)
+    if scale is not None:
+        v = v * _channels(scale, x)
+    if shift is not None:
+        v = v + _channels(shift, x)
+    kept = _formed(total, x) if keep_sum else x.new_empty(0)
+    return _formed(_below_zero(v, v, slope), x), kept
+
+
+def _below_zero(sign: Tensor, v: Tensor, slope: float) -> Tensor:
+    return torch.where(sign <= 0, v * slope if slope else 0.0, v)
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (x.dim() - 2))
+
+
+def _formed(values: Tensor, like: Tensor) -> Tensor:
+    """Return the values with the dtype and layout of a new tensor like `like`."""
+    return torch.empty_like(like).copy_(values)

@@ -22,6 +22,7 @@ from pyadv.tensors import compute_dtype
 # Results that equal the reference bit for bit; those of the others round differently.
 _BITS = {"linf_step", "linf_project", "linf_momentum_step", "square_step", "keep_rows_"}
 _BITS |= {"keep_best_", "track", "keyed_uniform", "row_hash"}
+_BITS |= {"affine_relu", "affine_relu_backward"}
 _UNCHECKED = {"temperature", "exact", "center", "detach_weight"}  # types the schema refuses
 # Units in the last place of the largest value; float64 has no wider form to say what is right.
 _ROUNDING = {torch.float64: 16384}  # no wider arithmetic tells the exact result
@@ -587,6 +588,24 @@ def _convolution(draw: Draw) -> Call:
     return Call("winograd_conv2d_input", args | {"mask": mask})
 
 
+def _affine_relu(draw: Draw) -> Call:
+    x, added, grad, other = _batch(draw, 4)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def channels() -> Tensor | None:
+        if x.dim() < 2 or draw.chance(0.5):
+            return None
+        return values.laid_out(draw, torch.randn(x.shape[1], generator=draw.generator()).to(wide))
+
+    args: dict[str, Any] = {"scale": channels(), "slope": draw.choice((0.0, 0.1, 1.0))}
+    args["added"] = added if draw.chance(0.5) else None
+    if draw.chance(0.5):
+        args["other"] = other if draw.chance(0.5) else None
+        return Call("affine_relu_backward", {"y": x, "grad": grad, **args})
+    args["keep_sum"] = args["added"] is not None and draw.chance(0.5)
+    return Call("affine_relu", {"x": x, "shift": channels(), **args})
+
+
 def _of(make: Callable[[Draw, str], Call], op: str) -> Callable[[Draw], Call]:
     return lambda draw: make(draw, op)
 
@@ -601,5 +620,5 @@ CALLS: tuple[Callable[[Draw], Call], ...] = (
     *(_of(_projection, op) for op in PROJECTIONS),
     *(_square, _keep_rows, _keep_best, _track, _attack_loss, _attack_loss, _cross_entropy),
     *(_divergence, _divergence, _of_logits, _of_logits, _weights, _weights, _norms, _noise),
-    *(_noise, _row_square_sum, _convolution),
+    *(_noise, _row_square_sum, _convolution, _affine_relu),
 )
