@@ -1,4 +1,5 @@
-"""Run the code of the documentation: a page's Python blocks are one program."""
+"""Run the code of the documentation: the `python` blocks of a page are one program. A block that no
+test can run, since it needs a package or a download, is marked `py`."""
 
 from __future__ import annotations
 

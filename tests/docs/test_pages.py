@@ -27,10 +27,10 @@ def small() -> ImageData:
     return ImageData(
         data.name,
         data.classes,
-        data.train_x[:600],
-        data.train_y[:600],
-        data.test_x[:60],
-        data.test_y[:60],
+        data.train_x[:500],
+        data.train_y[:500],
+        data.test_x[:24],
+        data.test_y[:24],
     )
 
 
@@ -110,16 +110,16 @@ def test_the_tutorial_on_torchvision_with_torchvision(monkeypatch):
 
 def test_the_tutorial_on_training(little):
     less = {"epochs: int = 6": "epochs: int = 2", "x, y = data.test_x[:500]": "x, y = data.test_x"}
-    less |= {"data.hold_out(500)": "data.hold_out(100)", "data.test_y[:500]": "data.test_y"}
+    less |= {"data.hold_out(500)": "data.hold_out(20)", "data.test_y[:500]": "data.test_y"}
     page = pages.run("docs/tutorials/train.md", little["names"], little["replace"] | less)
     assert [row["epoch"] for row in page.history] == [1, 2]
     assert Path("curves.png").is_file()
 
 
 def test_the_tutorial_on_masking(little):
-    less = {"randperm(4000)": "randperm(600)", "n = 100": "n = 40", "slice(0, 20)": "slice(0, 4)"}
+    less = {"randperm(4000)": "randperm(500)", "slice(0, 20)": "slice(0, 5)"}
     page = pages.run("docs/tutorials/really-robust.md", little["names"], little["replace"] | less)
-    assert page.margins.nearest.shape == (4,)
+    assert page.margins.nearest.shape == (5,)
 
 
 def test_the_page_on_frameworks(monkeypatch):
@@ -158,7 +158,7 @@ def test_the_commands_run(page, small, tmp_path):
             assert words[1] == "install"
             continue
         assert words[0] == "pyadv"
-        less = {"train": ["--data", str(source), "--epochs", "1"], "evaluate": ["--n", "10"]}
+        less = {"train": ["--data", str(source), "--epochs", "1"], "evaluate": ["--n", "4"]}
         done = testing.CliRunner().invoke(cli.app, [*words[1:], *less[words[1]]])
         assert done.exit_code == 0, done.output
     assert any(words[0] == "pyadv" for words in commands)
