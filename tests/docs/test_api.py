@@ -19,7 +19,7 @@ PAGES = {
     "attacks": ["pyadv.attacks"],
     "objectives": ["pyadv.objectives"],
     "evaluation": ["pyadv.evaluation", "pyadv.evaluation.plots"],
-    "training": ["pyadv.training", "pyadv.training.recipes"],
+    "training": ["pyadv.training", "pyadv.training.plots", "pyadv.training.recipes"],
     "models": ["pyadv.models"],
     "data": ["pyadv.data"],
     "engine": ["pyadv.engine"],
