@@ -14,6 +14,7 @@ from PIL import Image
 
 from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
+_NO_DITHER = Image.Dither.NONE
 _COLOURS = {
     "floor": GREY,
     "copy_": GREY,
@@ -49,11 +50,13 @@ def _panels(n: int, heights: list[float]) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a picture in 64 colours, a third of the size in all, and return the file's name."""
+    """Write a picture in 255 colours, a third of its size, and return the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        # The default method merges the colours of thin lines.
+        small = image.convert("RGB").quantize(255, Image.Quantize.FASTOCTREE, dither=_NO_DITHER)
+    small.save(path, optimize=True)
     return path.name
 
 

@@ -159,11 +159,13 @@ def home(networks, data: ImageData, lines, path: Path) -> None:
 
 
 def take(made: str, name: str) -> None:
-    """Keep a picture at 1000 pixels of width and in 48 colours."""
+    """Keep a picture at 1000 pixels of width and in 255 colours."""
     with Image.open(made) as image:
         image = image.convert("RGB")
         image.thumbnail((1000, 1000), Image.Resampling.LANCZOS)
-        image.quantize(48, dither=Image.Dither.NONE).save(OUT / name, optimize=True)
+        image.quantize(255, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+            OUT / name, optimize=True
+        )
 
 
 if __name__ == "__main__":
