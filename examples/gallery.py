@@ -8,20 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from pyadv import training
 from pyadv._plot_style import line, plain
 from pyadv.attacks import APGD, PGD, Square
 from pyadv.data import ImageData, load
 from pyadv.evaluation import plots
 from pyadv.models import SmallCNN
 from pyadv.objectives import AT, Standard
-from pyadv.training import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "images" / "gallery"
@@ -61,17 +58,6 @@ def main() -> None:
         masked["AT: PGD-20"] = lines["AT: PGD-20"]
         plots.accuracy_against({"eps": masked}, "masked.png")
         take("masked.png", "masked.png")
-
-        np.savez(
-            "few.npz",
-            x_train=data.train_x[:1000],
-            y_train=data.train_y[:1000],
-            x_test=data.test_x[:200],
-            y_test=data.test_y[:200],
-        )
-        config = Config(method="gairat", data="few.npz", epochs=6, begin_epoch=3, eps=0.1)
-        training.train(config, "run")
-        take("run/kappa.png", "kappa.png")
 
         pages.run("docs/tutorials/train.md")
         take("curves.png", "training.png")
