@@ -363,33 +363,31 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would need global state and a display
+    from pictures import save
 
     from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
-    colours = dict(zip(DRAWN, (GREY, GOLD, GREEN, RED, BLUE, PURPLE, "black"), strict=True))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    looks = zip((GREY, GOLD, GREEN, RED, BLUE, PURPLE, "black"), "osD^vXP", strict=True)
+    lines = dict(zip(DRAWN, looks, strict=True))
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     norms = {
         "weight_norm": "effective weight norm, median of ||dz/dx||",
         "log_norm_product": "log of the product of the layers' norms",
     }
     for axis, (name, label) in zip(axes, norms.items(), strict=True):
         plain(axis)
-        for method, colour in colours.items():
+        for method, (colour, marker) in lines.items():
             x = results.curve(method, name).mean(0)
             y = results.curve(method, "margin_L2").mean(0)
-            axis.plot(x, y, "-o", color=colour, mfc="white", ms=4, lw=1.3, label=method)
-            axis.plot(x[-1:], y[-1:], "o", color=colour, ms=7)
+            axis.plot(x, y, f"-{marker}", color=colour, mfc="white", ms=5, lw=1.3, label=method)
+            axis.plot(x[-1:], y[-1:], marker, color=colour, ms=8)
         axis.set_xlabel(label)
     axes[0].set_xscale("log")
     axes[0].set_ylabel("effective margin, median, L2")
     axes[1].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:

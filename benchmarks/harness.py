@@ -163,6 +163,14 @@ class Row:
         return self.bytes / self.median_us / 1e3 if self.bytes else None
 
 
+def time_words(us: float) -> str:
+    """Return a time in the unit that suits its size."""
+    for size, unit in ((1e6, "s"), (1e3, "ms")):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} us"
+
+
 def quartiles(values: list[float]) -> tuple[float, float]:
     if len(values) < 2:
         return values[0], values[0]

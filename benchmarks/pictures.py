@@ -1,4 +1,4 @@
-"""The pictures of docs/benchmarks.md: bars of ratios, a roofline, and curves of costs."""
+"""The pictures of docs/benchmarks-in-full.md: bars of ratios, a roofline, and curves of costs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from harness import Row, quartiles, ratios
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would need global state and a display
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from PIL import Image
 
 from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
+_NO_DITHER = Image.Dither.NONE
 _COLOURS = {
     "floor": GREY,
     "copy_": GREY,
@@ -47,9 +49,14 @@ def _panels(n: int, heights: list[float]) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(grid[i // 2, i % 2]) for i in range(n)]
 
 
-def _save(figure: Figure, path: Path) -> str:
+def save(figure: Figure, path: Path) -> str:
+    """Write a picture in 255 colours, a third of its size, and return the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    with Image.open(path) as image:
+        # The default method merges the colours of thin lines.
+        small = image.convert("RGB").quantize(255, Image.Quantize.FASTOCTREE, dither=_NO_DITHER)
+    small.save(path, optimize=True)
     return path.name
 
 
@@ -75,7 +82,7 @@ def _bars(rows: list[Row], path: Path) -> str:
         plain(axis)
         axis.grid(False)
     figure.supxlabel("time relative to the first line; black lines: quartiles", fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _roofline(rows: list[Row], path: Path) -> str:
@@ -84,14 +91,14 @@ def _roofline(rows: list[Row], path: Path) -> str:
     figure, axes = _lines(rows, lambda r: (r.at / 1e6, r.gigabytes_per_second))
     for axis in axes:
         axis.set(xlabel="size of a tensor, MB", ylabel="GB/s")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _curves(rows: list[Row], path: Path) -> str:
     figure, axes = _lines(rows, lambda r: (r.at, r.median_us / 1e3))
     for axis in axes:
         axis.set_ylabel("ms per call")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _lines(rows: list[Row], point) -> tuple[Figure, list[Axes]]:

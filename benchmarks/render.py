@@ -1,5 +1,5 @@
-"""Write docs/benchmarks.md and its pictures, and the pages of questions that have their own, from
-the committed results.
+"""Write docs/benchmarks.md and docs/benchmarks-in-full.md with their pictures, and the pages of
+questions that have their own, from the committed results.
 
 python benchmarks/render.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from harness import HERE, Row, load, quartiles, ratios, use_checkout
+from harness import HERE, Row, load, quartiles, ratios, time_words, use_checkout
 from questions import OWN_PAGES, QUESTIONS, SHOWN
 
 DOCS = HERE.parent / "docs"
@@ -21,15 +21,29 @@ _BUSY = 0.5  # load per core above which a machine counts as busy
 
 INTRO = """# Benchmarks
 
-The cost of pyadv against plain PyTorch, `torch.compile`, the authors' codes and other libraries.
-`python benchmarks/render.py` generates this page from the rows in `benchmarks/results/`. To run the
-same measurements:
+The cost of pyadv against the authors' codes and other libraries, in the three questions that users
+ask first. The table names the fastest other code, also where it is faster than pyadv.
+"""
+
+MORE = """## Measure it yourself
 
 ```bash
 pip install --no-deps -r benchmarks/peers.txt     # optional: the libraries to compare with
 python benchmarks/run.py                          # half an hour
 pyadv bench --quick                               # on an installed pyadv: seconds, tiny cases
 ```
+
+[The strength of attacks](strength.md) compares what attacks find rather than their time, and
+[The methods compared](methods-compared.md) what training methods reach.
+[Every benchmark](benchmarks-in-full.md) has how it is measured, the goals, met and missed, every
+case where other code is faster, the single ops, and the machines.
+"""
+
+IN_FULL = """# Every benchmark
+
+For developers of pyadv: goals, misses and parts. [Benchmarks](benchmarks.md) has the answers that
+users ask for. `python benchmarks/render.py` generates both pages from the rows in
+`benchmarks/results/`.
 
 How it is measured. A provider whose result differs from the reference is listed as refused and not
 timed. The others take turns in one process, in random order. The tables give the median and the
@@ -43,7 +57,9 @@ Peak memory counts tensors that were allocated during the call.
 
 def main() -> None:
     use_checkout()
-    parts = [INTRO]
+    import front
+
+    parts, devices = [IN_FULL], []
     for folder in _newest(HERE / "results"):
         found = {
             name: load(folder / f"{name}.json")
@@ -52,12 +68,18 @@ def main() -> None:
         }
         if found:
             parts += _device(folder.name, found)
-    (DOCS / "benchmarks.md").write_text("\n".join(parts).rstrip() + "\n")
+            devices.append(found)
+    _write("benchmarks-in-full", parts)
+    _write("benchmarks", [INTRO, *front.page(devices, DOCS / "images"), MORE])
     for name in OWN_PAGES:
         found = sorted((HERE / "results").glob(f"*-????-??-??/{name}.json"), key=_date)
         if found:
             page = importlib.import_module(name).page(*load(found[-1]))
-            (DOCS / f"{name}.md").write_text(page.rstrip() + "\n")
+            _write(name, [page])
+
+
+def _write(name: str, parts: list[str]) -> None:
+    (DOCS / f"{name}.md").write_text("\n".join(parts).rstrip() + "\n")
 
 
 def _date(path: Path) -> str:
@@ -218,8 +240,8 @@ def _bandwidth(ours: Row | None, copy: Row | None) -> list[str]:
 
 def _time_and_ratio(row: Row, ours: Row | None) -> str:
     if ours is None or row is ours:
-        return f"**{_time(row.median_us)}**" if row is ours else _time(row.median_us)
-    return f"{_time(row.median_us)} ({statistics.median(ratios(row, ours)):.3g}x)"
+        return f"**{time_words(row.median_us)}**" if row is ours else time_words(row.median_us)
+    return f"{time_words(row.median_us)} ({statistics.median(ratios(row, ours)):.3g}x)"
 
 
 def _list(rows: list[Row]) -> str:
@@ -242,8 +264,8 @@ def _list(rows: list[Row]) -> str:
         row = (
             str(r.threads),
             f"{name} (yardstick)" if r.yardstick else name,
-            _time(r.median_us),
-            f"{_time(low)} - {_time(high)}",
+            time_words(r.median_us),
+            f"{time_words(low)} - {time_words(high)}",
             f"{statistics.median(relative):.3g}" if relative else "",
             " - ".join(f"{v:.3g}" for v in spread),
             str(len(r.times_us)),
@@ -265,13 +287,6 @@ def _list(rows: list[Row]) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _time(us: float) -> str:
-    for size, unit in ((1e6, "s"), (1e3, "ms")):
-        if us >= size:
-            return f"{us / size:.3g} {unit}"
-    return f"{us:.3g} us"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,30 @@
-"""Colours and axes of all pictures. Needs matplotlib."""
+"""The look of all pictures: colours that colour-blind readers tell apart (Okabe and Ito's), lines
+that differ in print, and axes. Needs matplotlib."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
-BLUE, RED, GREEN = "#2b6cb0", "#c53030", "#2f855a"
-PURPLE, GOLD, GREY = "#6b46c1", "#b7791f", "#4a5568"
+BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
+PURPLE, GOLD, GREY = "#cc79a7", "#e69f00", "#4a4a4a"
+
+# Colours that differ for every reader are alike on a grey printer; dashes and markers are not.
+_LINES = (
+    (BLUE, "-", "o"),
+    (RED, "--", "s"),
+    (GREEN, "-.", "^"),
+    (PURPLE, ":", "D"),
+    (GOLD, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    (GREY, (0, (1, 1)), "x"),
+)
+
+
+def line(i: int) -> dict[str, Any]:
+    """Return the colour, dashes and marker of the i-th line of a picture; they repeat after six."""
+    colour, dashes, marker = _LINES[i % len(_LINES)]
+    return {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
 
 
 def plain(axes: Axes) -> None:

@@ -72,9 +72,11 @@ def test_page(harness, results, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "results" / results.name).symlink_to(results)
     render.main()
-    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    first = (tmp_path / "docs" / "benchmarks.md").read_text()
+    page = (tmp_path / "docs" / "benchmarks-in-full.md").read_text()
     pictures = list((tmp_path / "docs" / "images").iterdir())
-    assert pictures and all(f"images/{p.name}" in page for p in pictures)
+    assert pictures and all(f"images/{p.name}" in first + page for p in pictures)
+    assert first.count("images/first-") == 3 and "Goals" not in first  # what users ask for
     # Every goal has a line, also if these small cases do not measure it.
     for name in importlib.import_module("questions").QUESTIONS:
         for goal in getattr(importlib.import_module(name), "GOALS", []):
@@ -193,17 +195,19 @@ def test_the_page_shows_a_card(harness, tmp_path, monkeypatch):
     known |= dict(heap="default", load=0.0, date="2026-01-01")
     name = "PGD, 10 steps, ResNet-18, batch 128"
     rows = [
-        harness.Row(name, p, "pyadv", 1, images=1, times_us=[t])
+        harness.Row(name, p, "pyadv", 1, images=1, yardstick=p == "floor", times_us=[t])
         for p, t in (("pyadv", 1.0), ("floor", 1.0))
     ]
     harness.save(folder / "gpu_attacks.json", known, rows)
     monkeypatch.setattr(render, "DOCS", tmp_path)
     monkeypatch.setattr(render, "HERE", tmp_path)
     render.main()
-    page = (tmp_path / "benchmarks.md").read_text()
+    page = (tmp_path / "benchmarks-in-full.md").read_text()
     assert "CUDA 13.0, driver 1" in page and "### Attacks on a GPU" in page
     assert "batch 128, pyadv: 1.06 of the recorded floor | 1 | <= 1.06 | 1 | met |" in page
     assert "Linf step" not in page
+    first = (tmp_path / "benchmarks.md").read_text()
+    assert f"| {name} | Some card | **1 us** |  |  |  |" in first  # the floor is no other code
 
 
 def test_a_wrong_result_is_not_timed(harness, options):

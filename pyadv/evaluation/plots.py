@@ -11,13 +11,13 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
-from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
+from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, line, plain
 from pyadv.evaluation.escaping import in_picture
 from pyadv.evaluation.margins import Margins
 
 Points = Sequence[tuple[float, float]]
 
-_COLOURS = (RED, GREEN, PURPLE)  # for attacks and other lines
+_ATTACKS = ((RED, "--"), (GREEN, "-."), (PURPLE, ":"))  # colours and dashes
 _BINS = 40
 _COLUMNS = 10  # examples in a picture
 
@@ -95,12 +95,10 @@ def accuracy_against(curves: Mapping[str, Points | Mapping[str, Points]], path: 
     for axes, (varied, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for (name, points), colour in zip(
-            lines.items(), (BLUE, *_COLOURS) * len(lines), strict=False
-        ):
+        for i, (name, points) in enumerate(lines.items()):
             values, shares = zip(*sorted(points), strict=True)
             percent = [100 * s for s in shares]
-            axes.plot(values, percent, color=colour, marker=".", label=in_picture(name))
+            axes.plot(values, percent, label=in_picture(name), **line(i))
         axes.set(xlabel=in_picture(varied), ylabel="accuracy (%)", ylim=(0, 100))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if varied == "steps":
@@ -169,12 +167,14 @@ def _label(name: str) -> str:
 
 
 def _styles(columns: Mapping[str, np.ndarray], best: str) -> dict[str, dict]:
-    """Return line styles: bounds solid, the estimate dashed, the best bound thick."""
+    """Return line styles: the bounds that count solid and thick, every other line with dashes of
+    its own."""
     attacks = [name for name in columns if name not in ("certified", "effective", best)]
-    styles = {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "lw": 1} for i, name in enumerate(attacks)
-    }
-    styles["effective"] = {"color": GOLD, "lw": 1, "ls": "--"}
+    styles = {}
+    for i, name in enumerate(attacks):
+        colour, dashes = _ATTACKS[i % len(_ATTACKS)]
+        styles[name] = {"color": colour, "lw": 1.3, "ls": dashes}
+    styles["effective"] = {"color": GOLD, "lw": 1.3, "ls": (0, (5, 1, 1, 1, 1, 1))}
     styles["certified"] = {"color": GREY, "lw": 2}
     return styles | {best: {"color": BLUE, "lw": 2}}
 

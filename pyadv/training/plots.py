@@ -20,17 +20,18 @@ def curves(records: Records, path: Path) -> None:
     epochs = [r["epoch"] for r in records]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [r["loss"] for r in records], color=GREY, marker=".")
+    left.plot(epochs, [r["loss"] for r in records], color=GREY, marker="o", markersize=4)
     left.set(xlabel="epoch", ylabel="objective", title="Training loss")
-    for name, colour, style, label in (
-        ("train_clean", BLUE, "-", "clean, training"),
-        ("train_robust", RED, "-", "under the training attack"),
-        ("val_clean", BLUE, "--", "clean, held out"),
-        ("val_robust", RED, "--", "under margin PGD, held out"),
+    for name, colour, style, marker, label in (
+        ("train_clean", BLUE, "-", "o", "clean, training"),
+        ("train_robust", RED, "-", "s", "under the training attack"),
+        ("val_clean", BLUE, "--", "o", "clean, held out"),
+        ("val_robust", RED, "--", "s", "under margin PGD, held out"),
     ):
         points = [(r["epoch"], 100 * r[name]) for r in records if r[name] is not None]
         if points:
-            right.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=label)
+            look = {"color": colour, "marker": marker, "markersize": 4}
+            right.plot(*zip(*points, strict=True), style, label=label, **look)
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
@@ -58,7 +59,7 @@ def kappa(records: Records, path: Path) -> None:
         origin="lower",
         aspect="auto",
         interpolation="nearest",
-        cmap="magma",
+        cmap="cividis",
         norm=PowerNorm(0.5, vmin=0, vmax=share.max()),
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, len(values) - 0.5),
     )

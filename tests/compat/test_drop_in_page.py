@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import types
-from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+import pages
+
+PAGE = "docs/drop-in.md"
 
 
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = types.ModuleType("page")
-    for i, block in enumerate(BLOCKS):
-        exec(compile(block, f"drop-in.md, block {i}", "exec"), page.__dict__)
+    page = pages.run(PAGE)
     assert page.adv_images.shape == page.x_adv.shape == page.images.shape
     assert page.success.shape == (3, 8) and page.robust_accuracy.shape == (3,)
     assert len(page.adversarial.dataset) == 8 and page.metric.total == 8
@@ -23,6 +20,6 @@ def test_the_page_runs(tmp_path, monkeypatch):
 def test_every_class_is_listed():
     from pyadv.compat import torchattacks
 
-    text = PAGE.read_text()
+    text = (pages.ROOT / PAGE).read_text()
     for name in (*torchattacks.__all__, *torchattacks._NEAREST):
         assert re.search(rf"\b{name}\b", text), name

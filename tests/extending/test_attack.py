@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import sys
-import types
-from pathlib import Path
-
+import pages
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending" / "attack.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+PAGE = "docs/extending/attack.md"
+BLOCKS = pages.blocks(PAGE)
 
 
 @pytest.fixture(scope="module")
 def page():
     """The names that the page defines, after all its blocks have run."""
-    module = types.ModuleType("page")  # dataclasses look their module up
-    sys.modules["page"] = module
-    try:
-        for i, block in enumerate(BLOCKS):
-            exec(compile(block, f"attack.md, block {i}", "exec"), module.__dict__)
-        yield module
-    finally:
-        del sys.modules["page"]
+    return pages.run(PAGE)
 
 
 def test_the_page_runs(page):

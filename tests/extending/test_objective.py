@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,14 @@ import torch.nn.functional as F
 from pyadv.attacks import PGD
 from pyadv.objectives import Objective, Step
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "extending" / "objective.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+PAGE = "docs/extending/objective.md"
 
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
     """The names that the page's program ends with."""
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in BLOCKS:
-        exec(compile(block, str(DOCUMENT), "exec"), names)
-    return names
+    return vars(pages.run(PAGE))
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def attack(**settings) -> PGD:
 
 
 def test_the_program_runs_to_its_end(page):
-    assert len(BLOCKS) >= 6
+    assert len(pages.blocks(PAGE)) >= 6
     assert all(p.grad.isfinite().all() for p in page["model"].parameters())
     assert all(m.training for m in page["model"].modules())
 
@@ -101,7 +97,7 @@ def test_the_second_attack(page, net, batch):
 
 def test_every_attribute_in_the_table_is_there(net, batch):
     """The table of the page names attributes and calls of `Step`."""
-    table = DOCUMENT.read_text().split("## The step")[1].split("## A base loss")[0]
+    table = (pages.ROOT / PAGE).read_text().split("## The step")[1].split("## A base loss")[0]
     names = set(re.findall(r"`step\.(\w+)", table))
     assert len(names) > 10
     step = Step(net, *batch, epoch=1, attack=attack())
