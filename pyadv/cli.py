@@ -36,11 +36,15 @@ def _number(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
 def _option(help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
 
 
-_RUN, _ATTACK, _OPTIMISER = "Run", "Attack", "Optimisation"
+_RUN, _MODEL, _ATTACK, _OPTIMISER = "Run", "Network", "Attack", "Optimisation"
 _METHOD, _ADDED = "Method", "On top of any method"
 
 
@@ -106,7 +110,37 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        _option("small-cnn, resnet-18, preact-resnet-18, wrn-34-10, ...", _RUN, metavar="NAME"),
+        _option(
+            "small-cnn, resnet-18, preact-resnet-18, wrn-34-10, ...; timm:NAME; or "
+            "package.module:name, a class or function of your own.",
+            _MODEL,
+            metavar="NAME",
+        ),
+    ] = None,
+    model_args: Annotated[
+        str | None,
+        _option(
+            "Keyword arguments of the network, name=value,name=value or JSON.",
+            _MODEL,
+            metavar="ARGS",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        _option("File of weights to start from, .pt or .safetensors.", _MODEL, metavar="FILE"),
+    ] = None,
+    mean: Annotated[
+        Any,
+        _option(
+            "Mean of the pixels, e.g. 0.5 or 0.485,0.456,0.406: the network normalises by it.",
+            _MODEL,
+            parser=_numbers,
+            metavar="NUMBERS",
+        ),
+    ] = None,
+    std: Annotated[
+        Any,
+        _option("Their standard deviation.", _MODEL, parser=_numbers, metavar="NUMBERS"),
     ] = None,
     out: Annotated[Path | None, _option("Run folder \\[runs/DATA-METHOD-TIME].", _RUN)] = None,
     resume: Annotated[

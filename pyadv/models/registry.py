@@ -128,7 +128,7 @@ def check_restorable(name: str) -> None:
     says that it returns one and a network itself are called; others are refused, by training, too,
     before it begins.
     """
-    if name in MODELS or name.startswith("timm:"):
+    if ":" not in name or name.startswith("timm:"):
         return
     found = _imports.find(name, "model")
     returned = found

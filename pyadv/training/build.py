@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyadv import models
 from pyadv.data import ImageData
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
@@ -17,14 +18,35 @@ from pyadv.training.schedules import lr_factor
 
 
 def architecture(config: Config, data: ImageData) -> dict[str, Any]:
-    """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights."""
+    """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights.
+
+    They do not say where training takes its first weights from: a trained network has its own.
+    """
     channels, *size = data.shape
-    return {
+    result = {
         "name": config.model,
         "in_channels": channels,
         "num_classes": len(data.classes),
         "image_size": tuple(size),
     }
+    args = {k: v for k, v in config.model_args.items() if k not in _FIRST_WEIGHTS}
+    optional = {"args": args, "mean": config.mean, "std": config.std}
+    return result | {name: value for name, value in optional.items() if value}
+
+
+def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.Module:
+    """Return the network of a run that begins (`fresh`), with the weights it starts from, or that
+    is resumed.
+
+    Raises:
+        ValueError: as `pyadv.models.create` and `pyadv.models.check_restorable` do.
+    """
+    models.check_restorable(config.model)
+    begin = {"args": config.model_args, "weights": config.weights} if fresh else {}
+    return models.create(**architecture | begin)
+
+
+_FIRST_WEIGHTS = ("pretrained", "checkpoint_path")  # arguments of timm
 
 
 def device(name: str | None) -> torch.device:

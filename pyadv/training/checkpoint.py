@@ -60,7 +60,7 @@ def load_model(path: str | Path) -> Trained:
     """Load the trained network of a run folder or a checkpoint file."""
     path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
-    model = models.create(**state["architecture"])
+    model = network(state["architecture"])
     config = Config.from_dict(state["config"])
     if config.ema:
         average = AveragedModel(model)
@@ -69,6 +69,15 @@ def load_model(path: str | Path) -> Trained:
     else:
         model.load_state_dict(state["model"])
     return Trained(model.eval(), config, state["architecture"])
+
+
+def network(architecture: dict[str, Any]) -> nn.Module:
+    """Build the network that a file describes, without weights.
+
+    Raises ValueError for a name that a file must not call, see `pyadv.models.check_restorable`.
+    """
+    models.check_restorable(architecture["name"])
+    return models.create(**architecture)
 
 
 def newest_state(folder: Path) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
 import math
 import numbers
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -56,7 +58,11 @@ class Config:
 
     method: str = "at"  # a key of METHODS, which has the defaults of the methods' own settings
     data: str = "fashion-mini"
-    model: str | None = None
+    model: str | None = None  # a name that `pyadv.models.create` knows
+    model_args: dict = dataclasses.field(default_factory=dict)  # keyword arguments of the network
+    weights: str | None = None  # file of weights that training starts from
+    mean: tuple[float, ...] | None = None  # of the pixels, inside the network; with std
+    std: tuple[float, ...] | None = None
 
     norm: str = "Linf"
     eps: float | None = None
@@ -154,6 +160,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {rule}, got {value}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std must go together, got mean={self.mean}, std={self.std}")
         for name in ("milestones", "emr_milestones"):
             _check_milestones(name, getattr(self, name) or ())
         if self.begin_epoch is not None and self.begin_epoch > self.epochs:
@@ -206,6 +214,49 @@ def number(value: Any) -> float:
         raise ValueError(f"{value!r} is not a number or a fraction like 8/255") from None
 
 
+def arguments(value: Any) -> dict[str, Any]:
+    """Return keyword arguments that are given as a dict, as JSON, or as text "depth=10,act=gelu".
+
+    Values in text are read as Python literals or JSON where they are such, and as text otherwise.
+
+    Raises:
+        ValueError: if the value is neither, or if JSON cannot hold what is in it.
+    """
+    if isinstance(value, str):
+        value = _json(value) if value.lstrip().startswith("{") else _pairs(value)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{value!r} is not a dict, JSON or name=value,name=value")
+    try:
+        return json.loads(json.dumps(dict(value)))  # a copy, as it reads back from a file
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{value!r} cannot be written as JSON: {error}") from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not JSON: {error}") from None
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    # A comma separates arguments only where a name and "=" follow: values may be lists.
+    parts = [part for part in re.split(r",\s*(?=[^\W\d]\w*\s*=)", text) if part.strip()]
+    pairs = [part.partition("=") for part in parts]
+    if bad := [name for name, sign, _ in pairs if not sign or not name.strip().isidentifier()]:
+        raise ValueError(f"{bad[0]!r} is not name=value")
+    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text
+
+
 def _read(name: str, value: Any, type_: str) -> Any:
     """Return `value` as the type of its field, e.g. "float | None"."""
     kind, *rest = type_.split(" | ")
@@ -214,6 +265,8 @@ def _read(name: str, value: Any, type_: str) -> Any:
     try:
         if kind == "float":
             return number(value)
+        if kind == "dict":
+            return arguments(value)
         if kind.startswith("tuple"):
             if isinstance(value, str):  # its characters could be numbers
                 raise ValueError(f"{value!r} is not a list of numbers")

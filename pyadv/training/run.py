@@ -91,7 +91,7 @@ def resume(
         state = checkpoint.newest_state(folder)
         config = Config.from_dict(state["config"])
         data = data or load(config.data)
-        trainer = Trainer(config, data, folder, device=device, display=display)
+        trainer = Trainer(config, data, folder, device=device, display=display, fresh=False)
         trainer.restore(state)
         if main:
             for part in folder.glob("*.partial"):  # from a process that was killed as it wrote

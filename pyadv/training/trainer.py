@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pyadv import evaluation, models
+from pyadv import evaluation
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
 from pyadv.data import Batches, ImageData
@@ -56,6 +56,8 @@ class Trainer:
         device: "cpu", "cuda", "cuda:1"; by default CUDA if available, and the process's own card
             in a distributed run.
         display: shows progress.
+        fresh: whether the run begins, with the weights that `config` names; False if `restore`
+            follows, which needs none.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Trainer:
         *,
         device: str | None = None,
         display: Display | None = None,
+        fresh: bool = True,
     ) -> None:
         place = build.device(device)
         if place.index is not None:
@@ -78,7 +81,7 @@ class Trainer:
         self.display = (display or Display()) if main else Display(quiet=True)
         torch.manual_seed(config.seed)
         self.architecture = build.architecture(config, data)
-        model = models.create(**self.architecture)
+        model = build.network(config, self.architecture, fresh=fresh)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         device = self.accelerator.device
