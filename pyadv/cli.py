@@ -44,7 +44,8 @@ def _option(help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
 
 
-_RUN, _MODEL, _ATTACK, _OPTIMISER = "Run", "Network", "Attack", "Optimisation"
+_RUN, _DATA, _MODEL = "Run", "Data", "Network"
+_ATTACK, _OPTIMISER = "Attack", "Optimisation"
 _METHOD, _ADDED = "Method", "On top of any method"
 
 
@@ -103,10 +104,32 @@ def train(
     data: Annotated[
         str | None,
         _option(
-            "Name, folder of idx files or CIFAR batches, or .npz \\[fashion-mini].",
-            _RUN,
+            "Name, .npz, folder of idx files, CIFAR batches or images (a folder per class), "
+            "torchvision:NAME, or package.module:name \\[fashion-mini].",
+            _DATA,
             metavar="SOURCE",
         ),
+    ] = None,
+    image_size: Annotated[
+        int | None, _option("Height and width that image files are resized and cut to.", _DATA)
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        _option("Read image files batch by batch \\[where they do not fit memory].", _DATA),
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Processes that read images \\[one per core, at most 8].", _DATA)
+    ] = None,
+    transform: Annotated[
+        str | None,
+        _option(
+            "Augmentation: resized-crop, v2:NAME of torchvision, or package.module:name.",
+            _DATA,
+            metavar="NAME",
+        ),
+    ] = None,
+    augment: Annotated[
+        bool | None, _option("Random crop and flip \\[for colour images].", _DATA)
     ] = None,
     model: Annotated[
         str | None,
@@ -188,9 +211,6 @@ def train(
         _option("constant, piecewise, cosine or cyclic.", _OPTIMISER, metavar="NAME"),
     ] = None,
     weight_decay: Annotated[float | None, _option("Weight decay \\[5e-4].", _OPTIMISER)] = None,
-    augment: Annotated[
-        bool | None, _option("Random crop and flip \\[for colour images].", _OPTIMISER)
-    ] = None,
 ) -> None:
     """Train a robust network, and report its accuracy on the test set.
 
@@ -370,7 +390,8 @@ def _evaluate(
             raise ValueError(
                 f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
             )
-        images, norm = load(data or config.data), norm or config.norm
+        images = load(data, image_size=config.image_size) if data else build.data(config)
+        norm = norm or config.norm
         eps = config.eps if eps is None else eps
         run.check(images)
         folder = folder if folder.is_dir() else folder.parent

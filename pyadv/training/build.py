@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyadv import models
-from pyadv.data import ImageData
+from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
@@ -16,8 +17,38 @@ from pyadv.training.config import Config
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor
 
+Images = ImageData | StreamedImages
 
-def architecture(config: Config, data: ImageData) -> dict[str, Any]:
+
+def data(config: Config) -> Images:
+    """Return the data set that a config names."""
+    return load(
+        config.data, image_size=config.image_size, stream=config.stream, workers=config.workers
+    )
+
+
+def batches(config: Config, data: Images, ids: Tensor, **place: Any) -> Plan:
+    """Return the training batches of the samples `ids`; `place` is their device and the number of
+    this process, see `Plan`.
+    """
+    settings = {"ids": ids, "seed": config.seed, "augment": config.augment, **place}
+    if config.transform is None:
+        return data.batches(config.batch_size, **settings)
+    return transformed_batches(
+        data,
+        config.batch_size,
+        transform=config.transform,
+        workers=config.workers,
+        **settings,
+    )
+
+
+def chunk(data: Images) -> int:
+    """Return how many samples an evaluation holds in memory at a time: at most 1 GB of images."""
+    return max(1, min(4096, 10**9 // (4 * math.prod(data.shape))))
+
+
+def architecture(config: Config, data: Images) -> dict[str, Any]:
     """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights.
 
     They do not say where training takes its first weights from: a trained network has its own.
@@ -63,7 +94,7 @@ def device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def objective(config: Config, model: nn.Module, data: ImageData) -> Objective:
+def objective(config: Config, model: nn.Module, data: Images) -> Objective:
     """Return the objective of a resolved `config`: its method and the terms added to it.
 
     `model` and `data` are those of the run; the norm penalty reads the layers and their shapes.

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyadv import _state, models
-from pyadv.data import ImageData
+from pyadv.data import ImageData, StreamedImages
 from pyadv.training.config import Config
 
 KIND, FORMAT = "checkpoint", 1
@@ -45,7 +45,7 @@ class Trained:
     config: Config
     architecture: dict[str, Any]
 
-    def check(self, data: ImageData) -> None:
+    def check(self, data: ImageData | StreamedImages) -> None:
         """Raise ValueError unless the network takes these images and knows their classes."""
         a = self.architecture
         takes = (a["in_channels"], *a["image_size"])

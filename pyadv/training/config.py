@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyadv import _state
-from pyadv.data import ImageData
+from pyadv.data import ImageData, StreamedImages
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
@@ -57,7 +57,11 @@ class Config:
     """
 
     method: str = "at"  # a key of METHODS, which has the defaults of the methods' own settings
-    data: str = "fashion-mini"
+    data: str = "fashion-mini"  # a source that `pyadv.data.load` knows
+    image_size: int | None = None  # to which images in files are resized and cut
+    stream: bool | None = None  # read images batch by batch; None: where they do not fit memory
+    workers: int | None = None  # processes that read and transform; None: one per core, at most 8
+    transform: str | None = None  # augmentation by the workers, see `data.streams.find_transform`
     model: str | None = None  # a name that `pyadv.models.create` knows
     model_args: dict = dataclasses.field(default_factory=dict)  # keyword arguments of the network
     weights: str | None = None  # file of weights that training starts from
@@ -81,7 +85,7 @@ class Config:
     factors: tuple[float, ...] = ()  # factor of lr from each milestone on; (): 0.1, 0.01, ...
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    augment: bool | None = None  # random crop with a border of 4, and flip
+    augment: bool | None = None  # random crop with a border of an eighth, and flip
     val: int = 0  # training images held out; best.pt is the epoch most robust on them
     seed: int = 0
     precision: str = "fp32"
@@ -105,7 +109,7 @@ class Config:
     mail_bias: float | None = None
     mail_normalize: str | None = None
 
-    def resolve(self, data: ImageData) -> Config:
+    def resolve(self, data: ImageData | StreamedImages) -> Config:
         """Return a checked copy with all defaults filled in.
 
         Settings that the method does not have stay None, and so does tau for the official schedule.
@@ -120,6 +124,8 @@ class Config:
         if norm != "Linf" and self.eps is None:
             raise ValueError(f"eps must be given for norm {norm}: the default is for Linf")
         config = Config.from_dict({**self.to_dict(), "norm": norm})
+        if config.augment is None and config.transform is not None:
+            config.augment = False
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
@@ -286,8 +292,12 @@ def _read(name: str, value: Any, type_: str) -> Any:
 
 # (settings, test of a value, rule in words)
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("epochs", "batch_size", "begin_epoch", "awp_begin_epoch"), lambda v: v >= 1, ">= 1"),
-    (("steps", "eps_warmup", "val", "tau"), lambda v: v >= 0, ">= 0"),
+    (
+        ("epochs", "batch_size", "begin_epoch", "awp_begin_epoch", "image_size"),
+        lambda v: v >= 1,
+        ">= 1",
+    ),
+    (("steps", "eps_warmup", "val", "tau", "workers"), lambda v: v >= 0, ">= 0"),
     (
         ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
         lambda v: 0 <= v < math.inf,

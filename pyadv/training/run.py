@@ -17,9 +17,9 @@ from pathlib import Path
 from accelerate.utils import get_int_from_env
 
 from pyadv import evaluation
-from pyadv.data import ImageData, load
+from pyadv.data import StreamedImages
 from pyadv.evaluation import Report
-from pyadv.training import checkpoint
+from pyadv.training import build, checkpoint
 from pyadv.training.config import Config
 from pyadv.training.display import Display
 from pyadv.training.lock import RunLock
@@ -30,7 +30,7 @@ def train(
     config: Config,
     folder: str | Path,
     *,
-    data: ImageData | None = None,
+    data: build.Images | None = None,
     device: str | None = None,
     display: Display | None = None,
 ) -> Report:
@@ -39,7 +39,7 @@ def train(
     Args:
         config: settings; those left None follow from the data and the method.
         folder: the run folder, made if it does not exist.
-        data: the data set, by default `load(config.data)`.
+        data: the data set, by default the one that `config` names.
         device: as for `Trainer`.
         display: shows progress, by default on stderr.
 
@@ -51,7 +51,7 @@ def train(
     """
     folder = Path(folder)
     _refuse_a_run(folder)
-    data = data or load(config.data)
+    data = data or build.data(config)
     config = config.resolve(data)
     trainer = Trainer(config, data, folder, device=device, display=display)
     main = trainer.accelerator.is_main_process
@@ -69,7 +69,7 @@ def train(
 def resume(
     folder: str | Path,
     *,
-    data: ImageData | None = None,
+    data: build.Images | None = None,
     device: str | None = None,
     display: Display | None = None,
 ) -> Report:
@@ -90,7 +90,7 @@ def resume(
     with RunLock(folder, active=main):
         state = checkpoint.newest_state(folder)
         config = Config.from_dict(state["config"])
-        data = data or load(config.data)
+        data = data or build.data(config)
         trainer = Trainer(config, data, folder, device=device, display=display, fresh=False)
         trainer.restore(state)
         if main:
@@ -111,19 +111,21 @@ def _refuse_a_run(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a run already; resume it, or choose another folder")
 
 
-def _complete(trainer: Trainer, data: ImageData) -> Report:
+def _complete(trainer: Trainer, data: build.Images) -> Report:
     """Train to the end, evaluate, and write the report and the pictures."""
     config, folder = trainer.config, trainer.folder
+    if isinstance(data, StreamedImages):
+        trainer.display.message(data.residence)
     trainer.display.message(_announcement(trainer, data))
     trainer.fit()
     with trainer.display.progress() as bar:
         task = bar.add_task("evaluating", total=len(data.test_y), text="")
         report = evaluation.evaluate(
             trainer.result,
-            data.test_x,
-            data.test_y,
+            *data.samples("test"),
             eps=config.eps,
             norm=config.norm,
+            chunk=trainer.chunk,
             progress=lambda name, done, n, _: bar.update(task, completed=done, text=name),
         )
     if trainer.accelerator.is_main_process:
@@ -132,7 +134,7 @@ def _complete(trainer: Trainer, data: ImageData) -> Report:
     return report
 
 
-def _announcement(trainer: Trainer, data: ImageData) -> str:
+def _announcement(trainer: Trainer, data: build.Images) -> str:
     config = trainer.config
     size = sum(p.numel() for p in trainer.model.parameters())
     begun = trainer.epoch > 1 or trainer.step > 0

@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 from pyadv import evaluation
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
-from pyadv.data import Batches, ImageData
 from pyadv.training import build, checkpoint
 from pyadv.training.config import PRECISIONS, Config
 from pyadv.training.display import Display, percent
@@ -50,7 +49,7 @@ class Trainer:
 
     Args:
         config: settings resolved for `data`.
-        data: the data set.
+        data: the data set, in memory or streamed.
         folder: the run folder, which must exist before the first save; receives checkpoint.pt,
             metrics.jsonl and, with held-out data, best.pt.
         device: "cpu", "cuda", "cuda:1"; by default CUDA if available, and the process's own card
@@ -63,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        data: ImageData,
+        data: build.Images,
         folder: Path,
         *,
         device: str | None = None,
@@ -96,15 +95,14 @@ class Trainer:
         self.network = self.accelerator.unwrap_model(self.model)
         self.objective = build.objective(config, self.network, data)
 
-        kept, self.val_x, self.val_y = data.hold_out(config.val, config.seed)
-        self.probe_x, self.probe_y = data.train_x[kept[:_PROBE]], data.train_y[kept[:_PROBE]]
-        self.batches = Batches(
-            data.train_x,
-            data.train_y,
-            config.batch_size,
-            seed=config.seed,
-            augment=config.augment,
-            ids=kept,
+        self.chunk = build.chunk(data)
+        kept, held = data.hold_out(config.val, config.seed)
+        self.probe = data.samples("train", kept[:_PROBE])
+        self.val = data.samples("train", held) if len(held) else None
+        self.batches = build.batches(
+            config,
+            data,
+            kept,
             device=self.accelerator.device,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
@@ -273,23 +271,29 @@ class Trainer:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss / n,
-            "train_clean": self._evaluate(self.probe_x, self.probe_y, {})["clean"].accuracy,
+            "train_clean": self._evaluate(self.probe, {})["clean"].accuracy,
             "train_robust": correct / n if attacked else None,
             "kappa": [int(k) for k in kappa] if attacked else None,
             "val_clean": None,
             "val_robust": None,
             "seconds": seconds,
         }
-        if len(self.val_y):
-            report = self._evaluate(self.val_x, self.val_y, {"robust": self._judge()})
+        if self.val is not None:
+            report = self._evaluate(self.val, {"robust": self._judge()})
             record["val_clean"] = report["clean"].accuracy
             record["val_robust"] = report["robust"].accuracy
         return record
 
-    def _evaluate(self, x: Tensor, y: Tensor, attacks: dict[str, PGD]) -> evaluation.Report:
+    def _evaluate(self, samples: tuple, attacks: dict[str, PGD]) -> evaluation.Report:
         c = self.config
         return evaluation.evaluate(
-            self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks, progress=None
+            self.result,
+            *samples,
+            eps=c.eps,
+            norm=c.norm,
+            attacks=attacks,
+            chunk=self.chunk,
+            progress=None,
         )
 
     def _judge(self) -> PGD:
