@@ -167,7 +167,8 @@ def train(
     ] = None,
     out: Annotated[Path | None, _option("Run folder \\[runs/DATA-METHOD-TIME].", _RUN)] = None,
     resume: Annotated[
-        Path | None, _option("Continue the run in this folder.", _RUN, metavar="RUN")
+        Path | None,
+        _option("Continue the run in this folder, also with more --epochs.", _RUN, metavar="RUN"),
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1 \\[cuda if there].", _RUN)] = None,
     precision: Annotated[
@@ -175,6 +176,14 @@ def train(
     ] = None,
     channels_last: Annotated[
         bool | None, _option("Images and weights in channels-last order.", _RUN)
+    ] = None,
+    log_with: Annotated[
+        str | None,
+        _option(
+            "Trackers, e.g. tensorboard,wandb,mlflow, or none \\[tensorboard if installed].",
+            _RUN,
+            metavar="NAMES",
+        ),
     ] = None,
     seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
     val: Annotated[
@@ -205,6 +214,15 @@ def train(
     ] = None,
     epochs: Annotated[int | None, _option("Epochs.", _OPTIMISER)] = None,
     batch_size: Annotated[int | None, _option("Batch size \\[128].", _OPTIMISER)] = None,
+    accumulate: Annotated[
+        int | None, _option("Parts in which a batch goes through the network \\[1].", _OPTIMISER)
+    ] = None,
+    optimizer: Annotated[
+        str | None, _option("sgd or adamw \\[sgd].", _OPTIMISER, metavar="NAME")
+    ] = None,
+    clip: Annotated[
+        float | None, _option("Largest norm of the gradient \\[no limit].", _OPTIMISER)
+    ] = None,
     lr: Annotated[float | None, _option("Peak learning rate.", _OPTIMISER)] = None,
     schedule: Annotated[
         str | None,
@@ -236,10 +254,11 @@ def _train(given: dict[str, Any]) -> None:
     folder = place["resume"]
     try:
         if folder is not None:
+            epochs = given.pop("epochs", None)
             if given or place["out"]:
                 names = ", ".join(sorted({*given, *(["out"] if place["out"] else [])}))
                 raise ValueError(f"--resume takes its settings from the run; drop {names}")
-            report = training.resume(folder, device=device, display=display)
+            report = training.resume(folder, epochs=epochs, device=device, display=display)
         else:
             recipe = given.pop("recipe", None)
             if recipe is None:

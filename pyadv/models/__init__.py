@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from pyadv.models.normalized import Normalized
-from pyadv.models.registry import MODELS, Logits, check_restorable, create
+from pyadv.models.registry import (
+    MODELS,
+    Logits,
+    check_restorable,
+    count_logits,
+    create,
+    returning_logits,
+)
 from pyadv.models.resnet import PreActResNet18, ResNet18
 from pyadv.models.small_cnn import SmallCNN
 from pyadv.models.weights import load_weights
@@ -18,6 +25,8 @@ __all__ = [
     "SmallCNN",
     "WideResNet",
     "check_restorable",
+    "count_logits",
     "create",
     "load_weights",
+    "returning_logits",
 ]

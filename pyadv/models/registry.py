@@ -101,7 +101,7 @@ def create(
             f"{name!r}{hint}"
         )
     if name not in MODELS:
-        model = _with_logits(name, model, num_classes, shape)
+        model = returning_logits(name, model, num_classes, shape)
     if weights is not None:
         load_weights(model.model if isinstance(model, Logits) else model, weights, num_classes)
     return model if mean is None else Normalized(model, mean, std)
@@ -213,8 +213,38 @@ def _timm(name: str, num_classes: int, shape: tuple[int, int, int], args: dict[s
         raise ValueError(f"model {name!r} refuses its arguments: {error}") from error
 
 
-def _with_logits(name: str, model: Any, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Return `model` such that it returns logits, after one image went through it."""
+def returning_logits(
+    name: str, model: Any, num_classes: int, shape: tuple[int, int, int]
+) -> nn.Module:
+    """Return `model` such that it returns logits, wrapped in `Logits` where it returns more.
+
+    One image of zeros goes through it.
+
+    Args:
+        name: of the network, for error messages.
+        model: the network.
+        num_classes: the least number of logits.
+        shape: (C, H, W) of an image.
+
+    Raises:
+        ValueError: if it is no network or does not map such images to so many logits.
+    """
+    result, logits = _try(name, model, shape)
+    if logits.shape[0] != 1 or logits.shape[1] < num_classes:
+        raise ValueError(
+            f"model {name!r} returns logits of shape {tuple(logits.shape)} for one image; the data "
+            f"has {num_classes} classes"
+        )
+    return model if isinstance(result, Tensor) else Logits(model)
+
+
+def count_logits(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return how many logits a network returns for an image of the shape (C, H, W)."""
+    return _try("model", model, shape)[1].shape[1]
+
+
+def _try(name: str, model: Any, shape: tuple[int, int, int]) -> tuple[Any, Tensor]:
+    """Return what a network makes of one image, and its logits."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model {name!r} must return a torch.nn.Module, got a {type(model).__name__}"
@@ -231,9 +261,4 @@ def _with_logits(name: str, model: Any, num_classes: int, shape: tuple[int, int,
     finally:
         for module, training in modes:
             module.training = training
-    if logits.shape[0] != 1 or logits.shape[1] < num_classes:
-        raise ValueError(
-            f"model {name!r} returns logits of shape {tuple(logits.shape)} for one image; the data "
-            f"has {num_classes} classes"
-        )
-    return model if isinstance(result, Tensor) else Logits(model)
+    return result, logits

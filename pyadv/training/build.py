@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pyadv import models
 from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
+from pyadv.passes.borrow import borrowed
 from pyadv.training.config import Config
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor
@@ -77,6 +79,20 @@ def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.
     return models.create(**architecture | begin)
 
 
+def own_network(config: Config, model: nn.Module, data: Images) -> nn.Module:
+    """Return the user's network such that it takes images in [0, 1] and returns logits."""
+    model = models.returning_logits("model", model, len(data.classes), data.shape)
+    return model if config.mean is None else models.Normalized(model, config.mean, config.std)
+
+
+def optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return the optimizer that a config names."""
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **settings)
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum, **settings)
+
+
 _FIRST_WEIGHTS = ("pretrained", "checkpoint_path")  # arguments of timm
 
 
@@ -101,12 +117,34 @@ def objective(config: Config, model: nn.Module, data: Images) -> Objective:
     """
     result = METHODS[config.method].build(config.to_dict())
     if config.emr:
-        result = result + EMR(lam=_emr_lam(config), temperature=config.emr_temperature)
+        form = {"temperature": config.emr_temperature, "derivative": emr_derivative(model, data)}
+        result = result + EMR(lam=_emr_lam(config), **form)
     if config.norm_penalty:
         result = result + NormPenalty(config.norm_penalty, NormProduct(model, data.shape))
     if config.awp:
         result = AWP(result, config.awp, config.awp_begin_epoch)
     return result
+
+
+def emr_derivative(model: nn.Module, data: Images) -> str:
+    """Return the form of EMR that the network allows: "tangent", which needs second derivatives, or
+    "difference".
+
+    The fused attention of PyTorch, for example, has no second derivative. One image goes through
+    the network in eval mode.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    like = parameters[0]
+    with borrowed(model), torch.enable_grad():
+        x = torch.full(
+            (1, *data.shape), 0.5, device=like.device, dtype=like.dtype, requires_grad=True
+        )
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        try:
+            torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
+        except RuntimeError:  # NotImplementedError is one
+            return "difference"
+    return "tangent"
 
 
 def _emr_lam(config: Config) -> Schedule:

@@ -56,12 +56,25 @@ class Trained:
             )
 
 
-def load_model(path: str | Path) -> Trained:
-    """Load the trained network of a run folder or a checkpoint file."""
+def load_model(path: str | Path, model: nn.Module | None = None) -> Trained:
+    """Load the trained network of a run folder or a checkpoint file.
+
+    Args:
+        path: the folder or file.
+        model: receives the weights: a network like the one that the run was given from Python. A
+            run that built its network from a name needs none.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it cannot be read, if it needs a `model`, or must not call what it names.
+    """
     path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
-    model = network(state["architecture"])
     config = Config.from_dict(state["config"])
+    if model is None:
+        model = network(state["architecture"])
+    elif config.mean is not None:
+        model = models.Normalized(model, config.mean, config.std)
     if config.ema:
         average = AveragedModel(model)
         average.load_state_dict(state["average"])
@@ -76,6 +89,11 @@ def network(architecture: dict[str, Any]) -> nn.Module:
 
     Raises ValueError for a name that a file must not call, see `pyadv.models.check_restorable`.
     """
+    if architecture["name"] is None:
+        raise ValueError(
+            f"the run trained a {architecture['class']} that it was given: "
+            "load_model(path, model=...) takes one like it"
+        )
     models.check_restorable(architecture["name"])
     return models.create(**architecture)
 

@@ -25,6 +25,8 @@ from pyadv.training.schedules import SCHEDULES
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # to Accelerate's names
 
+OPTIMIZERS = ("sgd", "adamw")
+
 # Defaults that follow from the data set, for Linf.
 _GREY = {
     "model": "small-cnn",
@@ -78,7 +80,10 @@ class Config:
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None
-    batch_size: int = 128
+    batch_size: int = 128  # of one update of the weights
+    accumulate: int = 1  # parts in which a batch goes through the network, to save memory
+    optimizer: str = "sgd"  # sgd or adamw
+    clip: float = 0.0  # largest norm of the gradient; 0: no limit
     lr: float | None = None
     schedule: str | None = None
     milestones: tuple[float, ...] | None = None  # of "piecewise", as shares of the run
@@ -89,6 +94,7 @@ class Config:
     val: int = 0  # training images held out; best.pt is the epoch most robust on them
     seed: int = 0
     precision: str = "fp32"
+    log_with: str | None = None  # trackers of Accelerate; None: tensorboard if it is installed
     channels_last: bool = False  # memory order of images and weights; fast in 16 bits on GPUs
 
     # A strength of 0 switches each of these off.
@@ -124,6 +130,8 @@ class Config:
         if norm != "Linf" and self.eps is None:
             raise ValueError(f"eps must be given for norm {norm}: the default is for Linf")
         config = Config.from_dict({**self.to_dict(), "norm": norm})
+        if config.lr is None and config.optimizer == "adamw":
+            config.lr = 1e-3
         if config.augment is None and config.transform is not None:
             config.augment = False
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
@@ -146,6 +154,7 @@ class Config:
             ("method", METHODS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -293,13 +302,13 @@ def _read(name: str, value: Any, type_: str) -> Any:
 # (settings, test of a value, rule in words)
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        ("epochs", "batch_size", "begin_epoch", "awp_begin_epoch", "image_size"),
+        ("epochs", "batch_size", "accumulate", "begin_epoch", "awp_begin_epoch", "image_size"),
         lambda v: v >= 1,
         ">= 1",
     ),
     (("steps", "eps_warmup", "val", "tau", "workers"), lambda v: v >= 0, ">= 0"),
     (
-        ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
+        ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta", "clip"),
         lambda v: 0 <= v < math.inf,
         "finite and >= 0",
     ),

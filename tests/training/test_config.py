@@ -33,7 +33,7 @@ from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import lr_factor
 
 # Settings that no method and no data set gives a value.
-OPTIONAL = {"weights", "mean", "std", "image_size", "stream", "workers", "transform"}
+OPTIONAL = {"weights", "mean", "std", "image_size", "stream", "workers", "transform", "log_with"}
 
 
 def images(name: str, channels: int) -> ImageData:

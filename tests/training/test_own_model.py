@@ -132,3 +132,48 @@ def test_arguments_that_are_refused(text: Any, message: str) -> None:
 def test_statistics_go_together(small: ImageData) -> None:
     with pytest.raises(ValueError, match="mean and std must go together"):
         Config(mean=(0.5,)).resolve(small)
+
+
+class Attention(torch.nn.Module):
+    """One fused attention over the rows of an image of 28 x 28."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = torch.nn.Linear(28, 48), torch.nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(attended.mean((1, 2)))
+
+
+def test_emr_takes_the_form_that_the_network_allows(small: ImageData, tmp_path: Path) -> None:
+    assert build.emr_derivative(models.SmallCNN(), small) == "tangent"
+    assert build.emr_derivative(Attention(), small) == "difference"
+    lines: list[str] = []
+
+    class Said(Display):
+        def message(self, text: str) -> None:
+            lines.append(text)
+
+    parts = {"data": small, "device": "cpu", "display": Said(quiet=True)}
+    training.train(Config(**FAST, emr=0.02), tmp_path / "run", model=Attention(), **parts)
+    assert any(line.startswith("EMR by finite differences") for line in lines)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_vision_transformers_of_other_libraries(
+    small: ImageData, tmp_path: Path, library: str
+) -> None:
+    module = pytest.importorskip(library)
+    if library == "timm":
+        sizes = {"patch_size": 7, "embed_dim": 24, "depth": 1, "num_heads": 2}
+        shape = {"in_channels": 1, "num_classes": 10, "image_size": (28, 28)}
+        net = models.create("timm:vit_tiny_patch16_224", args=sizes, **shape)
+    else:
+        sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"intermediate_size": 24, "image_size": 28, "patch_size": 7, "num_channels": 1}
+        net = module.ViTForImageClassification(module.ViTConfig(num_labels=10, **sizes))
+    parts = {"data": small, "device": "cpu", "display": QUIET}
+    report = training.train(Config(**FAST, emr=0.02), tmp_path / "run", model=net, **parts)
+    assert report is not None and report.n == 40

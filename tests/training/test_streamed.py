@@ -71,7 +71,7 @@ def test_transforms_train(folder: Path, tmp_path: Path, stream: bool) -> None:
     made = config(folder, augment=None, **settings)
     assert made.resolve(load(folder, image_size=8)).augment is False
     report = training.train(made, tmp_path / "run", device="cpu", display=QUIET)
-    assert report["clean"].n == 8
+    assert report.n == 8
 
 
 def test_the_folder_of_a_run_is_said(folder: Path, tmp_path: Path) -> None:
