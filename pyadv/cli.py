@@ -177,6 +177,7 @@ def train(
     channels_last: Annotated[
         bool | None, _option("Images and weights in channels-last order.", _RUN)
     ] = None,
+    seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
     log_with: Annotated[
         str | None,
         _option(
@@ -185,7 +186,6 @@ def train(
             metavar="NAMES",
         ),
     ] = None,
-    seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
     val: Annotated[
         int | None, _option("Training images held out to choose best.pt \\[0].", _RUN)
     ] = None,
@@ -221,7 +221,7 @@ def train(
         str | None, _option("sgd or adamw \\[sgd].", _OPTIMISER, metavar="NAME")
     ] = None,
     clip: Annotated[
-        float | None, _option("Largest norm of the gradient \\[no limit].", _OPTIMISER)
+        float | None, _option("Largest norm of the gradient; 0: no limit \\[0].", _OPTIMISER)
     ] = None,
     lr: Annotated[float | None, _option("Peak learning rate.", _OPTIMISER)] = None,
     schedule: Annotated[
