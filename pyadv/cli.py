@@ -36,11 +36,16 @@ def _number(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
 def _option(help: str, panel: str, **settings: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
 
 
-_RUN, _ATTACK, _OPTIMISER = "Run", "Attack", "Optimisation"
+_RUN, _DATA, _MODEL = "Run", "Data", "Network"
+_ATTACK, _OPTIMISER = "Attack", "Optimisation"
 _METHOD, _ADDED = "Method", "On top of any method"
 
 
@@ -99,18 +104,71 @@ def train(
     data: Annotated[
         str | None,
         _option(
-            "Name, folder of idx files or CIFAR batches, or .npz \\[fashion-mini].",
-            _RUN,
+            "Name, .npz, folder of idx files, CIFAR batches or images (a folder per class), "
+            "torchvision:NAME, or package.module:name \\[fashion-mini].",
+            _DATA,
             metavar="SOURCE",
         ),
     ] = None,
+    image_size: Annotated[
+        int | None, _option("Height and width that image files are resized and cut to.", _DATA)
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        _option("Read image files batch by batch \\[where they do not fit memory].", _DATA),
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Processes that read images \\[one per core, at most 8].", _DATA)
+    ] = None,
+    transform: Annotated[
+        str | None,
+        _option(
+            "Augmentation: resized-crop, v2:NAME of torchvision, or package.module:name.",
+            _DATA,
+            metavar="NAME",
+        ),
+    ] = None,
+    augment: Annotated[
+        bool | None, _option("Random crop and flip \\[for colour images].", _DATA)
+    ] = None,
     model: Annotated[
         str | None,
-        _option("small-cnn, resnet-18, preact-resnet-18, wrn-34-10, ...", _RUN, metavar="NAME"),
+        _option(
+            "small-cnn, resnet-18, preact-resnet-18, wrn-34-10, ...; timm:NAME; or "
+            "package.module:name, a class or function of your own.",
+            _MODEL,
+            metavar="NAME",
+        ),
+    ] = None,
+    model_args: Annotated[
+        str | None,
+        _option(
+            "Keyword arguments of the network, name=value,name=value or JSON.",
+            _MODEL,
+            metavar="ARGS",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        _option("File of weights to start from, .pt or .safetensors.", _MODEL, metavar="FILE"),
+    ] = None,
+    mean: Annotated[
+        Any,
+        _option(
+            "Mean of the pixels, e.g. 0.5 or 0.485,0.456,0.406: the network normalises by it.",
+            _MODEL,
+            parser=_numbers,
+            metavar="NUMBERS",
+        ),
+    ] = None,
+    std: Annotated[
+        Any,
+        _option("Their standard deviation.", _MODEL, parser=_numbers, metavar="NUMBERS"),
     ] = None,
     out: Annotated[Path | None, _option("Run folder \\[runs/DATA-METHOD-TIME].", _RUN)] = None,
     resume: Annotated[
-        Path | None, _option("Continue the run in this folder.", _RUN, metavar="RUN")
+        Path | None,
+        _option("Continue the run in this folder, also with more --epochs.", _RUN, metavar="RUN"),
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1 \\[cuda if there].", _RUN)] = None,
     precision: Annotated[
@@ -120,6 +178,14 @@ def train(
         bool | None, _option("Images and weights in channels-last order.", _RUN)
     ] = None,
     seed: Annotated[int | None, _option("Seed \\[0].", _RUN)] = None,
+    log_with: Annotated[
+        str | None,
+        _option(
+            "Trackers, e.g. tensorboard,wandb,mlflow, or none \\[tensorboard if installed].",
+            _RUN,
+            metavar="NAMES",
+        ),
+    ] = None,
     val: Annotated[
         int | None, _option("Training images held out to choose best.pt \\[0].", _RUN)
     ] = None,
@@ -148,15 +214,21 @@ def train(
     ] = None,
     epochs: Annotated[int | None, _option("Epochs.", _OPTIMISER)] = None,
     batch_size: Annotated[int | None, _option("Batch size \\[128].", _OPTIMISER)] = None,
+    accumulate: Annotated[
+        int | None, _option("Parts in which a batch goes through the network \\[1].", _OPTIMISER)
+    ] = None,
+    optimizer: Annotated[
+        str | None, _option("sgd or adamw \\[sgd].", _OPTIMISER, metavar="NAME")
+    ] = None,
+    clip: Annotated[
+        float | None, _option("Largest norm of the gradient; 0: no limit \\[0].", _OPTIMISER)
+    ] = None,
     lr: Annotated[float | None, _option("Peak learning rate.", _OPTIMISER)] = None,
     schedule: Annotated[
         str | None,
         _option("constant, piecewise, cosine or cyclic.", _OPTIMISER, metavar="NAME"),
     ] = None,
     weight_decay: Annotated[float | None, _option("Weight decay \\[5e-4].", _OPTIMISER)] = None,
-    augment: Annotated[
-        bool | None, _option("Random crop and flip \\[for colour images].", _OPTIMISER)
-    ] = None,
 ) -> None:
     """Train a robust network, and report its accuracy on the test set.
 
@@ -182,10 +254,11 @@ def _train(given: dict[str, Any]) -> None:
     folder = place["resume"]
     try:
         if folder is not None:
+            epochs = given.pop("epochs", None)
             if given or place["out"]:
                 names = ", ".join(sorted({*given, *(["out"] if place["out"] else [])}))
                 raise ValueError(f"--resume takes its settings from the run; drop {names}")
-            report = training.resume(folder, device=device, display=display)
+            report = training.resume(folder, epochs=epochs, device=device, display=display)
         else:
             recipe = given.pop("recipe", None)
             if recipe is None:
@@ -336,7 +409,8 @@ def _evaluate(
             raise ValueError(
                 f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
             )
-        images, norm = load(data or config.data), norm or config.norm
+        images = load(data, image_size=config.image_size) if data else build.data(config)
+        norm = norm or config.norm
         eps = config.eps if eps is None else eps
         run.check(images)
         folder = folder if folder.is_dir() else folder.parent

@@ -211,7 +211,7 @@ def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
 def test_ctrl_c_outside_of_training_says_how_to_go_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     folder, arguments = tmp_path / "run", ["train", "--data", source, *FAST, "--out"]
@@ -219,7 +219,7 @@ def test_ctrl_c_outside_of_training_says_how_to_go_on(
         patch.setattr("pyadv.training.run._draw", interrupt)
         output = pyadv(*arguments, folder, code=130)
         assert f"interrupted; continue with: pyadv train --resume {folder}\n" in output
-        patch.setattr("pyadv.training.run.load", interrupt)
+        patch.setattr("pyadv.training.build.load", interrupt)
         output = pyadv(*arguments, tmp_path / "other", code=130)
         assert output == "interrupted\n"
     pyadv("train", "--resume", folder, "--device", "cpu")

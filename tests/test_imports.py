@@ -106,7 +106,7 @@ def test_the_core_imports_no_extra():
 
 
 def test_only_integrations_import_what_they_are_for():
-    frameworks = {"lightning", "pytorch_lightning", "huggingface_hub", "safetensors"}
+    frameworks = {"lightning", "pytorch_lightning", "huggingface_hub"}
     frameworks |= {"torchmetrics", "robustbench", "foolbox", "torchattacks", "eagerpy"}
     seen = set()
     for module in MODULES:

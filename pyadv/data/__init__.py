@@ -1,7 +1,21 @@
-"""Image data sets as tensors: the embedded default, the standard sets, and files of your own."""
+"""Image data in memory or streamed: the embedded default, standard sets, and data of your own."""
 
-from pyadv.data.batches import Batches, crop_and_flip
+from pyadv.data.batches import Batches, Plan, crop_and_flip
 from pyadv.data.images import ImageData, to_images
+from pyadv.data.reading import Samples
 from pyadv.data.sources import load
+from pyadv.data.streams import StreamedBatches, StreamedImages, as_float, transformed_batches
 
-__all__ = ["Batches", "ImageData", "crop_and_flip", "load", "to_images"]
+__all__ = [
+    "Batches",
+    "ImageData",
+    "Plan",
+    "Samples",
+    "StreamedBatches",
+    "StreamedImages",
+    "as_float",
+    "crop_and_flip",
+    "load",
+    "to_images",
+    "transformed_batches",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,58 +30,42 @@ def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -
 _SHARE = 0.25  # share of a GPU's free memory that a training set may take
 
 
-class Batches:
-    """Batches (x, y, ids) of a training set, on `device`.
+class Plan:
+    """The batches of every epoch: which samples, in which order, shifted and mirrored how.
 
-    A GPU with room for the whole set stores it from the start, so that no batch is copied to it.
     A generator seeded with (seed, e) shuffles, crops and flips epoch e, so `epoch(e, start=s)`
-    continues a run that stopped after s batches exactly.
+    continues a run that stopped after s batches exactly. A subclass fetches the images.
 
     Args:
-        x: images (N, C, H, W).
-        y: labels (N,).
+        ids: int64 indices of the samples to use.
         batch_size: samples of a batch, over all processes.
         seed: of the order and the augmentation.
-        augment: crop and flip, see `crop_and_flip`.
-        ids: int64 indices of the samples to use, by default all.
+        augment: crop and flip, see `crop_and_flip`, in a zero border of an eighth of the image, at
+            least 4.
         device: of the batches, by default the CPU.
         rank: number of this process. It gets every `world`-th sample of each batch, so that the
             batch as a whole does not depend on the number of processes.
         world: number of processes; a last batch is cut to a multiple of it.
 
     Raises:
-        ValueError: if `batch_size` is not a positive multiple of `world`, if `x` and `y` differ in
-            length, if `ids` are not indices of samples.
+        ValueError: if `batch_size` is not a positive multiple of `world`.
     """
-
-    PADDING = 4
 
     def __init__(
         self,
-        x: Tensor,
-        y: Tensor,
+        ids: Tensor,
         batch_size: int,
         *,
         seed: int = 0,
         augment: bool = False,
-        ids: Tensor | None = None,
         device: torch.device | str | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size must be a positive multiple of {world}, got {batch_size}")
-        if len(x) != len(y):
-            raise ValueError(f"x and y must be as many, got {len(x)} and {len(y)}")
-        if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(x):
-            raise ValueError(
-                f"ids must lie in [0, {len(x)}), saw [{int(ids.min())}, {int(ids.max())}]"
-            )
         self.device = torch.device("cpu" if device is None else device)
-        self.home = self.device if _has_room(self.device, x) else torch.device("cpu")
-        self.x, self.y = x.to(self.home), y.to(self.home)
-        self.ids = (torch.arange(len(x)) if ids is None else ids).to(self.home)
-        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.ids, self.batch_size, self.seed, self.augment = ids, batch_size, seed, augment
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
@@ -88,23 +73,82 @@ class Batches:
         return full + (rest >= self.world)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the batches of `epoch` from number `start` on."""
+        """Yield the batches (x, y, ids) of `epoch` from number `start` on."""
         # torch's CPU generator uses 32 bits of its seed, so the pair is mixed into 32 bits.
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         n = len(self.ids)
         order = torch.randperm(n, generator=generator)
-        offsets = torch.randint(2 * self.PADDING + 1, (n, 2), generator=generator)
+        shifts = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
-        order, offsets, flips = order.to(self.home), offsets.to(self.device), flips.to(self.device)
-        for step in range(start, len(self)):
-            first, end = step * self.batch_size, min(n, (step + 1) * self.batch_size)
-            rows = slice(first + self.rank, end - (end - first) % self.world, self.world)
-            ids = self.ids[order[rows]]
-            x, y = self.x[ids].to(self.device), self.y[ids].to(self.device)
+        order, shifts, flips = (
+            order.to(self.ids.device),
+            shifts.to(self.device),
+            flips.to(self.device),
+        )
+        rows = [self._rows(step) for step in range(start, len(self))]
+        batches = self.fetch(epoch, [self.ids[order[r]] for r in rows])
+        for r, (x, y, ids) in zip(rows, batches, strict=True):
             if self.augment:
-                x = crop_and_flip(x, offsets[rows], flips[rows], self.PADDING)
-            yield x, y, ids.to(self.device)
+                x = crop_and_flip(x, shifts[r], flips[r], self.padding)
+            yield x, y, ids
+
+    def _rows(self, step: int) -> slice:
+        """Return the rows of the order that this process gets in a step."""
+        first, end = step * self.batch_size, min(len(self.ids), (step + 1) * self.batch_size)
+        return slice(first + self.rank, end - (end - first) % self.world, self.world)
+
+    @property
+    def padding(self) -> int:
+        """The border in which images are shifted."""
+        return max(4, min(self.shape[1:]) // 8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        raise NotImplementedError
+
+    def fetch(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (x, y, ids) on the device, float32 images in [0, 1], for each tensor of ids."""
+        raise NotImplementedError
+
+
+class Batches(Plan):
+    """Batches (x, y, ids) of a training set in memory, on `device`.
+
+    A GPU with room for the whole set stores it from the start, so that no batch is copied to it.
+
+    Args:
+        x: images (N, C, H, W).
+        y: labels (N,).
+        batch_size: as for `Plan`, and so are `settings`.
+        ids: int64 indices of the samples to use, by default all.
+
+    Raises:
+        ValueError: as `Plan` does, if `x` and `y` differ in length, if `ids` are not indices of
+            samples.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, batch_size: int, *, ids: Tensor | None = None, **settings: Any
+    ) -> None:
+        super().__init__(torch.arange(len(x)) if ids is None else ids, batch_size, **settings)
+        if len(x) != len(y):
+            raise ValueError(f"x and y must be as many, got {len(x)} and {len(y)}")
+        if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(x):
+            raise ValueError(
+                f"ids must lie in [0, {len(x)}), saw [{int(ids.min())}, {int(ids.max())}]"
+            )
+        self.home = self.device if _has_room(self.device, x) else torch.device("cpu")
+        self.x, self.y, self.ids = x.to(self.home), y.to(self.home), self.ids.to(self.home)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.x.shape[1:])
+
+    def fetch(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for ids in batches:
+            yield tuple(t.to(self.device) for t in (self.x[ids], self.y[ids], ids))
 
 
 def _has_room(device: torch.device, x: Tensor) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyadv.data.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,29 @@ class ImageData:
         """(channels, height, width) of one image."""
         return tuple(self.train_x.shape[1:])
 
-    def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Hold `n` training images out: return (ids kept (N - n,), val_x (n, C, H, W), val_y (n,)).
+    def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the ids of the training images kept, and of the `n` held out.
 
         The choice depends on `seed` alone. At least one training image must remain.
         """
-        total = len(self.train_y)
-        if not 0 <= n < total:
-            raise ValueError(f"val must lie in [0, {total}) for {total} training images, got {n}")
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        held = order[:n]
-        return order[n:].sort().values, self.train_x[held], self.train_y[held]
+        return hold_out(len(self.train_y), n, seed)
+
+    def batches(self, batch_size: int, *, ids: Tensor, **settings: Any) -> Batches:
+        """Return the training batches of the samples `ids`; `settings` are those of `Plan`."""
+        return Batches(self.train_x, self.train_y, batch_size, ids=ids, **settings)
+
+    def samples(self, split: str, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the samples `ids` of a split, by default all, as arguments of `evaluate`."""
+        x, y = getattr(self, f"{split}_x"), getattr(self, f"{split}_y")
+        return (x, y) if ids is None else (x[ids], y[ids])
+
+
+def hold_out(total: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Split `total` training images: return the ids kept, rising, and `n` ids held out."""
+    if not 0 <= n < total:
+        raise ValueError(f"val must lie in [0, {total}) for {total} training images, got {n}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[n:].sort().values, order[:n]
 
 
 def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:

@@ -1,14 +1,16 @@
-"""Read idx files, CIFAR batches, npz files and torchvision sets as `ImageData`."""
+"""Find a data set by its name or path, and read it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import gzip
 import io
 import lzma
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyadv import _imports
+from pyadv.data import single
 from pyadv.data.images import ImageData, to_images
+from pyadv.data.single import numbered
+from pyadv.data.streams import StreamedImages, placed
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -40,11 +46,17 @@ TORCHVISION = {
     "svhn": "SVHN",
 }
 IDX_STEMS = {"train": "train", "test": "t10k"}  # as in LeCun's file names
-MAX_CLASSES = 100_000  # of a set without class names: a larger label is no class number
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def load(source: str | Path = "fashion-mini", *, layout: str | None = None) -> ImageData:
+def load(
+    source: str | Path = "fashion-mini",
+    *,
+    layout: str | None = None,
+    image_size: int | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
+) -> ImageData | StreamedImages:
     """Load a data set.
 
     `source` is one of
@@ -56,34 +68,72 @@ def load(source: str | Path = "fashion-mini", *, layout: str | None = None) -> I
     - a folder of CIFAR-10 or CIFAR-100 python batches;
     - an `.npz` file with `x_train, y_train, x_test, y_test`, or with `x, y`, of which a
       fixed random fifth becomes the test split; `layout` is that of `to_images`;
-    - a torchvision set by name (`cifar10`, `svhn`, ...), downloaded to `./data`.
+    - a torchvision set by name (`cifar10`, `svhn`, ...), downloaded to `./data`;
+    - `torchvision:NAME`, any set of torchvision with training and test images and one label each;
+    - a folder of image files: `train/` with a folder per class, and `test/` or `val/` with the
+      same; or folders per class alone, of which a fixed random fifth becomes the test split;
+    - a folder that Hugging Face's `save_to_disk` wrote;
+    - `package.module:name`, a function without arguments that returns an `ImageData`, or training
+      and test data sets of PyTorch, as a pair or as a dict with the keys train and test.
+
+    The last four are read image by image. They are loaded into memory if a quarter of what is free
+    holds them as float32, and streamed by worker processes otherwise.
 
     Sets without class names have the classes 0 to the largest label, which must be below
-    `MAX_CLASSES`.
+    100,000.
 
-    Raises ValueError for a source it cannot read, FileNotFoundError for a path that does not exist,
-    ImportError if torchvision is needed and missing.
+    Args:
+        source: as above.
+        layout: of the images in an `.npz` file, "NCHW" or "NHWC", where the shape does not tell.
+        image_size: height and width to which single images are resized and cut.
+        stream: whether single images are streamed; None decides by the size.
+        workers: processes that read streamed images, by default one per CPU core, at most 8.
+
+    Raises:
+        ValueError: for a source that cannot be read, and for options that it does not have.
+        FileNotFoundError: for a path that does not exist.
+        ImportError: if a library is needed and missing.
     """
-    name = str(source)
+    name, path = str(source), _path(source)
+    read = _whole(name, path, layout)
+    if read is not None:
+        given = {"image_size": image_size is not None, "stream": bool(stream)}
+        if wrong := [option for option, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"{wrong[0]} is for data sets that are read image by image; {name} is read whole"
+            )
+        return read()
+    if not (path.exists() or _imports.is_import_path(name)):
+        names = ", ".join((*EMBEDDED, *TORCHVISION))
+        near = difflib.get_close_matches(name, (*EMBEDDED, *TORCHVISION), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"data: {name!r} is neither a path nor one of {names}{hint}")
+    data = single.read(name, path, image_size)
+    if isinstance(data, ImageData):
+        return data
+    return placed(dataclasses.replace(data, workers=workers), stream)
+
+
+def _whole(name: str, path: Path, layout: str | None) -> Callable[[], ImageData] | None:
+    """Return the reader of a data set that is read whole, None for any other."""
     if name in EMBEDDED:
         folder = Path(__file__).parent / name.replace("-", "_")
-        return _read_idx_folder(folder, name, EMBEDDED[name])
+        return lambda: _read_idx_folder(folder, name, EMBEDDED[name])
     if name in TORCHVISION:
-        return _read_torchvision(name)
+        return lambda: _read_torchvision(name)
+    if path.suffix == ".npz" and path.exists():
+        return lambda: _read_npz(path, layout)
+    for file, reader in _FOLDERS.items():
+        if path.is_dir() and any(path.glob(file)):
+            return lambda: reader(path)
+    return None
+
+
+def _path(source: str | Path) -> Path:
     path = Path(source)
     with contextlib.suppress(RuntimeError):  # ~name without such a user is a name like any other
         path = path.expanduser()
-    if not path.exists():
-        names = ", ".join((*EMBEDDED, *TORCHVISION))
-        raise FileNotFoundError(f"data: {name!r} is neither a path nor one of {names}")
-    if path.suffix == ".npz":
-        return _read_npz(path, layout)
-    for file, reader in _FOLDERS.items():
-        if path.is_dir() and any(path.glob(file)):
-            return reader(path)
-    raise ValueError(
-        f"data: {path} is not an .npz file or a folder that holds one of {', '.join(_FOLDERS)}"
-    )
+    return path
 
 
 def read_idx(path: Path) -> Tensor:
@@ -126,7 +176,7 @@ def _read_idx_folder(
         parts[f"{split}_x"] = to_images(str(x), read_idx(x))
         parts[f"{split}_y"] = read_idx(y).long()
         _check_lengths(str(x), len(parts[f"{split}_x"]), str(y), len(parts[f"{split}_y"]))
-    classes = classes or _numbered(parts["train_y"], parts["test_y"])
+    classes = classes or numbered(parts["train_y"], parts["test_y"])
     return ImageData(name=name or folder.resolve().name, classes=classes, **parts)
 
 
@@ -216,7 +266,7 @@ def _read_npz(path: Path, layout: str | None) -> ImageData:
     splits = [(_pixels(path, x, layout), _labels(path, y)) for x, y in (train, test)]
     for part, (x, y) in zip(("training", "test"), splits, strict=True):
         _check_lengths(f"{part} images of {path}", len(x), "labels", len(y))
-    classes = _numbered(splits[0][1], splits[1][1])
+    classes = numbered(splits[0][1], splits[1][1])
     return ImageData(name, classes, *splits[0], *splits[1])
 
 
@@ -267,18 +317,8 @@ def _read_torchvision(name: str, root: str = "data") -> ImageData:
         x = torch.as_tensor(sets[-1].data)
         y = torch.as_tensor(sets[-1].labels if svhn else sets[-1].targets).long()
         splits.append((to_images(name, x), y))
-    classes = getattr(sets[0], "classes", None) or _numbered(splits[0][1], splits[1][1])
+    classes = getattr(sets[0], "classes", None) or numbered(splits[0][1], splits[1][1])
     return ImageData(name, tuple(classes), *splits[0], *splits[1])
-
-
-def _numbered(*labels: Tensor) -> tuple[str, ...]:
-    """Return class names for a set that has none: the numbers up to its largest label."""
-    largest = max((int(y.max()) for y in labels if len(y)), default=0)
-    if largest >= MAX_CLASSES:
-        raise ValueError(
-            f"labels must lie in [0, {MAX_CLASSES:,}), saw {largest}: number the classes from 0"
-        )
-    return tuple(str(i) for i in range(largest + 1))
 
 
 _FOLDERS = {

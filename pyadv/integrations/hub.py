@@ -19,10 +19,9 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from pyadv import models
 from pyadv.training import Config
 from pyadv.training import load_model as load_run
-from pyadv.training.checkpoint import Trained
+from pyadv.training.checkpoint import Trained, network
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
@@ -102,7 +101,7 @@ class PretrainedRun(
         settings = json.loads(paths[SETTINGS].read_text())
         architecture = settings["architecture"]
         architecture["image_size"] = tuple(architecture["image_size"])
-        network = models.create(**architecture)
-        load_model(network, str(paths[WEIGHTS]))
-        run = Trained(network.eval(), Config.from_dict(settings["config"]), architecture)
+        model = network(architecture)
+        load_model(model, str(paths[WEIGHTS]))
+        run = Trained(model.eval(), Config.from_dict(settings["config"]), architecture)
         return cls(run)

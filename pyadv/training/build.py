@@ -2,29 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pyadv.data import ImageData
+from pyadv import models
+from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
+from pyadv.passes.borrow import borrowed
 from pyadv.training.config import Config
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor
 
+Images = ImageData | StreamedImages
 
-def architecture(config: Config, data: ImageData) -> dict[str, Any]:
-    """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights."""
+
+def data(config: Config) -> Images:
+    """Return the data set that a config names."""
+    return load(
+        config.data, image_size=config.image_size, stream=config.stream, workers=config.workers
+    )
+
+
+def batches(config: Config, data: Images, ids: Tensor, **place: Any) -> Plan:
+    """Return the training batches of the samples `ids`; `place` is their device and the number of
+    this process, see `Plan`.
+    """
+    settings = {"ids": ids, "seed": config.seed, "augment": config.augment, **place}
+    if config.transform is None:
+        return data.batches(config.batch_size, **settings)
+    return transformed_batches(
+        data,
+        config.batch_size,
+        transform=config.transform,
+        workers=config.workers,
+        **settings,
+    )
+
+
+def chunk(data: Images) -> int:
+    """Return how many samples an evaluation holds in memory at a time: at most 1 GB of images."""
+    return max(1, min(4096, 10**9 // (4 * math.prod(data.shape))))
+
+
+def architecture(config: Config, data: Images) -> dict[str, Any]:
+    """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights.
+
+    They do not say where training takes its first weights from: a trained network has its own.
+    """
     channels, *size = data.shape
-    return {
+    result = {
         "name": config.model,
         "in_channels": channels,
         "num_classes": len(data.classes),
         "image_size": tuple(size),
     }
+    args = {k: v for k, v in config.model_args.items() if k not in _FIRST_WEIGHTS}
+    optional = {"args": args, "mean": config.mean, "std": config.std}
+    return result | {name: value for name, value in optional.items() if value}
+
+
+def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.Module:
+    """Return the network of a run that begins (`fresh`), with the weights it starts from, or that
+    is resumed.
+
+    Raises:
+        ValueError: as `pyadv.models.create` and `pyadv.models.check_restorable` do.
+    """
+    models.check_restorable(config.model)
+    begin = {"args": config.model_args, "weights": config.weights} if fresh else {}
+    return models.create(**architecture | begin)
+
+
+def own_network(config: Config, model: nn.Module, data: Images) -> nn.Module:
+    """Return the user's network such that it takes images in [0, 1] and returns logits."""
+    model = models.returning_logits("model", model, len(data.classes), data.shape)
+    return model if config.mean is None else models.Normalized(model, config.mean, config.std)
+
+
+def optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return the optimizer that a config names."""
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **settings)
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum, **settings)
+
+
+_FIRST_WEIGHTS = ("pretrained", "checkpoint_path")  # arguments of timm
 
 
 def device(name: str | None) -> torch.device:
@@ -41,19 +110,41 @@ def device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def objective(config: Config, model: nn.Module, data: ImageData) -> Objective:
+def objective(config: Config, model: nn.Module, data: Images) -> Objective:
     """Return the objective of a resolved `config`: its method and the terms added to it.
 
     `model` and `data` are those of the run; the norm penalty reads the layers and their shapes.
     """
     result = METHODS[config.method].build(config.to_dict())
     if config.emr:
-        result = result + EMR(lam=_emr_lam(config), temperature=config.emr_temperature)
+        form = {"temperature": config.emr_temperature, "derivative": emr_derivative(model, data)}
+        result = result + EMR(lam=_emr_lam(config), **form)
     if config.norm_penalty:
         result = result + NormPenalty(config.norm_penalty, NormProduct(model, data.shape))
     if config.awp:
         result = AWP(result, config.awp, config.awp_begin_epoch)
     return result
+
+
+def emr_derivative(model: nn.Module, data: Images) -> str:
+    """Return the form of EMR that the network allows: "tangent", which needs second derivatives, or
+    "difference".
+
+    The fused attention of PyTorch, for example, has no second derivative. One image goes through
+    the network in eval mode.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    like = parameters[0]
+    with borrowed(model), torch.enable_grad():
+        x = torch.full(
+            (1, *data.shape), 0.5, device=like.device, dtype=like.dtype, requires_grad=True
+        )
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        try:
+            torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
+        except RuntimeError:  # NotImplementedError is one
+            return "difference"
+    return "tangent"
 
 
 def _emr_lam(config: Config) -> Schedule:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyadv import _state, models
-from pyadv.data import ImageData
+from pyadv.data import ImageData, StreamedImages
 from pyadv.training.config import Config
 
 KIND, FORMAT = "checkpoint", 1
@@ -45,7 +45,7 @@ class Trained:
     config: Config
     architecture: dict[str, Any]
 
-    def check(self, data: ImageData) -> None:
+    def check(self, data: ImageData | StreamedImages) -> None:
         """Raise ValueError unless the network takes these images and knows their classes."""
         a = self.architecture
         takes = (a["in_channels"], *a["image_size"])
@@ -56,12 +56,25 @@ class Trained:
             )
 
 
-def load_model(path: str | Path) -> Trained:
-    """Load the trained network of a run folder or a checkpoint file."""
+def load_model(path: str | Path, model: nn.Module | None = None) -> Trained:
+    """Load the trained network of a run folder or a checkpoint file.
+
+    Args:
+        path: the folder or file.
+        model: receives the weights: a network like the one that the run was given from Python. A
+            run that built its network from a name needs none.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it cannot be read, if it needs a `model`, or must not call what it names.
+    """
     path = Path(path)
     state = load(path / "checkpoint.pt" if path.is_dir() else path)
-    model = models.create(**state["architecture"])
     config = Config.from_dict(state["config"])
+    if model is None:
+        model = network(state["architecture"])
+    elif config.mean is not None:
+        model = models.Normalized(model, config.mean, config.std)
     if config.ema:
         average = AveragedModel(model)
         average.load_state_dict(state["average"])
@@ -69,6 +82,20 @@ def load_model(path: str | Path) -> Trained:
     else:
         model.load_state_dict(state["model"])
     return Trained(model.eval(), config, state["architecture"])
+
+
+def network(architecture: dict[str, Any]) -> nn.Module:
+    """Build the network that a file describes, without weights.
+
+    Raises ValueError for a name that a file must not call, see `pyadv.models.check_restorable`.
+    """
+    if architecture["name"] is None:
+        raise ValueError(
+            f"the run trained a {architecture['class']} that it was given: "
+            "load_model(path, model=...) takes one like it"
+        )
+    models.check_restorable(architecture["name"])
+    return models.create(**architecture)
 
 
 def newest_state(folder: Path) -> dict[str, Any]:

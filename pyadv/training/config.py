@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
 import math
 import numbers
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from pyadv import _state
-from pyadv.data import ImageData
+from pyadv.data import ImageData, StreamedImages
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
 from pyadv.training.schedules import SCHEDULES
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # to Accelerate's names
+
+OPTIMIZERS = ("sgd", "adamw")
 
 # Defaults that follow from the data set, for Linf.
 _GREY = {
@@ -55,8 +59,16 @@ class Config:
     """
 
     method: str = "at"  # a key of METHODS, which has the defaults of the methods' own settings
-    data: str = "fashion-mini"
-    model: str | None = None
+    data: str = "fashion-mini"  # a source that `pyadv.data.load` knows
+    image_size: int | None = None  # to which images in files are resized and cut
+    stream: bool | None = None  # read images batch by batch; None: where they do not fit memory
+    workers: int | None = None  # processes that read and transform; None: one per core, at most 8
+    transform: str | None = None  # augmentation by the workers, see `data.streams.find_transform`
+    model: str | None = None  # a name that `pyadv.models.create` knows
+    model_args: dict = dataclasses.field(default_factory=dict)  # keyword arguments of the network
+    weights: str | None = None  # file of weights that training starts from
+    mean: tuple[float, ...] | None = None  # of the pixels, inside the network; with std
+    std: tuple[float, ...] | None = None
 
     norm: str = "Linf"
     eps: float | None = None
@@ -68,17 +80,21 @@ class Config:
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None
-    batch_size: int = 128
+    batch_size: int = 128  # of one update of the weights
+    accumulate: int = 1  # parts in which a batch goes through the network, to save memory
+    optimizer: str = "sgd"  # sgd or adamw
+    clip: float = 0.0  # largest norm of the gradient; 0: no limit
     lr: float | None = None
     schedule: str | None = None
     milestones: tuple[float, ...] | None = None  # of "piecewise", as shares of the run
     factors: tuple[float, ...] = ()  # factor of lr from each milestone on; (): 0.1, 0.01, ...
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    augment: bool | None = None  # random crop with a border of 4, and flip
+    augment: bool | None = None  # random crop with a border of an eighth, and flip
     val: int = 0  # training images held out; best.pt is the epoch most robust on them
     seed: int = 0
     precision: str = "fp32"
+    log_with: str | None = None  # trackers of Accelerate; None: tensorboard if it is installed
     channels_last: bool = False  # memory order of images and weights; fast in 16 bits on GPUs
 
     # A strength of 0 switches each of these off.
@@ -99,7 +115,7 @@ class Config:
     mail_bias: float | None = None
     mail_normalize: str | None = None
 
-    def resolve(self, data: ImageData) -> Config:
+    def resolve(self, data: ImageData | StreamedImages) -> Config:
         """Return a checked copy with all defaults filled in.
 
         Settings that the method does not have stay None, and so does tau for the official schedule.
@@ -114,6 +130,10 @@ class Config:
         if norm != "Linf" and self.eps is None:
             raise ValueError(f"eps must be given for norm {norm}: the default is for Linf")
         config = Config.from_dict({**self.to_dict(), "norm": norm})
+        if config.lr is None and config.optimizer == "adamw":
+            config.lr = 1e-3
+        if config.augment is None and config.transform is not None:
+            config.augment = False
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
@@ -134,6 +154,7 @@ class Config:
             ("method", METHODS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -154,6 +175,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {rule}, got {value}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std must go together, got mean={self.mean}, std={self.std}")
         for name in ("milestones", "emr_milestones"):
             _check_milestones(name, getattr(self, name) or ())
         if self.begin_epoch is not None and self.begin_epoch > self.epochs:
@@ -206,6 +229,49 @@ def number(value: Any) -> float:
         raise ValueError(f"{value!r} is not a number or a fraction like 8/255") from None
 
 
+def arguments(value: Any) -> dict[str, Any]:
+    """Return keyword arguments that are given as a dict, as JSON, or as text "depth=10,act=gelu".
+
+    Values in text are read as Python literals or JSON where they are such, and as text otherwise.
+
+    Raises:
+        ValueError: if the value is neither, or if JSON cannot hold what is in it.
+    """
+    if isinstance(value, str):
+        value = _json(value) if value.lstrip().startswith("{") else _pairs(value)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{value!r} is not a dict, JSON or name=value,name=value")
+    try:
+        return json.loads(json.dumps(dict(value)))  # a copy, as it reads back from a file
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{value!r} cannot be written as JSON: {error}") from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not JSON: {error}") from None
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    # A comma separates arguments only where a name and "=" follow: values may be lists.
+    parts = [part for part in re.split(r",\s*(?=[^\W\d]\w*\s*=)", text) if part.strip()]
+    pairs = [part.partition("=") for part in parts]
+    if bad := [name for name, sign, _ in pairs if not sign or not name.strip().isidentifier()]:
+        raise ValueError(f"{bad[0]!r} is not name=value")
+    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text
+
+
 def _read(name: str, value: Any, type_: str) -> Any:
     """Return `value` as the type of its field, e.g. "float | None"."""
     kind, *rest = type_.split(" | ")
@@ -214,6 +280,8 @@ def _read(name: str, value: Any, type_: str) -> Any:
     try:
         if kind == "float":
             return number(value)
+        if kind == "dict":
+            return arguments(value)
         if kind.startswith("tuple"):
             if isinstance(value, str):  # its characters could be numbers
                 raise ValueError(f"{value!r} is not a list of numbers")
@@ -233,10 +301,14 @@ def _read(name: str, value: Any, type_: str) -> Any:
 
 # (settings, test of a value, rule in words)
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("epochs", "batch_size", "begin_epoch", "awp_begin_epoch"), lambda v: v >= 1, ">= 1"),
-    (("steps", "eps_warmup", "val", "tau"), lambda v: v >= 0, ">= 0"),
     (
-        ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta"),
+        ("epochs", "batch_size", "accumulate", "begin_epoch", "awp_begin_epoch", "image_size"),
+        lambda v: v >= 1,
+        ">= 1",
+    ),
+    (("steps", "eps_warmup", "val", "tau", "workers"), lambda v: v >= 0, ">= 0"),
+    (
+        ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta", "clip"),
         lambda v: 0 <= v < math.inf,
         "finite and >= 0",
     ),

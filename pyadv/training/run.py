@@ -3,7 +3,7 @@
 config.json      every setting, resolved
 checkpoint.pt    the whole state at the start, after each epoch, and at an interruption
 best.pt          the whole state of the epoch most robust on held-out images (with val > 0)
-metrics.jsonl    one record per epoch; tensorboard/ shows them as curves
+metrics.jsonl    one record per epoch; tensorboard/ and other trackers show them as curves
 curves.png       loss and accuracy over the epochs
 kappa.png        how many PGD steps the training samples survive
 results.json     accuracy on the test set, clean and attacked
@@ -13,13 +13,14 @@ run.lock         the process that trains, while it does
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import get_int_from_env
 
 from pyadv import evaluation
-from pyadv.data import ImageData, load
+from pyadv.data import StreamedImages
 from pyadv.evaluation import Report
-from pyadv.training import checkpoint
+from pyadv.training import build, checkpoint
 from pyadv.training.config import Config
 from pyadv.training.display import Display
 from pyadv.training.lock import RunLock
@@ -27,21 +28,27 @@ from pyadv.training.trainer import Trainer
 
 
 def train(
-    config: Config,
+    config: Config | None,
     folder: str | Path,
     *,
-    data: ImageData | None = None,
+    data: build.Images | None = None,
     device: str | None = None,
     display: Display | None = None,
-) -> Report:
+    **parts: Any,
+) -> Report | None:
     """Train as `config` says, in `folder`, and report accuracy on the test set.
 
     Args:
         config: settings; those left None follow from the data and the method.
         folder: the run folder, made if it does not exist.
-        data: the data set, by default `load(config.data)`.
+        data: the data set, by default the one that `config` names.
         device: as for `Trainer`.
         display: shows progress, by default on stderr.
+        parts: the user's own model, train, val, test, optimizer, scheduler, scheduler_every and
+            callbacks, as for `Trainer`.
+
+    Returns:
+        The report; None for a run on the user's own loaders without `test` and `val`.
 
     Raises:
         FileExistsError: if `folder` holds a run; `resume` continues it.
@@ -49,36 +56,45 @@ def train(
         ValueError: if a setting is wrong, before any work.
         Interrupted, Diverged, OSError: see `Trainer.fit`.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), config or Config()
     _refuse_a_run(folder)
-    data = data or load(config.data)
-    config = config.resolve(data)
-    trainer = Trainer(config, data, folder, device=device, display=display)
+    data = _data(config, data, parts)
+    trainer = Trainer(config, data, folder, device=device, display=display, **parts)
     main = trainer.accelerator.is_main_process
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder, active=main):
         if main:
             _refuse_a_run(folder)  # another process may have begun one
-            config.save(folder / "config.json")
+            trainer.config.save(folder / "config.json")
         trainer.save()  # from here on the run can be resumed, whatever happens
         trainer.accelerator.wait_for_everyone()
-        return _complete(trainer, data)
+        return _complete(trainer)
 
 
 def resume(
     folder: str | Path,
     *,
-    data: ImageData | None = None,
+    epochs: int | None = None,
+    data: build.Images | None = None,
     device: str | None = None,
     display: Display | None = None,
-) -> Report:
+    **parts: Any,
+) -> Report | None:
     """Continue the run in `folder` from its last saved state, exactly, and report as `train` does.
+
+    Args:
+        folder: the run folder.
+        epochs: a new number of epochs. The schedules of the rest of the run are then those of a run
+            of that length.
+        data: as for `train`, and so are `device`, `display` and `parts`. What was given to `train`
+            must be given again.
 
     Raises:
         FileNotFoundError: if `folder` holds no checkpoint.
         FolderInUse: if another process trains in `folder`.
-        ValueError: if the checkpoint cannot be read or does not fit `data`.
+        ValueError: if the checkpoint cannot be read or does not fit `data`, or if more than
+            `epochs` epochs have begun.
         Interrupted, Diverged, OSError: see `Trainer.fit`.
     """
     folder = Path(folder)
@@ -90,15 +106,34 @@ def resume(
     with RunLock(folder, active=main):
         state = checkpoint.newest_state(folder)
         config = Config.from_dict(state["config"])
-        data = data or load(config.data)
-        trainer = Trainer(config, data, folder, device=device, display=display)
+        changed = epochs is not None and epochs != config.epochs
+        if changed:
+            begun = state["epoch"] if state["step"] else state["epoch"] - 1
+            if epochs < max(1, begun):
+                raise ValueError(
+                    f"epochs must be >= {max(1, begun)}, which have begun, got {epochs}"
+                )
+            config.epochs = epochs
+        data = _data(config, data, parts)
+        if "model" in parts:
+            config.model = None
+        trainer = Trainer(
+            config, data, folder, device=device, display=display, fresh=False, **parts
+        )
         trainer.restore(state)
         if main:
             for part in folder.glob("*.partial"):  # from a process that was killed as it wrote
                 part.unlink()
-            if not (folder / "config.json").exists():
-                config.save(folder / "config.json")
-        return _complete(trainer, data)
+            if changed or not (folder / "config.json").exists():
+                trainer.config.save(folder / "config.json")
+        if changed:
+            trainer.save()  # a kill must not bring the old number back
+        return _complete(trainer)
+
+
+def _data(config: Config, data: build.Images | None, parts: dict[str, Any]) -> build.Images | None:
+    """Return the data set of a run, None for a run on the user's own loaders."""
+    return build.data(config) if data is None and parts.get("train") is None else data
 
 
 # Environment variables that number the processes of a distributed run, as Accelerate reads them.
@@ -111,36 +146,48 @@ def _refuse_a_run(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a run already; resume it, or choose another folder")
 
 
-def _complete(trainer: Trainer, data: ImageData) -> Report:
+def _complete(trainer: Trainer) -> Report | None:
     """Train to the end, evaluate, and write the report and the pictures."""
-    config, folder = trainer.config, trainer.folder
-    trainer.display.message(_announcement(trainer, data))
-    trainer.fit()
-    with trainer.display.progress() as bar:
-        task = bar.add_task("evaluating", total=len(data.test_y), text="")
-        report = evaluation.evaluate(
-            trainer.result,
-            data.test_x,
-            data.test_y,
-            eps=config.eps,
-            norm=config.norm,
-            progress=lambda name, done, n, _: bar.update(task, completed=done, text=name),
+    config, folder, data = trainer.config, trainer.folder, trainer.data
+    if isinstance(data, StreamedImages):
+        trainer.display.message(data.residence)
+    trainer.display.message(_announcement(trainer))
+    if config.emr and build.emr_derivative(trainer.network, data) == "difference":
+        trainer.display.message(
+            "EMR by finite differences: autograd has no second derivative of this network"
         )
+    trainer.fit()
+    report, samples = None, data.samples("test")
+    if samples is not None:
+        with trainer.display.progress() as bar:
+            task = bar.add_task("evaluating", total=None, text="")
+            report = evaluation.evaluate(
+                trainer.result,
+                *samples,
+                eps=config.eps,
+                norm=config.norm,
+                chunk=trainer.chunk,
+                progress=lambda name, done, n, _: bar.update(
+                    task, completed=done, total=n, text=name
+                ),
+            )
     if trainer.accelerator.is_main_process:
-        report.save(folder / "results.json")
+        if report is not None:
+            report.save(folder / "results.json")
         _draw(trainer, folder)
     return report
 
 
-def _announcement(trainer: Trainer, data: ImageData) -> str:
+def _announcement(trainer: Trainer) -> str:
     config = trainer.config
     size = sum(p.numel() for p in trainer.model.parameters())
     begun = trainer.epoch > 1 or trainer.step > 0
     at = f", from epoch {trainer.epoch}, step {trainer.step + 1}" if begun else ""
     return (
-        f"{config.method} on {data.name}, {config.model} ({size:,} parameters), {config.norm} eps "
-        f"{config.eps:.4g}, alpha {config.alpha:.4g}, {config.steps} steps; {config.epochs} epochs "
-        f"of {len(trainer.batches)} batches on {trainer.accelerator.device}{at} -> {trainer.folder}"
+        f"{config.method} on {trainer.data.name}, {config.model} ({size:,} parameters), "
+        f"{config.norm} eps {config.eps:.4g}, alpha {config.alpha:.4g}, {config.steps} steps; "
+        f"{config.epochs} epochs of {len(trainer.batches)} batches on "
+        f"{trainer.accelerator.device}{at} -> {trainer.folder}"
     )
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from pyadv import evaluation, models
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
-from pyadv.data import Batches, ImageData
 from pyadv.training import build, checkpoint
+from pyadv.training.callbacks import Callback
 from pyadv.training.config import PRECISIONS, Config
 from pyadv.training.display import Display, percent
-from pyadv.training.records import Records
+from pyadv.training.loaders import LoaderBatches, Loaders
+from pyadv.training.records import Records, trackers
 from pyadv.training.schedules import lr_factor
 from pyadv.training.stop import StopSignal
 
@@ -37,81 +42,149 @@ class Diverged(ArithmeticError):
 
 
 class Trainer:
-    """A run in `folder`: it trains, records, saves after every epoch and on a signal, and resumes.
+    """A run: it trains, records, saves after every epoch and on a signal, and resumes.
 
-    A step is `objective(model, x, y, epoch=e, ids=ids)` and an SGD update. Learning rate, data
-    order, augmentation and attack noise are functions of (config, epoch, step). A checkpoint
-    therefore holds weights, momenta, the attack's draw counter and the states of torch's
+    A step is `objective(model, x, y, epoch=e, ids=ids)` and an update by the optimizer. Learning
+    rate, data order, augmentation and attack noise are functions of (config, epoch, step). A
+    checkpoint therefore holds weights, momenta, the attack's draw counter and the states of torch's
     generators, and a resumed run gives the same bits as an uninterrupted one (in one process on
     the CPU).
 
-    No step waits for the GPU: the training set is stored on it, and the totals that are shown and
-    the loss that is checked may be a few steps old.
+    No step waits for the GPU: a training set that fits is stored on it, and the totals that are
+    shown and the loss that is checked may be a few steps old.
+
+    The network, the data and the optimizer are those that `config` names, or the user's own:
+
+        Trainer(
+            Config(method="trades", eps=8 / 255, epochs=10),
+            folder="runs/mine",
+            model=net,
+            train=train_loader,
+            val=val_loader,
+            optimizer=torch.optim.AdamW(net.parameters()),
+            callbacks=[MyCallback()],
+        ).fit()
+
+    `pyadv.training.train` and `resume` take the same arguments; they also lock the folder, resume,
+    and report on the test set.
 
     Args:
-        config: settings resolved for `data`.
-        data: the data set.
+        config: settings; those left None follow from the data and the method.
+        data: the data set, in memory or streamed; or `train`.
         folder: the run folder, which must exist before the first save; receives checkpoint.pt,
-            metrics.jsonl and, with held-out data, best.pt.
+            metrics.jsonl and, with held-out data, best.pt. Without a folder nothing is saved.
+        model: a network that maps images in [0, 1] to logits, in place of `config.model`.
+        train: batches to train on in place of `data`, see `Loaders`. With several processes,
+            Accelerate shards them.
+        val: held-out batches that choose best.pt, with `train`.
+        test: batches of the final report, with `train`; by default those of `val`.
+        optimizer: an optimizer of the parameters of `model`, or a function that makes one of
+            parameters. Its learning rate is its own, and that of `scheduler`.
+        scheduler: a scheduler of the optimizer, or a function that makes one of the optimizer.
+        scheduler_every: "epoch" or "step": after what `scheduler` steps.
+        callbacks: hooks, see `Callback`.
         device: "cpu", "cuda", "cuda:1"; by default CUDA if available, and the process's own card
             in a distributed run.
         display: shows progress.
+        fresh: whether the run begins, with the weights that `config` names; False if `restore`
+            follows, which needs none.
+
+    Raises:
+        ValueError: for settings and arguments that are wrong or do not fit together, before any
+            work.
     """
 
     def __init__(
         self,
-        config: Config,
-        data: ImageData,
-        folder: Path,
+        config: Config | None = None,
+        data: build.Images | None = None,
+        folder: str | Path | None = None,
         *,
+        model: nn.Module | None = None,
+        train: Iterable | None = None,
+        val: Iterable | None = None,
+        test: Iterable | None = None,
+        optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+        scheduler: LRScheduler | Callable[..., LRScheduler] | None = None,
+        scheduler_every: str = "epoch",
+        callbacks: Sequence[Callback] = (),
         device: str | None = None,
         display: Display | None = None,
+        fresh: bool = True,
     ) -> None:
+        config = config or Config()
+        self.folder = None if folder is None else Path(folder)
+        self.data = _the_data(data, train, val, test, model)
+        _check_parts(config if fresh else None, model, optimizer, scheduler, scheduler_every)
+        self.config = config = config.resolve(self.data)
+        if model is not None:
+            config.model = f"{type(model).__module__}.{type(model).__qualname__}"
         place = build.device(device)
         if place.index is not None:
             torch.cuda.set_device(place)
         self.accelerator = Accelerator(
-            cpu=place.type == "cpu", mixed_precision=PRECISIONS[config.precision]
+            cpu=place.type == "cpu",
+            mixed_precision=PRECISIONS[config.precision],
+            log_with=trackers(config.log_with, self.folder) or None,
+            project_config=None if self.folder is None else self._places(self.folder),
         )
-        self.config, self.folder = config, folder
         main = self.accelerator.is_main_process
         self.display = (display or Display()) if main else Display(quiet=True)
         torch.manual_seed(config.seed)
-        self.architecture = build.architecture(config, data)
-        model = models.create(**self.architecture)
+        self.architecture = build.architecture(config, self.data)
+        if model is None:
+            model = build.network(config, self.architecture, fresh=fresh)
+        else:
+            self.architecture |= {"name": None, "class": config.model}
+            model = build.own_network(config, model, self.data)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         device = self.accelerator.device
         self.average = _Average(model, config.ema, device) if config.ema else None
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        self.own_optimizer = optimizer is not None
+        if optimizer is None:
+            optimizer = build.optimizer(config, model)
+        elif not isinstance(optimizer, Optimizer):
+            optimizer = optimizer(model.parameters())
+        _check_optimizer(optimizer, model)
+        callable_scheduler = scheduler is not None and not hasattr(scheduler, "step")
+        self.scheduler = scheduler(optimizer) if callable_scheduler else scheduler
+        self.scheduler_every = scheduler_every
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.network = self.accelerator.unwrap_model(self.model)
-        self.objective = build.objective(config, self.network, data)
+        self.objective = build.objective(config, self.network, self.data)
+        self.callbacks = list(callbacks)
 
-        kept, self.val_x, self.val_y = data.hold_out(config.val, config.seed)
-        self.probe_x, self.probe_y = data.train_x[kept[:_PROBE]], data.train_y[kept[:_PROBE]]
-        self.batches = Batches(
-            data.train_x,
-            data.train_y,
-            config.batch_size,
-            seed=config.seed,
-            augment=config.augment,
-            ids=kept,
-            device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+        self.chunk = build.chunk(self.data)
+        if isinstance(self.data, Loaders):
+            if config.val:
+                raise ValueError("config.val is for data sets: pass val, a loader of held-out data")
+            self.probe, self.val = None, self.data.samples("val")
+            self.batches = LoaderBatches(self.data.train, self.accelerator, config.seed)
+        else:
+            kept, held = self.data.hold_out(config.val, config.seed)
+            self.probe = self.data.samples("train", kept[:_PROBE])
+            self.val = self.data.samples("train", held) if len(held) else None
+            self.batches = build.batches(
+                config,
+                self.data,
+                kept,
+                device=self.accelerator.device,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+            )
         self.epoch, self.step = 1, 0  # of the next step
+        self.stopped = False
         self.totals = self._no_totals()
         self.known: list[float] = []  # totals that have reached the host
         self.underway: dict[str, Callable[[], Tensor | None]] = {}  # copies from the device
-        self.records = Records(folder, active=main)
+        self.records = Records(self.folder, self.accelerator, config.to_dict())
         self._judge()  # refuses settings of the evaluation before any work
+
+    @staticmethod
+    def _places(folder: Path) -> ProjectConfiguration:
+        """Return the folders of Accelerate's trackers."""
+        return ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -123,11 +196,25 @@ class Trainer:
             Diverged: if the loss is not finite.
             OSError: if a file cannot be written, with `errno` ENOSPC if the disk is full.
         """
-        with StopSignal(self.accelerator) as stop:
-            while self.epoch <= self.config.epochs:
-                started = time.perf_counter()
-                self._train_epoch(stop)
-                self._end_epoch(time.perf_counter() - started)
+        self.stopped = False
+        try:
+            with StopSignal(self.accelerator) as stop:
+                self._call("on_start")
+                while self.epoch <= self.config.epochs and not self.stopped:
+                    started = time.perf_counter()
+                    self._train_epoch(stop)
+                    self._end_epoch(time.perf_counter() - started)
+                self._call("on_end")
+        finally:
+            self.records.finish()
+
+    def stop(self) -> None:
+        """End the run after this epoch, as if it were the last. All processes must call this."""
+        self.stopped = True
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
 
     def _train_epoch(self, stop: StopSignal) -> None:
         self._warm_up()
@@ -141,22 +228,43 @@ class Trainer:
                     self.save()
                     raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}")
 
-    def _train_step(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
+    def _train_step(self, x: Tensor, y: Tensor, ids: Tensor | None) -> None:
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        if not self.own_optimizer:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
         self.model.train()
-        loss = self._loss(x, y, ids)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        loss = self._backward(x, y, ids)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
+        if self.scheduler is not None and self.scheduler_every == "step":
+            self.scheduler.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
-        self._count(loss.detach(), y)
         self.step += 1
+        self._call("on_step", loss)
 
-    def _loss(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+    def _backward(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+        """Accumulate the gradient of a batch part by part, and return its loss."""
+        count = min(self.config.accumulate, len(y))
+        parts = list(zip(*(t.chunk(count) for t in (x, y)), strict=True))
+        names = [None] * len(parts) if ids is None else ids.chunk(count)
+        total: Tensor | float = 0.0
+        for i, ((x, labels), own) in enumerate(zip(parts, names, strict=True)):
+            last = i + 1 == len(parts)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self._loss(x, labels, own)
+                if i == 0:
+                    self.optimizer.zero_grad()
+                share = loss if len(parts) == 1 else loss * (len(labels) / len(y))
+                self.accelerator.backward(share)
+            total = total + share.detach()
+            self._count(loss.detach(), labels)
+        return total
+
+    def _loss(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
         try:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
         except ValueError as error:  # attacks raise it for logits that are NaN
@@ -186,9 +294,11 @@ class Trainer:
             self._diverged(f"the loss ({loss})")
 
     def _diverged(self, what: str, cause: Exception | None = None) -> None:
+        saved = "no state saved, there is no run folder"
         try:
             self.save("diverged.pt", self.totals)
-            saved = f"state saved to {self.folder / 'diverged.pt'}"
+            if self.folder is not None:
+                saved = f"state saved to {self.folder / 'diverged.pt'}"
         except OSError as error:
             saved = f"state not saved: {error}"
         raise Diverged(
@@ -199,6 +309,10 @@ class Trainer:
 
     def _end_epoch(self, seconds: float) -> None:
         record = self._record(seconds)
+        if self.scheduler is not None and self.scheduler_every == "epoch":
+            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+            self.scheduler.step(*([record["loss"]] if plateau else []))
+        self._call("on_epoch", record)
         best = self.records.is_best(record)
         self.records.append(record)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
@@ -214,6 +328,8 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
+        if self.own_optimizer:
+            return self.optimizer.param_groups[0]["lr"]
         done = (self.epoch - 1) * len(self.batches) + self.step
         c = self.config
         progress = done / (c.epochs * len(self.batches))
@@ -270,23 +386,31 @@ class Trainer:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss / n,
-            "train_clean": self._evaluate(self.probe_x, self.probe_y, {})["clean"].accuracy,
+            "train_clean": None,
             "train_robust": correct / n if attacked else None,
             "kappa": [int(k) for k in kappa] if attacked else None,
             "val_clean": None,
             "val_robust": None,
             "seconds": seconds,
         }
-        if len(self.val_y):
-            report = self._evaluate(self.val_x, self.val_y, {"robust": self._judge()})
+        if self.probe is not None:
+            record["train_clean"] = self._evaluate(self.probe, {})["clean"].accuracy
+        if self.val is not None:
+            report = self._evaluate(self.val, {"robust": self._judge()})
             record["val_clean"] = report["clean"].accuracy
             record["val_robust"] = report["robust"].accuracy
         return record
 
-    def _evaluate(self, x: Tensor, y: Tensor, attacks: dict[str, PGD]) -> evaluation.Report:
+    def _evaluate(self, samples: tuple, attacks: dict[str, PGD]) -> evaluation.Report:
         c = self.config
         return evaluation.evaluate(
-            self.result, x, y, eps=c.eps, norm=c.norm, attacks=attacks, progress=None
+            self.result,
+            *samples,
+            eps=c.eps,
+            norm=c.norm,
+            attacks=attacks,
+            chunk=self.chunk,
+            progress=None,
         )
 
     def _judge(self) -> PGD:
@@ -307,7 +431,7 @@ class Trainer:
         """
         if totals is None:
             totals = self.accelerator.reduce(self.totals, "sum")
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or self.folder is None:
             return
         scaler = self.accelerator.scaler
         state = {
@@ -319,6 +443,8 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": checkpoint.rng_state(),
             "totals": totals.cpu(),
@@ -337,6 +463,10 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state.get("scheduler") is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for callback, kept in zip(self.callbacks, state.get("callbacks", ()), strict=False):
+            callback.load_state_dict(kept)
         self.objective.load_state_dict(state["objective"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -345,6 +475,62 @@ class Trainer:
             self.totals.copy_(state["totals"])
         self.records.restore(state["records"])
         checkpoint.set_rng_state(state["rng"])
+
+
+def _the_data(
+    data: build.Images | None,
+    train: Iterable | None,
+    val: Iterable | None,
+    test: Iterable | None,
+    model: nn.Module | None,
+) -> build.Images | Loaders:
+    """Return the data of a run: a data set, or the user's loaders."""
+    if (data is None) == (train is None):
+        raise ValueError("Trainer needs data or train, and not both")
+    if train is None:
+        if val is not None or test is not None:
+            raise ValueError("val and test are loaders that go with train; a data set has its own")
+        return data
+    loaders = Loaders(train, val, test)
+    if not loaders.classes:
+        if model is None:
+            raise ValueError(
+                "train does not tell the number of classes (train.dataset.classes): pass a model"
+            )
+        loaders.classes = tuple(map(str, range(models.count_logits(model, loaders.shape))))
+    return loaders
+
+
+def _check_parts(
+    config: Config | None, model: Any, optimizer: Any, scheduler: Any, scheduler_every: str
+) -> None:
+    """Raise ValueError for parts that do not fit together; `config` is None for a resumed run."""
+    if scheduler_every not in ("epoch", "step"):
+        raise ValueError(f"scheduler_every must be 'epoch' or 'step', got {scheduler_every!r}")
+    if scheduler is not None and optimizer is None:
+        raise ValueError("scheduler needs an optimizer of your own; config.schedule is for ours")
+    if model is None and isinstance(optimizer, Optimizer):
+        raise ValueError(
+            "optimizer must be a function of the parameters where config names the network"
+        )
+    if config is None:
+        return
+    if optimizer is not None:
+        for name in ("lr", "schedule", "milestones"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"config.{name} is for the optimizer of pyadv: drop it, or yours")
+    if model is not None:
+        for name in ("model", "model_args", "weights"):
+            if getattr(config, name):
+                raise ValueError(f"config.{name} names a network: drop it, or model")
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch Optimizer, got a {type(optimizer).__name__}")
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("optimizer must have the parameters of model alone; it has others")
 
 
 class _Average(AveragedModel):

@@ -51,12 +51,11 @@ def test_bad_data_is_refused_by_name(changes: dict[str, Any], message: str) -> N
 
 def test_hold_out_splits_the_training_set_once() -> None:
     data = dataset(train_x=torch.rand(6, 1, 4, 5))
-    kept, val_x, val_y = data.hold_out(2, seed=1)
-    assert len(kept) == 4 and len(val_x) == len(val_y) == 2
-    together = torch.cat([data.train_x[kept], val_x])
-    assert torch.equal(
-        together.flatten(1).sum(1).sort()[0], data.train_x.flatten(1).sum(1).sort()[0]
-    )
+    kept, held = data.hold_out(2, seed=1)
+    assert len(kept) == 4 and len(held) == 2
+    assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(6))
+    x, y = data.samples("train", held)
+    assert torch.equal(x, data.train_x[held]) and torch.equal(y, data.train_y[held])
     assert torch.equal(kept, data.hold_out(2, seed=1)[0])
     assert len(data.hold_out(0)[0]) == 6
     with pytest.raises(ValueError, match=r"val must lie in \[0, 6\)"):

@@ -301,7 +301,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) ->
 def test_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'cifar11' is neither a path nor one of fashion"):
         load("cifar11")
-    with pytest.raises(ValueError, match="is not an .npz file or a folder that holds"):
+    with pytest.raises(ValueError, match="is no .npz file, and no folder of idx files"):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="'~nouser/x.npz' is neither a path nor one of"):
         load("~nouser/x.npz")

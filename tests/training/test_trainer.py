@@ -378,7 +378,7 @@ def test_samples_are_known_to_the_objective_by_their_index(
 
     monkeypatch.setattr(type(trainer.objective), "__call__", spy)
     trainer.fit()
-    held = {tuple(v.flatten().tolist()) for v in trainer.val_x}
+    held = {tuple(v.flatten().tolist()) for v in trainer.val[0]}
     assert len(seen) == 3 * 70 and len(set(seen)) == 70
     assert not held & {tuple(small.train_x[i].flatten().tolist()) for i in set(seen)}
 

@@ -1,0 +1,152 @@
+"""Training on the user's own loaders, in place of a data set of pyadv."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyadv.data import as_float
+
+_IMAGES, _LABELS = ("pixel_values", "image", "x"), ("labels", "label", "y")
+
+
+class Loaders:
+    """The loaders of a run: iterables of batches with a length, usually DataLoaders.
+
+    A batch is (x, y), (x, y, ids) or a dict with the keys pixel_values and labels. x is
+    (B, C, H, W), uint8 or floating in [0, 1]; y is (B,) int64. The ids number the samples of the
+    training set and key the noise of attacks; without them the values of a sample do.
+
+    Args:
+        train: training batches.
+        val: held-out batches, on which best.pt is chosen.
+        test: batches of the final report, by default those of `val`.
+
+    Raises:
+        ValueError: if a loader has no length or its first batch has another form.
+    """
+
+    name = "own loader"
+
+    def __init__(self, train: Iterable, val: Iterable | None, test: Iterable | None) -> None:
+        self.train, self.val, self.test = train, val, val if test is None else test
+        for name in ("train", "val", "test"):
+            loader = getattr(self, name)
+            if loader is None:
+                continue
+            if not hasattr(loader, "__len__") or not hasattr(loader, "__iter__"):
+                raise ValueError(
+                    f"{name} must be a loader with a length (of a map-style data set), "
+                    f"got a {type(loader).__name__}"
+                )
+            if len(loader) == 0:
+                raise ValueError(f"{name} must have at least one batch, it is empty")
+        with _seeded(0):
+            x, _, _ = unpack(next(iter(train)), "train")
+        self.shape: tuple[int, int, int] = tuple(x.shape[1:])
+        self.classes: tuple[str, ...] = tuple(
+            map(str, getattr(getattr(train, "dataset", None), "classes", ()))
+        )
+
+    def samples(self, split: str) -> tuple[_Floats] | None:
+        """Return a split as arguments of `evaluate`, None if there is none."""
+        loader = getattr(self, split)
+        return None if loader is None else (_Floats(loader, split),)
+
+
+class LoaderBatches:
+    """The batches of an own training loader, with the interface of `pyadv.data.Plan`.
+
+    torch's generator is seeded with (seed, epoch) while the loader starts, so that a DataLoader
+    without a generator of its own shuffles an epoch in the same order when a run is resumed.
+    """
+
+    def __init__(self, loader: Iterable, accelerator: Accelerator, seed: int) -> None:
+        self.device, self.seed = accelerator.device, seed
+        several = accelerator.num_processes > 1
+        self.loader = accelerator.prepare(loader) if several else loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield (x, y, ids) of `epoch` from batch number `start` on, on the device."""
+        for part in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+        loader, rest = self.loader, start
+        if start and isinstance(loader, DataLoader):
+            loader, rest = skip_first_batches(loader, start), 0
+        with _seeded(mixed):
+            batches = iter(loader)
+            batch = next(batches, None)  # a sampler draws its seed at the first batch
+        number = 0
+        while batch is not None:
+            if number >= rest:
+                x, y, ids = unpack(batch, "train")
+                moved = [
+                    t if t is None else t.to(self.device, non_blocking=True) for t in (x, y, ids)
+                ]
+                yield as_float(moved[0]), moved[1], moved[2]
+            number += 1
+            batch = next(batches, None)
+
+
+class _Floats:
+    """A loader whose batches are (x, y) with float32 images."""
+
+    def __init__(self, loader: Iterable, name: str) -> None:
+        self.loader, self.name = loader, name
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            x, y, _ = unpack(batch, self.name)
+            yield as_float(x), y
+
+
+def unpack(batch: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (x, y, ids or None) of a batch of a loader. Raise ValueError for another form."""
+    if isinstance(batch, Mapping):
+        found = [next((batch[k] for k in keys if k in batch), None) for keys in (_IMAGES, _LABELS)]
+        parts = [*found, batch.get("ids")]
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        parts = [*batch, None][:3]
+    else:
+        parts = [None, None, None]
+    x, y, ids = parts
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        seen = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else batch
+        seen = seen if isinstance(seen, str) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"a batch of {name} must be (x, y), (x, y, ids) or a dict with one of "
+            f"{', '.join(_IMAGES)} and one of {', '.join(_LABELS)}, got {seen}"
+        )
+    if x.dim() != 4 or y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(
+            f"a batch of {name} must have x (B, C, H, W) and y (B,) int64, got x "
+            f"{tuple(x.shape)} and y {tuple(y.shape)} {y.dtype}"
+        )
+    if not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise ValueError(f"x of {name} must be uint8 or floating in [0, 1], got {x.dtype}")
+    if ids is not None and (ids.shape != y.shape or ids.dtype != torch.int64):
+        raise ValueError(f"ids of {name} must be int64 ({len(y)},), got {ids.dtype} {ids.shape}")
+    return x, y, ids
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, and give it its state back."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
