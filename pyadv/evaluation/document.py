@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pyadv._version import __version__
 from pyadv.attacks import PGD
+from pyadv.attacks.ensemble import state_files
+from pyadv.attacks.processes import together
 from pyadv.attacks.progress import Progress
 from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
@@ -108,8 +110,9 @@ class Document:
 
     def remove_states(self) -> None:
         """Remove the files that would let the measurement continue, once its results are safe."""
-        for file in self.states:
-            file.unlink(missing_ok=True)
+        for state in self.states:
+            for file in state_files(state):
+                file.unlink()
 
     def to_markdown(self, pictures: Mapping[str, str]) -> str:
         """Return the document as Markdown; `pictures` maps captions to file names."""
@@ -195,6 +198,7 @@ def run_suite(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
     title: str = "Evaluation",
     command: str = "",
 ) -> Document:
@@ -215,20 +219,22 @@ def run_suite(
         raise ValueError(f"suite must be one of {', '.join(SUITE_PARTS)}, got {suite!r}")
     parts = SUITE_PARTS[suite]
     files = {} if state is None else {k: Path(state) / f"{k}.state" for k in (*parts, "curves")}
-    common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
     kept = {name: {"state": file, "state_name": state_name} for name, file in files.items()}
-    reports = {
-        name: evaluate(model, x, y, eps=eps, attacks=name, **kept.get(name, {}), **common)
-        for name in parts
-        if name in SUITES | AUTOATTACKS
-    }
-    few = x[:_CURVE_SAMPLES], y[:_CURVE_SAMPLES]
-    curves = accuracy_curves(model, *few, eps=eps, **kept.get("curves", {}), **common)
     masking = margins = None
-    if "masking" in parts:
-        masking = check_masking(model, x, y, eps=eps, surrogate=surrogate, **common)
-    if "margins" in parts:
-        margins = measure_margins(model, x, y, **common)
+    with together(model, group, () if surrogate is None else (surrogate,)) as processes:
+        common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
+        common["group"] = processes
+        reports = {
+            name: evaluate(model, x, y, eps=eps, attacks=name, **kept.get(name, {}), **common)
+            for name in parts
+            if name in SUITES | AUTOATTACKS
+        }
+        few = x[:_CURVE_SAMPLES], y[:_CURVE_SAMPLES]
+        curves = accuracy_curves(model, *few, eps=eps, **kept.get("curves", {}), **common)
+        if "masking" in parts:
+            masking = check_masking(model, x, y, eps=eps, surrogate=surrogate, **common)
+        if "margins" in parts:
+            margins = measure_margins(model, x, y, **common)
     states = tuple(files.values())
     return Document(title, command, reports, curves, masking, margins, states)
 

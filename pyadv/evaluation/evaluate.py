@@ -14,7 +14,8 @@ from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
 from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
 from pyadv.attacks.minimum_norm import MinimumNorm
-from pyadv.attacks.progress import Lines, Progress
+from pyadv.attacks.processes import together
+from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, show
 from pyadv.engine.results import AttackResult, MinimumNormResult
@@ -84,6 +85,7 @@ def evaluate(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Report:
     """Measure the accuracy of `model` on the samples, clean and under each attack.
 
@@ -91,6 +93,10 @@ def evaluate(
     parameters. Random starts are keyed by the sample's values, so the result depends neither on
     `batch_size` nor on the order of the samples. Samples with equal values and equal labels are
     attacked once and counted as often as they are given.
+
+    Where torch.distributed is initialised, all processes of the group must make this call with all
+    samples, not with a part each. They divide the samples among themselves, anew for each attack,
+    and all return the same report, with the verdicts of a single process.
 
     A report is about one norm, radius and box, and about any other class than the label. Attacks of
     this library that search elsewhere are refused: those of another norm, eps or box, and targeted
@@ -119,13 +125,47 @@ def evaluate(
         state_name: a name for the model and the losses where these are lambdas or local functions,
             which have no identity that the state can be compared by.
         progress: "auto" prints to stderr; None is silent; or a callable (row name, samples done,
-            samples the attack gets, samples no attack has broken so far).
+            samples the attack gets, samples no attack has broken so far). With several processes
+            the first one prints, and a callable gets the counts of its process.
+        group: the process group to share the work with; by default that of torch.distributed if it
+            is initialised, unless FSDP shards the model (all processes then evaluate all samples).
+            False: this process alone, whatever the others do.
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), for settings, for attacks that do
-            not fit the report, for a state made with another model or other attacks; and whatever
-            an attack refuses (labels out of range, NaN, inputs outside the box).
+            not fit the report, for a state made with another model or other attacks; for models,
+            samples or settings that differ between the processes; and whatever an attack refuses
+            (labels out of range, NaN, inputs outside the box).
+        ProcessFailed: if the evaluation failed in another process.
     """
+    with together(model, group) as processes:
+        where, attacks = _chosen(model, attacks, eps, norm, seed, lo, hi)
+        return run_attacks(
+            model,
+            data,
+            y,
+            where,
+            attacks,
+            batch_size=batch_size,
+            chunk=chunk,
+            state=state,
+            state_name=state_name,
+            progress=progress,
+            group=processes,
+        )
+
+
+def _chosen(
+    model: Callable[..., Any],
+    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike,
+    eps: float,
+    norm: str | float,
+    seed: int | None,
+    lo: FloatOrTensor | None,
+    hi: FloatOrTensor | None,
+) -> tuple[Heading, Mapping[str, AttackLike] | AutoAttack]:
+    """Return what the report is about and the attacks, which fit it. Arguments and errors are those
+    of `evaluate`."""
     checks.size("eps", eps)
     where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)
     if isinstance(attacks, str):
@@ -147,18 +187,7 @@ def evaluate(
                 )
     else:
         attacks = {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
-    return run_attacks(
-        model,
-        data,
-        y,
-        where,
-        attacks,
-        batch_size=batch_size,
-        chunk=chunk,
-        state=state,
-        state_name=state_name,
-        progress=progress,
-    )
+    return where, attacks
 
 
 @dataclass(frozen=True)
@@ -255,36 +284,45 @@ def run_attacks(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Report:
     """Return the report of these attacks, whether or not they fit its heading `where`. Other
     arguments as in `evaluate`."""
-    settings = {
-        "batch_size": batch_size,
-        "state": state,
-        "state_name": state_name,
-        "progress": Lines() if progress == "auto" else progress,
-    }
-    # No steps from no start: the clean prediction, under the same rules and by the same code.
-    clean = PGD(
-        norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
-    )
-    if isinstance(attacks, AutoAttack):
-        members = attacks.members
-        ensemble = attacks.ensemble(model, **settings)
-    else:
-        own = dict(attacks)
-
-        def members(classes: int) -> dict[str, AttackLike]:
-            return own
-
-        ensemble = Ensemble(
-            model, tuple(own), members, clean, survivors=False, described=own, **settings
+    with together(model, group) as processes:
+        settings = {
+            "batch_size": batch_size,
+            "state": state,
+            "state_name": state_name,
+            "progress": processes.progress(progress),
+        }
+        # No steps from no start: the clean prediction, under the same rules and by the same code.
+        clean = PGD(
+            norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
         )
-    for x, labels in _chunks(data, y, chunk):
-        ensemble.attack(x, labels)
-    found = ensemble.findings
-    if not len(found.y):
-        raise ValueError("data must hold at least one sample, got none")
+        if isinstance(attacks, AutoAttack):
+            members = attacks.members
+            ensemble = attacks.ensemble(model, processes, **settings)
+        else:
+            own = dict(attacks)
+
+            def members(classes: int) -> dict[str, AttackLike]:
+                return own
+
+            ensemble = Ensemble(
+                model,
+                tuple(own),
+                members,
+                clean,
+                survivors=False,
+                described=own,
+                processes=processes,
+                **settings,
+            )
+        for x, labels in _chunks(data, y, chunk):
+            ensemble.attack(x, labels)
+        found = ensemble.findings
+        if not len(found.y):
+            raise ValueError("data must hold at least one sample, got none")
     warn_about(found)
     descriptions = {name: a.describe() for name, a in members(found.classes).items()}
     rows = tuple(
