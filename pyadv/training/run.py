@@ -1,6 +1,6 @@
 """Start and resume a run. Its folder receives
 
-config.json      every setting, resolved
+config.json      every setting, resolved, and where the run comes from
 checkpoint.pt    the whole state at the start, after each epoch, and at an interruption
 best.pt          the whole state of the epoch most robust on held-out images (with val > 0)
 metrics.jsonl    one record per epoch; tensorboard/ shows them as curves
@@ -13,10 +13,12 @@ run.lock         the process that trains, while it does
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import get_int_from_env
 
 from pyadv import evaluation
+from pyadv._provenance import provenance
 from pyadv.data import ImageData, load
 from pyadv.evaluation import Report
 from pyadv.training import checkpoint
@@ -60,7 +62,7 @@ def train(
     with RunLock(folder, active=main):
         if main:
             _refuse_a_run(folder)  # another process may have begun one
-            config.save(folder / "config.json")
+            config.save(folder / "config.json", _provenance(trainer))
         trainer.save()  # from here on the run can be resumed, whatever happens
         trainer.accelerator.wait_for_everyone()
         return _complete(trainer, data)
@@ -97,7 +99,7 @@ def resume(
             for part in folder.glob("*.partial"):  # from a process that was killed as it wrote
                 part.unlink()
             if not (folder / "config.json").exists():
-                config.save(folder / "config.json")
+                config.save(folder / "config.json", _provenance(trainer))
         return _complete(trainer, data)
 
 
@@ -127,9 +129,18 @@ def _complete(trainer: Trainer, data: ImageData) -> Report:
             progress=lambda name, done, n, _: bar.update(task, completed=done, text=name),
         )
     if trainer.accelerator.is_main_process:
-        report.save(folder / "results.json")
+        report.save(folder / "results.json", _provenance(trainer))
         _draw(trainer, folder)
     return report
+
+
+def _provenance(trainer: Trainer) -> dict[str, Any]:
+    accelerator = trainer.accelerator
+    return provenance(
+        seed=trainer.config.seed,
+        device=accelerator.device,
+        processes=accelerator.num_processes,
+    )
 
 
 def _announcement(trainer: Trainer, data: ImageData) -> str:

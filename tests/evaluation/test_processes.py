@@ -86,6 +86,7 @@ def test_two_processes_give_the_report_of_one(found: Found, case: str) -> None:
         ("other_radius", "ValueError: the settings of an evaluation must be the same in all 2"),
         ("bad_argument", ("ProcessFailed: the evaluation stopped", "ValueError: attacks must be")),
         ("failing_model", ("process 1 (RuntimeError: this card is broken)", "RuntimeError: this")),
+        ("sharded", "ValueError: group must be None or False for a model that FSDP shards"),
         ("interrupted", ("process 1 (KeyboardInterrupt)", "KeyboardInterrupt")),
     ],
 )

@@ -15,8 +15,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from pyadv.attacks import FAB, AutoAttack, DeepFool, autoattack, ensemble
+from pyadv.attacks.processes import together
 from pyadv.evaluation import Bisection, evaluate, margins, run_suite
 
 EPS = 0.08
@@ -167,8 +169,16 @@ def other_buffers(rank: int) -> Any:
     return found
 
 
+def sharded(rank: int) -> Any:
+    net = Net()
+    fully_shard(net)
+    with together(net) as processes:
+        assert processes.alone
+    return evaluate(net, *samples(), group=dist.group.WORLD, **SETTINGS)
+
+
 DIFFERENT = (other_samples, other_weights, other_radius, bad_argument, failing_model)
-DIFFERENT += (interrupted, by_itself, other_buffers)
+DIFFERENT += (interrupted, by_itself, other_buffers, sharded)
 
 
 def die(after: int) -> Callable[..., None]:
