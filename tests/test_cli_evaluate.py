@@ -222,3 +222,26 @@ def test_a_stderr_that_is_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -
         Lines(place / "log.txt")("pgd", 3, 3, 2)
         to_stderr("a line")
     assert len((place / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_report_of_one(place: Path) -> None:
+    arguments = [*ARGUMENTS[:-4], "--device", "cpu"]
+    pyadv(*arguments, "--out", "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "pyadv", "evaluate", *arguments, "--out", "two"]
+    paths = os.pathsep.join((str(Path(_state.__file__).parents[1]), str(place)))
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("worst case") == 1 and done.stdout.count("written to two") == 1
+    one, two = (json.loads(Path(f, "report.json").read_text()) for f in ("one", "two"))
+    assert one["accuracy"] == two["accuracy"] and one["curves"] == two["curves"]
+    assert [r["provenance"]["processes"] for r in (one, two)] == [1, 2]
+    assert {file.name for file in Path("two").iterdir()} == {
+        file.name for file in Path("one").iterdir()
+    }
+    wrong = subprocess.run(
+        [*command[:-2], "--eps", "nan"], capture_output=True, text=True, timeout=300, env=env
+    )
+    assert wrong.returncode != 0 and "pyadv: eps must be a finite number >= 0" in wrong.stderr

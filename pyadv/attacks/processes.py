@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -229,11 +230,14 @@ def _several(group: Any, models: Sequence[nn.Module]) -> bool:
 
 
 def _sharded(model: nn.Module) -> bool:
-    from torch.distributed.fsdp import FullyShardedDataParallel  # slow to import
-    from torch.distributed.tensor import DTensor
-
-    wrapped = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
-    return wrapped or any(isinstance(p, DTensor) for p in model.parameters())
+    # These modules are slow to import, and who shards a model has imported them.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    tensor = sys.modules.get("torch.distributed.tensor")
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    sharded = getattr(tensor, "DTensor", None)
+    return (wrapper is not None and any(isinstance(m, wrapper) for m in model.modules())) or (
+        sharded is not None and any(isinstance(p, sharded) for p in model.parameters())
+    )
 
 
 @contextlib.contextmanager
