@@ -21,10 +21,29 @@ import typer
 app = typer.Typer(
     help="Adversarial training and robustness evaluation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pyadv._version import __version__
+
+        typer.echo(f"pyadv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def _number(text: str) -> float:
@@ -352,6 +371,7 @@ def _evaluate(
     from pyadv.attacks.processes import together
     from pyadv.attacks.progress import to_stderr
     from pyadv.data import load
+    from pyadv.engine.checks import canonical_norm
     from pyadv.evaluation import document as documents
     from pyadv.training.lock import RunLock
 
@@ -361,6 +381,7 @@ def _evaluate(
         raise ValueError(f"--out must be a folder, but {out} is a file")
     budget = documents.BUDGET if suite == "all" and not full else None
     documents.shares(suite, 1)  # refuses a suite that there is not, before any work
+    norm = None if norm is None else canonical_norm(norm)
     model, run = _load_target(target)
     if run is None:
         absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
@@ -371,7 +392,7 @@ def _evaluate(
         images, norm, parent = load(data), norm or "Linf", Path()
     else:
         config, parent = run.config, Path(target)
-        if norm is not None and norm.lower() != config.norm.lower() and eps is None:
+        if norm is not None and norm != config.norm and eps is None:
             raise ValueError(
                 f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
             )

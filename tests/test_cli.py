@@ -290,3 +290,33 @@ def test_recipes_in_ascii(tmp_path: Path) -> None:
     env = {**os.environ, **ASCII, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"") and b'source = "M' in done.stdout
+
+
+def test_version_and_completion() -> None:
+    assert pyadv("--version") == f"pyadv {__version__}\n"
+    assert "--show-completion" in pyadv("--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "x", "--suite", "autoatack"], "suite must be .*did you mean 'autoattack'?"),
+        (["train", "--method", "trade"], "method must be .*did you mean 'trades'?"),
+        (["train", "--schedule", "cosin"], "schedule must be .*did you mean 'cosine'?"),
+        (["train", "--norm", "Lin"], "norm must be .*did you mean 'Linf'?"),
+        (["train", "--device", "cup"], "device must be .*did you mean 'cpu'?"),
+        (
+            ["train", "--recipe", "at-fashion-min"],
+            "recipe must be .*did you mean 'at-fashion-mini'?",
+        ),
+        (["train", "--start", "keyd"], "start must be .*did you mean 'keyed'?"),
+        (["train", "--speed", "fsat"], "speed must be .*did you mean 'fast'?"),
+        (["train", "--attack-loss", "margn"], "loss must be .*did you mean 'margin'?"),
+    ],
+)
+def test_misspelt_values_are_told_the_nearest(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    out = [] if arguments[0] == "evaluate" else ["--out", tmp_path / "r"]
+    output = pyadv(*arguments, *out, code=1)
+    assert re.search(message, output) and output.count("\n") == 1

@@ -21,7 +21,8 @@ from pyadv.attacks.processes import ALONE, Processes, together
 from pyadv.attacks.progress import Progress
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
-from pyadv.engine.attack import Attack, Model
+from pyadv.engine.attack import Attack, Model, show
+from pyadv.engine.results import passes_line, samples_line
 from pyadv.engine.settable import Settable
 from pyadv.engine.task import FloatOrTensor, radius
 from pyadv.passes.borrow import Output
@@ -95,7 +96,7 @@ def plan(version: str, norm: str) -> dict[str, Member]:
     }
 
 
-@dataclass
+@dataclass(repr=False)
 class EnsembleResult:
     """What AutoAttack found, one row per sample.
 
@@ -123,6 +124,21 @@ class EnsembleResult:
     def robust_accuracy(self) -> float:
         """The share of samples that no attack broke."""
         return self.correct.float().mean().item()
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}: {samples_line(self.x_adv)}"]
+        left = int(self.correct.sum())
+        lines.append(f"not broken: {left:,} ({100 * self.robust_accuracy:.2f} %)")
+        counts = [
+            f"{name} {int((self.broken_by == k).sum()):,}"
+            for k, name in enumerate(self.names[1:], 1)
+        ]
+        lines.append(
+            f"misclassified without an attack: {int((self.broken_by == 0).sum()):,}; broken by "
+            + ", ".join(counts)
+        )
+        lines.append(passes_line(self.queries.sum(1), self.gradients.sum(1)))
+        return "\n".join([*lines, *self.notes])
 
 
 class AutoAttack(Settable):
@@ -219,6 +235,11 @@ class AutoAttack(Settable):
                 checks.choice("attacks", name, tuple(plan(version, self.norm)))
         self._common, self.plan = common, plan(version, self.norm)
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
+
+    def __repr__(self) -> str:
+        members = self.members(_ENOUGH_CLASSES).items()
+        lines = [f"AutoAttack ({self.version}), {self.norm} {show(self.eps)}"]
+        return "\n".join(lines + [f"{name:<10}{attack.describe()}" for name, attack in members])
 
     def __copy__(self) -> AutoAttack:
         new = object.__new__(type(self))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyadv._names import did_you_mean
 from pyadv.data import ImageData
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
@@ -37,7 +38,8 @@ def device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if cards else "cpu")
     if name not in known:
-        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}")
+        hint = did_you_mean(name, known)
+        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}{hint}")
     return torch.device(name)
 
 

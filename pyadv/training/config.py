@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyadv import _state
+from pyadv._names import did_you_mean
 from pyadv.data import ImageData
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
@@ -136,8 +137,10 @@ class Config:
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in choices:
+                value = getattr(self, name)
                 raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}"
+                    f"{did_you_mean(value, choices)}"
                 )
         for name in ("eps", "alpha", "emr_temperature", "gairat_lam", "mail_slope", "mail_bias"):
             value = getattr(self, name)
