@@ -21,10 +21,29 @@ import typer
 app = typer.Typer(
     help="Adversarial training and robustness evaluation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pyadv._version import __version__
+
+        typer.echo(f"pyadv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def _number(text: str) -> float:
@@ -358,20 +377,55 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the report \\[evaluation, beside the checkpoint].",
+            help="New folder for the report \\[evaluation/MODEL-SUITE, beside the checkpoint].",
             show_default=False,
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Give every part of the suite `all` all images; without it the slow parts get the "
+            "first 100 or 500.",
+        ),
+    ] = False,
 ) -> None:
     """Measure how robust a network is, and write a report with pictures.
 
-    Ctrl-C keeps what was found: the same command continues from there.
+    Ctrl-C keeps what was found: the same command continues from there. Under torchrun or
+    accelerate launch the processes divide the images among themselves.
     """
-    with _errors_as_messages():
-        _evaluate(target, suite, data, eps, norm, n, bs, seed, surrogate, device, out)
+    given = dict(locals())
+    with _errors_as_messages(), _launched(given.pop("device")) as place:
+        _evaluate(place, **given)
+
+
+@contextlib.contextmanager
+def _launched(device: str | None) -> Iterator[Any]:
+    """Yield the device of this process; join the processes that torchrun or accelerate started."""
+    import torch
+    import torch.distributed as dist
+
+    from pyadv.training import build
+
+    place = build.device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield place
+        return
+    if place.type == "cuda":
+        if place.index is None:
+            local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    dist.init_process_group("gloo")  # tables alone travel between the processes
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
 
 
 def _evaluate(
+    place: Any,
     target: str,
     suite: str,
     data: str | None,
@@ -381,20 +435,27 @@ def _evaluate(
     bs: int,
     seed: int,
     surrogate: str | None,
-    device: str | None,
     out: Path | None,
+    full: bool,
 ) -> None:
     from rich.console import Console
 
     from pyadv import evaluation, training
+    from pyadv.attacks.processes import together
+    from pyadv.attacks.progress import to_stderr
     from pyadv.data import load
+    from pyadv.engine.checks import canonical_norm
+    from pyadv.evaluation import document as documents
     from pyadv.training import build
-    from pyadv.training.display import report_table
+    from pyadv.training.lock import RunLock
 
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
+    budget = documents.BUDGET if suite == "all" and not full else None
+    documents.shares(suite, 1)  # refuses a suite that there is not, before any work
+    norm = None if norm is None else canonical_norm(norm)
     model, run = _load_target(target)
     if run is None:
         absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
@@ -402,10 +463,10 @@ def _evaluate(
             raise ValueError(
                 f"{target} does not come with data and a radius: give {', '.join(absent)}"
             )
-        images, norm, folder = load(data), norm or "Linf", Path()
+        images, norm, parent = load(data), norm or "Linf", Path()
     else:
-        config, folder = run.config, Path(target)
-        if norm is not None and norm.lower() != config.norm.lower() and eps is None:
+        config, parent = run.config, Path(target)
+        if norm is not None and norm != config.norm and eps is None:
             raise ValueError(
                 f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
             )
@@ -413,50 +474,130 @@ def _evaluate(
         norm = norm or config.norm
         eps = config.eps if eps is None else eps
         run.check(images)
-        folder = folder if folder.is_dir() else folder.parent
-    place, out = build.device(device), folder / "evaluation" if out is None else out
+        parent = parent if parent.is_dir() else parent.parent
+    settings = {"model": target, "suite": suite, "data": data or images.name, "eps": eps}
+    settings |= {"norm": norm, "seed": seed, "surrogate": surrogate, "full": full}
     x, y = images.test_x[:n], images.test_y[:n]
-    console = Console()
-    display = training.Display(console)
-    with display.progress() as bar:
-        task = bar.add_task(suite, total=None, text="")
-
-        def show(name: str, done: int, total: int, standing: int) -> None:
-            text = f"{name}: {standing} of {len(y)} not broken"
-            bar.update(task, completed=done, total=total, text=text)
-
+    model = model.to(place)
+    other = None if surrogate is None else _load_target(surrogate)[0].to(place)
+    with together(model, None, () if other is None else (other,)) as processes:
+        main = processes.rank == 0
+        display = training.Display(Console(), quiet=not main)
+        folder = processes.first(_folder(out, parent, target, run, settings) if main else None)
         try:
-            document = evaluation.run_suite(
-                suite,
-                model.to(place),
-                x,
-                y,
-                eps=eps,
-                norm=norm,
-                batch_size=bs,
-                seed=seed,
-                surrogate=None if surrogate is None else _load_target(surrogate)[0].to(place),
-                state=out,
-                state_name=target if run is None else None,
-                progress=show,
-                title=f"{target} on {images.name}",
-                command=shlex.join(["pyadv", *sys.argv[1:]]),
-            )
+            with RunLock(folder, active=main):
+                counts = documents.shares(suite, len(x), budget)
+                expected = None
+                if main:
+                    common = {"eps": eps, "norm": norm, "batch_size": bs}
+                    seconds = evaluation.estimate(
+                        model, x, y, counts, processes=processes.count, **common
+                    )
+                    expected = sum(seconds.values())
+                    to_stderr(_expectation(seconds, counts, len(x)))
+                with _shown(display, suite, len(y), expected, main) as progress:
+                    document = evaluation.run_suite(
+                        suite,
+                        model,
+                        x,
+                        y,
+                        eps=eps,
+                        norm=norm,
+                        batch_size=bs,
+                        seed=seed,
+                        surrogate=other,
+                        state=folder,
+                        state_name=target if run is None else None,
+                        progress=progress,
+                        group=processes,
+                        title=f"{target} on {images.name}",
+                        command=shlex.join(["pyadv", *sys.argv[1:]]),
+                        budget=budget,
+                    )
+                if main:
+                    _write(document, folder, display, model, x, y, images.classes)
         except KeyboardInterrupt:
-            bar.stop()
-            _to_stderr("pyadv: interrupted; the same command continues from here")
+            to_stderr("pyadv: interrupted; the same command continues from here")
             raise typer.Exit(130) from None
-    # The files come first, so that no trouble with the terminal loses results, and the states are
-    # removed last.
-    missing = document.write(out, model, x, y, images.classes)
+        finally:
+            if main:
+                documents.release(folder)
+
+
+def _folder(
+    out: Path | None, parent: Path, target: str, run: Any, settings: dict[str, Any]
+) -> Path:
+    """Return the folder of the report: `out`, which must be free, or one named after the model and
+    the suite."""
+    from pyadv.evaluation import document as documents
+
+    if out is not None:
+        if not documents.claim(out, settings):
+            raise ValueError(
+                "--out must be a new folder, or that of the same evaluation after an interruption, "
+                f"but {out} holds other files"
+            )
+        return out
+    if run is None:
+        name = target.removeprefix("robustbench:").replace(":", ".")
+    else:
+        path = Path(target).resolve()
+        name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+    suite = settings["suite"]
+    return documents.report_folder(parent / "evaluation", f"{name}-{suite}", settings)
+
+
+def _expectation(seconds: dict[str, float], counts: dict[str, int], n: int) -> str:
+    """Return the line that says how long the suite will take and what it leaves out."""
+    from pyadv.attacks.progress import duration
+
+    parts = ", ".join(f"{part} {duration(s)}" for part, s in seconds.items())
+    text = f"expected time: about {duration(sum(seconds.values()))} ({parts})"
+    few = [f"{part} {k:,}" for part, k in counts.items() if k < n and part != "curves"]
+    if few:
+        text += f"; of {n:,} images the default budget gives {', '.join(few)} (--full: all)"
+    return text
+
+
+@contextlib.contextmanager
+def _shown(display: Any, suite: str, n: int, expected: float | None, main: bool) -> Iterator[Any]:
+    """Yield what to call with the progress: a bar on a terminal, lines on stderr elsewhere."""
+    from pyadv.attacks.progress import Watch
+
+    if not main:
+        yield None
+    elif not display.console.is_terminal:
+        with Watch(expected) as watch:
+            yield watch
+    else:
+        with display.progress() as bar:
+            task = bar.add_task(suite, total=None, text="")
+
+            def show(name: str, done: int, total: int, standing: int) -> None:
+                text = f"{name}: {standing} of {n} not broken"
+                bar.update(task, completed=done, total=total, text=text)
+
+            yield show
+
+
+def _write(
+    document: Any, folder: Path, display: Any, model: Any, x: Any, y: Any, classes: Any
+) -> None:
+    """Write the report, and print it. The files come first, so that no trouble with the terminal
+    loses results, and the states are removed last."""
+    from pyadv.training.display import report_table
+
+    missing = document.write(folder, model, x, y, classes)
     for name, report in document.reports.items():
-        console.print(report_table(report, f"{document.title}: {name}"))
+        display.console.print(report_table(report, f"{document.title}: {name}"))
         for remark in report.remarks:
             display.message(remark)
     for part in (document.masking, document.margins):
         if part is not None:
             display.message(str(part))
-    for line in (*missing, f"written to {out}"):
+    if document.left_out:
+        display.message("The default budget (--full for all): " + " ".join(document.left_out))
+    for line in (*missing, f"written to {folder}"):
         display.message(line)
     _finish_stdout()
     document.remove_states()
@@ -494,12 +635,6 @@ def _load_target(target: str) -> tuple[Any, Any]:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{target} must return a torch.nn.Module, got {type(model).__name__}")
     return model.eval(), None
-
-
-def _to_stderr(text: str) -> None:
-    """Print a line to stderr, which may be closed."""
-    with contextlib.suppress(OSError, ValueError):
-        typer.echo(text, err=True)
 
 
 def _finish_stdout() -> None:
@@ -560,11 +695,17 @@ def _errors_as_messages() -> Iterator[None]:
 
     Others are bugs and keep their traceback.
     """
+    from pyadv.attacks.processes import ProcessFailed
+    from pyadv.attacks.progress import to_stderr
+
     try:
         yield
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         extra = "; pip install 'pyadv[train]'" if isinstance(error, ModuleNotFoundError) else ""
-        _to_stderr(f"pyadv: {error}{extra}")
+        to_stderr(f"pyadv: {error}{extra}")
+        raise typer.Exit(1) from None
+    except ProcessFailed as error:
+        to_stderr(f"pyadv: {error}")
         raise typer.Exit(1) from None
 
 

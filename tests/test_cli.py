@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pyadv import __version__
 from pyadv.cli import app
 from pyadv.data import load
 from pyadv.training import Config, checkpoint
@@ -61,7 +62,7 @@ def test_train_writes_what_it_was_told(run: Path) -> None:
 def test_evaluate(run: Path, source: Path, tmp_path: Path) -> None:
     output = pyadv("evaluate", run, "--n", "20", "--bs", "7", "--device", "cpu")
     assert "20 samples, Linf, eps 0.03137" in output and "clean" in output
-    report = json.loads((run / "evaluation" / "report.json").read_text())
+    report = json.loads((run / "evaluation" / "one-pgd20" / "report.json").read_text())
     assert report["accuracy"]["pgd20"]["n"] == 20 and report["masking"] is None
     out = tmp_path / "l2"
     pyadv("evaluate", run / "checkpoint.pt", "--norm", "l2", "--eps", "0.5", "--out", out)
@@ -81,7 +82,8 @@ def test_evaluate_a_model_of_ones_own(
     monkeypatch.chdir(tmp_path)
     arguments = ("--data", source, "--eps", "0.1", "--n", "8", "--device", "cpu")
     output = pyadv("evaluate", "mine:zoo.small", *arguments)
-    assert "written to evaluation" in output and (tmp_path / "evaluation" / "report.md").exists()
+    folder = tmp_path / "evaluation" / "mine.zoo.small-pgd20"
+    assert "written to evaluation/mine" in output and (folder / "report.md").exists()
     assert "" not in sys.path[:1]
     for target, message in (
         ("mine:zoo.nothing", "must return a torch.nn.Module, got function"),
@@ -93,9 +95,12 @@ def test_evaluate_a_model_of_ones_own(
 
 
 def test_resume_of_a_finished_run_reports_again(run: Path) -> None:
-    before = json.loads((run / "results.json").read_text())
+    before, settings = (json.loads((run / f"{f}.json").read_text()) for f in ("results", "config"))
     pyadv("train", "--resume", run, "--device", "cpu")
-    assert json.loads((run / "results.json").read_text()) == before
+    after = json.loads((run / "results.json").read_text())
+    for made in (before.pop("provenance"), after.pop("provenance"), settings["provenance"]):
+        assert made["pyadv"] == __version__ and made["seed"] == 0
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -285,3 +290,33 @@ def test_recipes_in_ascii(tmp_path: Path) -> None:
     env = {**os.environ, **ASCII, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"") and b'source = "M' in done.stdout
+
+
+def test_version_and_completion() -> None:
+    assert pyadv("--version") == f"pyadv {__version__}\n"
+    assert "--show-completion" in pyadv("--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "x", "--suite", "autoatack"], "suite must be .*did you mean 'autoattack'?"),
+        (["train", "--method", "trade"], "method must be .*did you mean 'trades'?"),
+        (["train", "--schedule", "cosin"], "schedule must be .*did you mean 'cosine'?"),
+        (["train", "--norm", "Lin"], "norm must be .*did you mean 'Linf'?"),
+        (["train", "--device", "cup"], "device must be .*did you mean 'cpu'?"),
+        (
+            ["train", "--recipe", "at-fashion-min"],
+            "recipe must be .*did you mean 'at-fashion-mini'?",
+        ),
+        (["train", "--start", "keyd"], "start must be .*did you mean 'keyed'?"),
+        (["train", "--speed", "fsat"], "speed must be .*did you mean 'fast'?"),
+        (["train", "--attack-loss", "margn"], "loss must be .*did you mean 'margin'?"),
+    ],
+)
+def test_misspelt_values_are_told_the_nearest(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    out = [] if arguments[0] == "evaluate" else ["--out", tmp_path / "r"]
+    output = pyadv(*arguments, *out, code=1)
+    assert re.search(message, output) and output.count("\n") == 1

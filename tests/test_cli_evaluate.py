@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyadv import _state, cli
+from pyadv import __version__, _state
 from pyadv.cli import app
 
 MODULE = """
@@ -56,11 +56,21 @@ def pyadv(*arguments: object, code: int = 0) -> str:
     return result.output
 
 
-def written(folder: Path) -> bool:
-    report = json.loads((folder / "evaluation" / "report.json").read_text())
-    files = {file.name for file in (folder / "evaluation").iterdir()}
-    assert not any(name.endswith(".state") for name in files)
-    return report["accuracy"]["pgd20"]["n"] == 6 and {"report.md", "adversarial.npz"} <= files
+FOLDER = Path("evaluation", "own_model.Net-pgd20")
+
+
+def written(place: Path, folder: Path = FOLDER, n: int = 6, seed: int = 0) -> bool:
+    report = json.loads((place / folder / "report.json").read_text())
+    files = {file.name for file in (place / folder).iterdir()}
+    made = report["provenance"]
+    assert made["command"] == report["command"] != ""
+    assert (made["pyadv"], made["seed"], made["processes"]) == (__version__, seed, 1)
+    assert made["date"].startswith("20") and made["hardware"]["device"] == "cpu"
+    pictures = {"curves.png", "examples.png"}
+    return report["accuracy"]["pgd20"]["n"] == n and files - pictures == FILES
+
+
+FILES = {"report.json", "report.md", "adversarial.npz"}
 
 
 @pytest.mark.parametrize("redirect", ["| true", ">&- 2>&-"], ids=["closed pipe", "closed"])
@@ -85,7 +95,8 @@ def test_a_console_of_few_characters(place: Path) -> None:
     assert (
         written(place) and b"worst case" in done.stdout and b"written to evaluation" in done.stdout
     )
-    assert "–" in (place / "evaluation" / "report.md").read_text(encoding="utf-8")
+    assert b"expected time: about" in done.stderr
+    assert "–" in (place / FOLDER / "report.md").read_text(encoding="utf-8")
 
 
 def test_states_outlive_a_failure_to_write(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +108,29 @@ def test_states_outlive_a_failure_to_write(place: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patched:
         patched.setattr(Document, "write", full)
         assert "pyadv: the disk is full" in pyadv(*ARGUMENTS, code=1)
-    names = {file.name for file in (place / "evaluation").iterdir()}
-    assert names == {"pgd20.state", "curves.state"}
+    left = {file.name for file in (place / FOLDER).iterdir()}
+    assert left == {"pgd20.state", "curves.state", "unfinished.json"}
+    pyadv(*ARGUMENTS, "--seed", "1")  # another evaluation, which does not continue this one
+    assert written(place, FOLDER.with_name("own_model.Net-pgd20-2"), seed=1)
+    pyadv(*ARGUMENTS[:-4], "--n", "7", "--device", "cpu")  # with one more sample
+    assert written(place, n=7)
+
+
+def test_no_report_is_written_over_another(place: Path) -> None:
     pyadv(*ARGUMENTS)
-    assert written(place)
+    before = (place / FOLDER / "report.json").read_bytes()
+    assert f"written to {FOLDER}-2" in pyadv(*ARGUMENTS)
+    assert (place / FOLDER / "report.json").read_bytes() == before
+    assert written(place, FOLDER.with_name("own_model.Net-pgd20-2"))
+    refused = pyadv(*ARGUMENTS, "--out", FOLDER, code=1)
+    assert "--out must be a new folder" in refused and f"but {FOLDER} holds other files" in refused
+    pyadv("own_model:Net", "--data", "few.npz", "--eps", "-1", code=1)
+    assert len(list((place / "evaluation").iterdir())) == 2  # an error leaves no folder
 
 
 def test_models_as_objects_and_things_that_are_none(place: Path) -> None:
     pyadv("own_model:net", *ARGUMENTS[1:])
-    assert written(place)
+    assert written(place, Path("evaluation", "own_model.net-pgd20"))
     text = pyadv("own_model:number", *ARGUMENTS[1:], code=1)
     assert "own_model:number must return a torch.nn.Module, got int" in text
 
@@ -171,18 +196,48 @@ def test_paths_that_lead_nowhere(place: Path) -> None:
     assert "--out must be a folder, but file is a file" in pyadv(
         *ARGUMENTS, "--out", "file", code=1
     )
-    (place / "evaluation").mkdir()
-    (place / "evaluation" / "pgd20.state").write_bytes(b"no state")
+
+
+def test_a_state_that_is_damaged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyadv.evaluation import document
+
+    claim = document.claim
+
+    def damage(folder: Path, settings: dict) -> bool:
+        free = claim(folder, settings)
+        (folder / "pgd20.state").write_bytes(b"no state")
+        return free
+
+    monkeypatch.setattr(document, "claim", damage)
     assert "pgd20.state cannot be read as a saved evaluation" in pyadv(*ARGUMENTS, code=1)
 
 
 def test_a_stderr_that_is_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyadv.attacks.progress import Lines
+    from pyadv.attacks.progress import Lines, to_stderr
 
     for stream in (None, open(os.devnull, "w")):  # noqa: SIM115
         if stream is not None:
             stream.close()
         monkeypatch.setattr(sys, "stderr", stream)
         Lines(place / "log.txt")("pgd", 3, 3, 2)
-        cli._to_stderr("a line")
+        to_stderr("a line")
     assert len((place / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_report_of_one(place: Path) -> None:
+    arguments = [*ARGUMENTS[:-4], "--device", "cpu"]
+    pyadv(*arguments, "--out", "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "pyadv", "evaluate", *arguments, "--out", "two"]
+    paths = os.pathsep.join((str(Path(_state.__file__).parents[1]), str(place)))
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("worst case") == 1 and done.stdout.count("written to two") == 1
+    one, two = (json.loads(Path(f, "report.json").read_text()) for f in ("one", "two"))
+    assert one["accuracy"] == two["accuracy"] and one["curves"] == two["curves"]
+    assert [r["provenance"]["processes"] for r in (one, two)] == [1, 2]
+    assert {file.name for file in Path("two").iterdir()} == {
+        file.name for file in Path("one").iterdir()
+    }

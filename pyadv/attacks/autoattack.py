@@ -17,10 +17,12 @@ from pyadv.attacks.apgd import APGD, TargetedAPGD
 from pyadv.attacks.ensemble import AttackLike, Ensemble, Findings, check_attack
 from pyadv.attacks.fab import FAB, TargetedFAB
 from pyadv.attacks.pgd import PGD
-from pyadv.attacks.progress import Lines, Progress
+from pyadv.attacks.processes import ALONE, Processes, together
+from pyadv.attacks.progress import Progress
 from pyadv.attacks.square import Square
 from pyadv.engine import checks
-from pyadv.engine.attack import Attack, Model
+from pyadv.engine.attack import Attack, Model, show
+from pyadv.engine.results import passes_line, samples_line
 from pyadv.engine.settable import Settable
 from pyadv.engine.task import FloatOrTensor, radius
 from pyadv.passes.borrow import Output
@@ -94,7 +96,7 @@ def plan(version: str, norm: str) -> dict[str, Member]:
     }
 
 
-@dataclass
+@dataclass(repr=False)
 class EnsembleResult:
     """What AutoAttack found, one row per sample.
 
@@ -122,6 +124,21 @@ class EnsembleResult:
     def robust_accuracy(self) -> float:
         """The share of samples that no attack broke."""
         return self.correct.float().mean().item()
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}: {samples_line(self.x_adv)}"]
+        left = int(self.correct.sum())
+        lines.append(f"not broken: {left:,} ({100 * self.robust_accuracy:.2f} %)")
+        counts = [
+            f"{name} {int((self.broken_by == k).sum()):,}"
+            for k, name in enumerate(self.names[1:], 1)
+        ]
+        lines.append(
+            f"misclassified without an attack: {int((self.broken_by == 0).sum()):,}; broken by "
+            + ", ".join(counts)
+        )
+        lines.append(passes_line(self.queries.sum(1), self.gradients.sum(1)))
+        return "\n".join([*lines, *self.notes])
 
 
 class AutoAttack(Settable):
@@ -219,6 +236,11 @@ class AutoAttack(Settable):
         self._common, self.plan = common, plan(version, self.norm)
         self.members(_ENOUGH_CLASSES)  # refuses bad settings now
 
+    def __repr__(self) -> str:
+        members = self.members(_ENOUGH_CLASSES).items()
+        lines = [f"AutoAttack ({self.version}), {self.norm} {show(self.eps)}"]
+        return "\n".join(lines + [f"{name:<10}{attack.describe()}" for name, attack in members])
+
     def __copy__(self) -> AutoAttack:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
@@ -238,8 +260,13 @@ class AutoAttack(Settable):
         batch_size: int = 250,
         state: str | Path | None = None,
         state_name: str | None = None,
+        group: Any = None,
     ) -> EnsembleResult:
         """Run all attacks on x (N, ...) in [lo, hi] with labels y (N,).
+
+        Where torch.distributed is initialised, all processes of the group must make this call with
+        all samples. They divide the samples among themselves, anew for each attack, and all return
+        the same result.
 
         Args:
             batch_size: rows that go through the model at once; batches move to the device of its
@@ -249,15 +276,18 @@ class AutoAttack(Settable):
                 another model or other settings are refused.
             state_name: a name for the model and the losses where these are lambdas or local
                 functions, which have no identity that the state can be compared by.
+            group: as in `evaluate`.
         """
-        ensemble = self.ensemble(
-            self.model,
-            batch_size=batch_size,
-            state=state,
-            state_name=state_name,
-            progress=self._shown(len(x)),
-        )
-        ensemble.attack(x, y)
+        with together(self.model, group) as processes:
+            ensemble = self.ensemble(
+                self.model,
+                processes,
+                batch_size=batch_size,
+                state=state,
+                state_name=state_name,
+                progress=self._shown(len(x), processes),
+            )
+            ensemble.attack(x, y)
         found = ensemble.findings
         warn_about(found)
         rows, examples = found.examples()
@@ -299,7 +329,7 @@ class AutoAttack(Settable):
             return dict(self._own)
         return {name: self._member(name, classes, self._common) for name in self.names}
 
-    def ensemble(self, model: Model, **settings: Any) -> Ensemble:
+    def ensemble(self, model: Model, processes: Processes = ALONE, **settings: Any) -> Ensemble:
         """Return the ensemble that attacks `model`; `settings` as in `Ensemble`."""
         return Ensemble(
             model,
@@ -311,12 +341,13 @@ class AutoAttack(Settable):
             described=self.members(_ENOUGH_CLASSES),
             reseed=self.seed if self.parity.reseed else None,
             as_is=self.parity.keep_modes,
-            **{"progress": self._shown(None), **settings},
+            processes=processes,
+            **{"progress": self._shown(None, processes), **settings},
         )
 
-    def _shown(self, samples: int | None) -> Progress | None:
+    def _shown(self, samples: int | None, processes: Processes) -> Progress | None:
         """Return what is called with the progress of one run."""
-        return Lines(samples=samples) if self.progress == "auto" else self.progress
+        return processes.progress(self.progress, samples)
 
     def _only(self, name: str) -> AutoAttack:
         only = copy(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyadv import _state, ops
-from pyadv.attacks.identity import identity
+from pyadv.attacks.identity import identity as _identity
+from pyadv.attacks.processes import ALONE, Processes
 from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
@@ -34,6 +36,7 @@ _SAVE_EVERY = 30.0  # seconds, besides after each attack and at an interruption
 _NEAR = 1e-2  # how far logits may move between two machines, as a share of the largest, at least 1
 _TIED = 1e-3  # two logits this near to each other may change places
 _SHOWN = 3  # differences in an error message
+_SAMPLES = "the samples, which each process must get whole, without a sampler that divides them,"
 _PROBED = 8  # samples in the forward pass that shows which counters of the model move
 
 
@@ -146,6 +149,7 @@ class _Records(Findings):
     def __init__(self, names: Sequence[str]):
         super().__init__(names)
         self._row_of: dict[tuple[int, int], int] = {}
+        self.forget_news()
 
     def rows(self, keys: Tensor, y: Tensor) -> Tensor:
         """Return the row of each sample (hash, label); samples that are new get new rows."""
@@ -175,8 +179,7 @@ class _Records(Findings):
         first = broken & ~self.broken[rows].any(1)
         logits = result.logits.detach()
         if column == 0:
-            if not self.classes:
-                self.logits = torch.full((len(self.keys), logits.shape[1]), math.nan, device="cpu")
+            self._know_classes(logits.shape[1])
             self.logits[rows] = logits.float().cpu()
         self.done[rows, column] = True
         self.broken[rows, column] = broken
@@ -190,19 +193,63 @@ class _Records(Findings):
         if column and first.any():
             where = first.to(result.x_adv.device)
             self._examples.append((rows[first], result.x_adv[where].cpu()))
+        self._news.append(rows)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
         rows, x_adv = self.examples()
         tables = {name: getattr(self, name) for name in self._TABLES}
         return tables | {"names": self.names, "kind": self.kind, "rows": rows, "x_adv": x_adv}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in (*self._TABLES, "kind"):
-            setattr(self, name, state[name])
-        examples = state["rows"], state["x_adv"]
-        self._examples = [examples] if len(examples[0]) else []
-        pairs = zip(self.keys.tolist(), self.y.tolist(), strict=True)
-        self._row_of = {pair: row for row, pair in enumerate(pairs)}
+    def news(self) -> dict[str, Any]:
+        """Return the rows that were recorded since `forget_news`, as `state_dict` does."""
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        rows = torch.cat([none, *self._news]).unique()
+        chosen = _Records(self.names)
+        for name in self._TABLES:
+            setattr(chosen, name, getattr(self, name)[rows])
+        chosen.kind = self.kind
+        for at, x_adv in self._examples[self._examples_told :]:
+            among = torch.isin(at, rows)
+            if among.any():
+                chosen._examples.append((torch.searchsorted(rows, at[among]), x_adv[among]))
+        return chosen.state_dict()
+
+    def forget_news(self) -> None:
+        """Take everything recorded so far as known to the other processes."""
+        self._news: list[Tensor] = []
+        self._examples_told = len(self._examples)
+
+    def keep_as_news(self, state: dict[str, Any]) -> None:
+        """Count the rows of a state that was merged among the news."""
+        self._news.append(self.rows(state["keys"], state["y"]))
+        self._examples_told = 0
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Enter what a `state_dict` or `news` holds and these records lack. Work that both hold
+        counts once: its outcome is the same."""
+        if not len(state["keys"]):
+            return
+        self.kind = self.kind or state["kind"]
+        rows = self.rows(state["keys"], state["y"])
+        if state["logits"].shape[1]:
+            self._know_classes(state["logits"].shape[1])
+        more = state["done"] & ~self.done[rows]
+        unbroken = ~self.broken[rows].any(1)
+        looked, broke = more[:, 0], unbroken & (more & state["broken"]).any(1)
+        self.logits[rows[looked]] = state["logits"][looked]
+        predicted = looked | broke
+        self.prediction[rows[predicted]] = state["prediction"][predicted]
+        for name in ("broken", "non_finite", "queries", "gradients", "done"):
+            table = getattr(self, name)
+            table[rows] = torch.where(more, state[name], table[rows])
+        kept = broke[state["rows"]]
+        if kept.any():
+            self._examples.append((rows[state["rows"][kept]], state["x_adv"][kept]))
+
+    def _know_classes(self, classes: int) -> None:
+        if not self.classes:
+            self.logits = torch.full((len(self.keys), classes), math.nan, device="cpu")
 
 
 class Ensemble:
@@ -229,10 +276,14 @@ class Ensemble:
         progress: called after each batch.
         reseed: seed torch's generator before each batch.
         as_is: the model keeps its modes, so its answers may depend on the batch.
+        processes: those that work on the samples together, all given the same chunks. Each
+            attack's samples are divided among them anew. Process 0 keeps `state`; the others keep
+            what process 0 has not saved yet in files beside it, which any number of processes
+            continues.
 
     Raises:
         ValueError: for names, batch_size, and a state that was made with another identity or needs
-            a `state_name`.
+            a `state_name`; for settings that differ between the processes.
     """
 
     def __init__(
@@ -251,6 +302,7 @@ class Ensemble:
         progress: Progress | None = None,
         reseed: int | None = None,
         as_is: bool = False,
+        processes: Processes = ALONE,
     ):
         if CLEAN in names:
             raise ValueError(f'no attack may be called "{CLEAN}"')
@@ -265,14 +317,16 @@ class Ensemble:
         parts = {"attacks": tuple(names), "survivors": survivors, "clean": clean}
         parts |= {f"attacks.{name}": attack for name, attack in (described or {}).items()}
         parts |= identity or {}
-        self._file = None if path is None else _StateFile(path, model, parts, state_name)
+        self._processes = processes
+        given = {**parts, "batch_size": batch_size, "state": path is not None}
+        processes.compare("the settings of an evaluation", given)
+        self._file = None if path is None else _StateFile(path, model, parts, state_name, processes)
         self._unchecked = torch.zeros(
             0, dtype=torch.bool, device="cpu"
         )  # rows that came from the file
         self._as_is, self._saved_at = as_is, time.monotonic()
-        if self._file is not None and self._file.found is not None:
-            self._records.load_state_dict(self._file.found)
-            self._unchecked = self._records.done[:, 0].clone()
+        if self._file is not None:
+            self._load(self._file)
 
     @property
     def findings(self) -> Findings:
@@ -287,6 +341,7 @@ class Ensemble:
             raise ValueError(f"x must hold samples as before, {f.kind}, got {kind}")
         f.kind = kind
         keys = torch.cat([ops.row_hash(part).cpu() for part in x.split(self.batch_size)])
+        self._processes.compare(_SAMPLES, {"x": kind, "values of x": keys, "y": y.cpu()})
         rows = f.rows(keys, y.cpu())
         if self._file is not None and len(rows):
             self._file.check_model(x, self.clean.settings.output, self._as_is)
@@ -296,6 +351,21 @@ class Ensemble:
             self._attack(*_first_of_each(rows), x, y)
         finally:
             self._save()
+
+    def _load(self, file: _StateFile) -> None:
+        """Merge what the files of all processes hold."""
+        f = self._records
+        for found in file.found if self._processes.rank == 0 else ():
+            f.merge(found)
+        if not self._processes.alone:
+            f.merge(self._processes.first(f.state_dict()))
+            mine = file.found if self._processes.rank else []
+            for found in self._processes.each(mine):
+                f.merge(found)
+            f.forget_news()
+            for found in mine:  # until process 0 has saved it
+                f.keep_as_news(found)
+        self._unchecked = f.done[:, 0].clone()
 
     def _rows_given(self) -> Tensor:
         return (
@@ -313,19 +383,17 @@ class Ensemble:
             self.members = [(a, getattr(a, "draw", 0)) for a in map(attacks.get, names)]
         for column, (attack, draw) in enumerate(self.members, 1):
             self._stage(column, attack, draw, rows, places, x, y)
-            self._save()
 
     def _stage(
         self, column: int, attack: AttackLike, draw: int, rows: Tensor, places: Tensor, *xy: Tensor
     ) -> None:
-        """Run one attack on the samples that wait for it: `rows`, which stand in x at `places`."""
-        f = self._records
+        """Run one attack on the samples that wait for it: `rows`, which stand in x at `places`.
+        Save, and exchange what was found."""
+        f, processes = self._records, self._processes
         waits = ~f.done[rows, column]
         if column and self.survivors:
             waits &= ~f.broken[rows, :column].any(1)
-        rows, places = rows[waits], places[waits]
-        if not len(rows):
-            return
+        rows, places = processes.part(rows[waits]), processes.part(places[waits])
         attempts = attack.attempts(f.classes) if column else 1
         given, done = self._rows_given(), 0
         for part, result, labels in self._results(attack, draw, rows, places, xy, attempts):
@@ -338,6 +406,11 @@ class Ensemble:
                 self.progress(f.names[column], done, len(rows), standing)
             if time.monotonic() - self._saved_at > _SAVE_EVERY:
                 self._save()
+        if not processes.alone:
+            for news in processes.gather(f.news()):
+                f.merge(news)
+        if not processes.alone or (column and done):
+            self._save(together=True)
 
     def _results(
         self,
@@ -352,6 +425,8 @@ class Ensemble:
         device = device_of(self.model, xy[0])
         size = max(1, self.batch_size // max(attempts, 1))
         for part, at in zip(rows.split(size), places.split(size), strict=True):
+            if not len(part):  # torch splits nothing into one empty part
+                continue
             if self.reseed is not None:
                 torch.manual_seed(self.reseed)
             x, y = (t[at.to(t.device)].to(device) for t in xy)
@@ -372,6 +447,15 @@ class Ensemble:
         if self._as_is and _trains(self.model):
             self._note("The model is attacked in training mode, where logits depend on the batch")
             return
+        if any(self._processes.gather(self._finds_random(rows, places, x, y))):
+            self._note("The model is random: two forward passes on one batch differ")
+            self._unchecked[:] = False
+        self._unchecked[rows] = False
+
+    def _finds_random(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor) -> bool:
+        """Compare this process's part with the logits in the state. Return whether they differ
+        because the model is random; raise ValueError if they differ otherwise."""
+        f, (rows, places) = self._records, map(self._processes.part, (rows, places))
         for part, result, _ in self._results(self.clean, 0, rows, places, (x, y)):
             z = result.logits.float().cpu()
             off = ~_agree(z, f.logits[part])
@@ -379,16 +463,14 @@ class Ensemble:
                 at = places[torch.isin(rows, part)]
                 again = self._once_more(x, y, at, part)
                 if bool((~_agree(again, z, rounding=True)).any()):
-                    self._note("The model is random: two forward passes on one batch differ")
-                    self._unchecked[:] = False
-                    return
+                    return True
                 i = int(off.int().argmax())
                 raise ValueError(
                     f"{self._file.path} holds an evaluation of a model with other logits: for "
                     f"the sample at {int(at[i])} {_shown(f.logits[part[i]])}, now {_shown(z[i])}; "
                     "choose another file for this model, or remove this one"
                 )
-        self._unchecked[rows] = False
+        return False
 
     def _once_more(self, x: Tensor, y: Tensor, at: Tensor, rows: Tensor) -> Tensor:
         """Return logits by a second forward pass, without a seed of ours."""
@@ -402,10 +484,29 @@ class Ensemble:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _save(self) -> None:
-        if self._file is not None:
-            self._file.save(self._records.state_dict())
+    def _save(self, together: bool = False) -> None:
+        """Save: process 0 everything, another what process 0 has not saved. `together` follows an
+        exchange, after which process 0 saves for all."""
+        f, processes, file = self._records, self._processes, self._file
+        if file is not None and processes.rank == 0:
+            file.save(f.state_dict())
+        elif file is not None and not together and len((news := f.news())["keys"]):
+            file.save(news)
+        if together and not processes.alone:
+            if file is not None:
+                processes.gather(None)  # process 0 has saved
+                if processes.rank:
+                    file.remove()
+            f.forget_news()
         self._saved_at = time.monotonic()
+
+
+def state_files(path: Path) -> list[Path]:
+    """Return the files of the state `path` that exist: of process 0 and of others."""
+    of_another = re.compile(re.escape(path.name) + r"\.process\d+")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    others = sorted(file for file in beside if of_another.fullmatch(file.name))
+    return [path] * path.exists() + others
 
 
 class _StateFile:
@@ -414,8 +515,12 @@ class _StateFile:
     Parts of the model that a pass through it moves, such as counters, do not count. Which parts
     these are is known once a pass was made, so the model is compared then, the rest at once.
 
+    Process 0 reads and writes the file `path` and reads those of other processes. Another process
+    reads and writes its own.
+
     Attributes:
-        found: the findings in the file; None where there was no file.
+        path: the file that this process writes.
+        found: the findings in the files that this process reads.
     """
 
     KIND, FORMAT = "evaluation", 2
@@ -424,23 +529,37 @@ class _StateFile:
         "be continued; remove it or choose another file"
     }
 
-    def __init__(self, path: Path, model: Model, parts: Mapping[str, Any], name: str | None):
+    def __init__(
+        self,
+        path: Path,
+        model: Model,
+        parts: Mapping[str, Any],
+        name: str | None,
+        processes: Processes,
+    ):
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"state_name must be a string that is not empty, got {name!r}")
+        files = state_files(path)
+        if processes.rank:
+            path = path.with_name(f"{path.name}.process{processes.rank}")
+            files = [path] * path.exists()
+        mine = {path, *(path.with_name(f"{path.name}.process{i}") for i in range(processes.count))}
         self.path, self.name, self.model = path, name, model
-        self.settings = identity(parts, name)
-        self.of_model = identity({"model": model}, name)
+        self._left = [file for file in files if file not in mine]  # by processes that are no more
+        self.settings = _identity(parts, name)
+        self.of_model = _identity({"model": model}, name)
         self.moved: set[str] | None = None  # not known yet
-        self.found = None
-        if path.exists():
-            state = _state.load(path, self.KIND, self.FORMAT, self.RETIRED)
+        self.found: list[dict[str, Any]] = []
+        self._then: list[tuple[Path, dict[str, str], set[str]]] = []
+        for file in files:
+            state = _state.load(file, self.KIND, self.FORMAT, self.RETIRED)
             try:
-                self.found = state["findings"]
-                self._then, self._then_moved = state["model"], set(state["moved"])
-                self._refuse(state["identity"], self.settings, set())
+                self.found.append(state["findings"])
+                self._then.append((file, state["model"], set(state["moved"])))
+                self._refuse(file, state["identity"], self.settings, set())
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path} cannot be read as a saved evaluation: {error!r}"
+                    f"{file} cannot be read as a saved evaluation: {error!r}"
                 ) from None
 
     def check_model(self, x: Tensor, output: Output, as_is: bool) -> None:
@@ -449,11 +568,12 @@ class _StateFile:
         if self.moved is not None:
             return
         with _passed(self.model, x[:_PROBED], output, as_is):
-            now, before = identity({"model": self.model}, self.name), self.of_model
+            now, before = _identity({"model": self.model}, self.name), self.of_model
         self.moved = {k for k in now.keys() | before.keys() if now.get(k) != before.get(k)}
-        if self.found is not None:
-            self.moved |= self._then_moved
-            self._refuse(self._then, self.of_model, self.moved)
+        for _, _, moved in self._then:
+            self.moved |= moved
+        for file, then, _ in self._then:
+            self._refuse(file, then, self.of_model, self.moved)
 
     def save(self, findings: dict[str, Any]) -> None:
         if self.moved is None:  # nothing was done yet
@@ -462,8 +582,16 @@ class _StateFile:
         model = {k: v for k, v in self.of_model.items() if k not in self.moved}
         state = {"identity": self.settings, "model": model, "moved": sorted(self.moved)}
         _state.save(self.path, {**state, "findings": findings}, self.KIND, self.FORMAT)
+        while self._left:
+            self._left.pop().unlink(missing_ok=True)
 
-    def _refuse(self, then: dict[str, str], now: dict[str, str], moved: set[str]) -> None:
+    def remove(self) -> None:
+        """Remove the file of this process."""
+        self.path.unlink(missing_ok=True)
+
+    def _refuse(
+        self, file: Path, then: dict[str, str], now: dict[str, str], moved: set[str]
+    ) -> None:
         names = sorted((then.keys() | now.keys()) - moved)
         differences = [
             f"{name.removeprefix('attacks.').replace('.settings.', '.')}: "
@@ -475,7 +603,7 @@ class _StateFile:
             shown = "; ".join(differences[:_SHOWN])
             more = len(differences) - _SHOWN
             raise ValueError(
-                f"{self.path} holds an evaluation with another {shown}"
+                f"{file} holds an evaluation with another {shown}"
                 f"{f' and {more} more' if more > 0 else ''}; choose another file for this one, or "
                 "remove that one"
             )

@@ -215,6 +215,15 @@ class Attack(Settable):
         """Return what `describe` says of steps and loss."""
         return [f"{self.settings.steps} steps"]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.describe()}\n{self._about()}"
+
+    def _about(self) -> str:
+        """Return the model's class, the seed and the next draw in words."""
+        model = "none" if self.model is None else type(unwrap(self.model)).__name__
+        seed = "torch's" if self.seed is None else self.seed
+        return f"model {model}, seed {seed}, draw {self.draw}"
+
     def state_dict(self) -> dict[str, int]:
         """Return what the keyed noise of later calls depends on."""
         return {"draw": self.draw}

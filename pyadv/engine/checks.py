@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyadv._names import did_you_mean
 from pyadv.ops.arguments import check_floating, parameter
 from pyadv.reference.losses import has_answer
 
@@ -35,14 +36,19 @@ def canonical_norm(norm: str | float, known: tuple[str, ...] = ("Linf", "L2", "L
     if name not in known:
         *others, last = known
         numbers = ", ".join(k.removeprefix("L") for k in known)
-        raise ValueError(f"norm must be {', '.join(others)} or {last} (or {numbers}), got {norm!r}")
+        hint = did_you_mean(norm, known)
+        raise ValueError(
+            f"norm must be {', '.join(others)} or {last} (or {numbers}), got {norm!r}{hint}"
+        )
     return name
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError if the value is none of the choices."""
     if isinstance(value, Tensor) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        known = ", ".join(map(str, choices))
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}{hint}")
 
 
 def flag(name: str, value: bool) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyadv import ops, reference
+from pyadv._names import did_you_mean
 from pyadv.engine import checks
 from pyadv.reference.losses import has_answer, is_correct
 
@@ -22,7 +23,9 @@ FUSED = ("ce", "margin", "dlr", "kl", "slm")
 def check(loss: str | LossFunction) -> str | LossFunction:
     """Return the loss. Raise ValueError if it is neither a callable nor a known name."""
     if not callable(loss) and loss not in FUSED:
-        raise ValueError(f"loss must be one of {', '.join(FUSED)} or a callable, got {loss!r}")
+        hint = did_you_mean(loss, FUSED)
+        known = ", ".join(FUSED)
+        raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
     return loss
 
 

@@ -2,7 +2,8 @@
 
 from pyadv.evaluation.bisection import Bisection
 from pyadv.evaluation.curves import accuracy_curves
-from pyadv.evaluation.document import Document, run_suite
+from pyadv.evaluation.document import BUDGET, Document, run_suite
+from pyadv.evaluation.estimate import estimate
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate, standard_attacks
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.margins import Margins, margin_attacks, measure_margins
@@ -13,6 +14,7 @@ from pyadv.evaluation.report import Report, Row
 
 __all__ = [
     "AUTOATTACKS",
+    "BUDGET",
     "SUITES",
     "Bisection",
     "Check",
@@ -26,6 +28,7 @@ __all__ = [
     "accuracy_curves",
     "check_masking",
     "effective_margin",
+    "estimate",
     "evaluate",
     "lipschitz_bound",
     "margin_attacks",

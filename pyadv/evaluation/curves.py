@@ -33,6 +33,7 @@ def accuracy_curves(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Curves:
     """Measure accuracy under PGD on the margin loss from a random start, at the first iterate that
     fools the model. Steps follow the radius and their number, see `step_size`.
@@ -68,6 +69,7 @@ def accuracy_curves(
         state=state,
         state_name=state_name,
         progress=progress,
+        group=group,
     )
     accuracy = {row.name: row.accuracy for row in report.rows}
     named = {factor * eps: accuracy[name] for factor, name in radii.items()}

@@ -1,16 +1,20 @@
 """The folder that an evaluation writes:
 
-report.json       every number
+report.json       every number, and where it comes from
 report.md         the numbers as text, with the pictures
 *.png             accuracy against eps and steps, worst examples, margins
 adversarial.npz   x_adv, with the samples' index, y, prediction, and the attack that found it
 margins.csv       the margins of each sample
+
+While the evaluation runs, the folder holds its states, and `unfinished.json` says of what.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyadv import _state
+from pyadv._provenance import provenance
 from pyadv._version import __version__
 from pyadv.attacks import PGD
+from pyadv.attacks.ensemble import state_files
+from pyadv.attacks.processes import together
 from pyadv.attacks.progress import Progress
+from pyadv.engine import checks
 from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
 from pyadv.evaluation.escaping import code, markdown
@@ -31,7 +40,7 @@ from pyadv.evaluation.margins import Margins, measure_margins
 from pyadv.evaluation.masking import check_masking
 from pyadv.evaluation.masking_report import MaskingReport
 from pyadv.evaluation.report import Report
-from pyadv.passes.borrow import device_of
+from pyadv.passes.borrow import device_of, unwrap
 
 _EXAMPLES = 8  # in the picture
 
@@ -48,6 +57,8 @@ class Document:
         masking: the checks for gradient masking, if they ran.
         margins: distances to the decision boundary, if they were measured.
         states: the files that would let the measurement continue after an interruption.
+        left_out: what a budget left out, one sentence for each part.
+        provenance: where the numbers come from; see `pyadv._provenance`.
     """
 
     title: str
@@ -57,6 +68,8 @@ class Document:
     masking: MaskingReport | None = None
     margins: Margins | None = None
     states: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +80,7 @@ class Document:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
+            "left_out": list(self.left_out),
             "accuracy": {name: report.to_dict() for name, report in self.reports.items()},
             "curves": {name: [list(p) for p in points] for name, points in self.curves.items()},
             "masking": None if self.masking is None else self.masking.to_dict(),
@@ -91,7 +105,8 @@ class Document:
             classes: names of the classes.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "report.json", json.dumps(self.to_dict(), indent=2))
+        content = {**self.to_dict(), "provenance": dict(self.provenance)}
+        _write(folder / "report.json", json.dumps(content, indent=2))
         missing: list[str] = []
         pictures: dict[str, str] = {}
         examples = self._examples(x, y)
@@ -108,12 +123,15 @@ class Document:
 
     def remove_states(self) -> None:
         """Remove the files that would let the measurement continue, once its results are safe."""
-        for file in self.states:
-            file.unlink(missing_ok=True)
+        for state in self.states:
+            for file in state_files(state):
+                file.unlink()
+            (state.parent / _UNFINISHED).unlink(missing_ok=True)
 
     def to_markdown(self, pictures: Mapping[str, str]) -> str:
         """Return the document as Markdown; `pictures` maps captions to file names."""
         lines = [f"# {markdown(self.title)}", "", f"{code(self.command)}, pyadv {__version__}", ""]
+        lines += [line for text in self.left_out for line in (markdown(text), "")]
         for name, report in self.reports.items():
             lines += [f"## Accuracy: {name}", "", report.to_markdown(), ""]
         if self.masking is not None:
@@ -179,6 +197,60 @@ SUITE_PARTS: dict[str, tuple[str, ...]] = {
     "all": ("pgd20", "autoattack", "masking", "margins"),
 }
 _CURVE_SAMPLES = 500
+# For the suite "all" on the command line: about three minutes on two cores for the embedded model.
+BUDGET: dict[str, int] = {"pgd20": 2000, "autoattack": 100, "masking": 500, "margins": 100}
+_UNFINISHED = "unfinished.json"
+
+
+def shares(suite: str, n: int, budget: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return how many of n samples each part of a suite gets, the curves included."""
+    checks.choice("suite", suite, tuple(SUITE_PARTS))
+    budget = {} if budget is None else budget
+    counts = {part: min(n, budget.get(part, n)) for part in SUITE_PARTS[suite]}
+    return counts | {"curves": min(n, _CURVE_SAMPLES)}
+
+
+def report_folder(parent: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Return the folder for an evaluation called `name`: NAME, or NAME-2, NAME-3, ... if there is
+    one. An interrupted evaluation with the same settings continues in its folder. The folder is
+    made, with a note of the settings that `Document.remove_states` removes.
+
+    Args:
+        parent: where the folders of evaluations are.
+        name: of model and suite; characters that may not be part of a file name are replaced.
+        settings: plain values that tell this evaluation from others.
+    """
+    name = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "report"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if claim(folder, settings):
+            return folder
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Make the folder and note the settings of an evaluation in it. Return whether the folder was
+    free: new, empty, or left by an interrupted evaluation with the same settings."""
+    note = folder / _UNFINISHED
+    found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if note.name in found:
+        try:
+            free = json.loads(note.read_text(encoding="utf-8")) == settings
+        except (OSError, ValueError):
+            free = False
+        return free
+    if found or (folder.exists() and not folder.is_dir()):
+        return False  # a report, or files of somebody else
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2) + "\n"
+    _state.write(note, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    return True
+
+
+def release(folder: Path) -> None:
+    """Remove a folder that `claim` made if nothing was written to it."""
+    if {file.name for file in folder.iterdir()} == {_UNFINISHED}:
+        (folder / _UNFINISHED).unlink()
+        folder.rmdir()
 
 
 def run_suite(
@@ -195,8 +267,10 @@ def run_suite(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
     title: str = "Evaluation",
     command: str = "",
+    budget: Mapping[str, int] | None = None,
 ) -> Document:
     """Measure what `pyadv evaluate --suite` measures.
 
@@ -208,29 +282,42 @@ def run_suite(
         state: a folder for the findings of an interrupted call. The files stay there until
             `remove_states()` of the result is called.
         title, command: title of the document, and the command line in it.
+        budget: part of the suite -> the most samples it gets, the first ones; all by default.
+            `left_out` of the result says what it left out. `BUDGET` is that of the command line for
+            "all".
 
     The other arguments and errors are those of `evaluate`.
     """
-    if suite not in SUITE_PARTS:
-        raise ValueError(f"suite must be one of {', '.join(SUITE_PARTS)}, got {suite!r}")
+    counts = shares(suite, len(x), budget)
     parts = SUITE_PARTS[suite]
     files = {} if state is None else {k: Path(state) / f"{k}.state" for k in (*parts, "curves")}
-    common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
     kept = {name: {"state": file, "state_name": state_name} for name, file in files.items()}
-    reports = {
-        name: evaluate(model, x, y, eps=eps, attacks=name, **kept.get(name, {}), **common)
-        for name in parts
-        if name in SUITES | AUTOATTACKS
-    }
-    few = x[:_CURVE_SAMPLES], y[:_CURVE_SAMPLES]
-    curves = accuracy_curves(model, *few, eps=eps, **kept.get("curves", {}), **common)
     masking = margins = None
-    if "masking" in parts:
-        masking = check_masking(model, x, y, eps=eps, surrogate=surrogate, **common)
-    if "margins" in parts:
-        margins = measure_margins(model, x, y, **common)
+    with together(model, group, () if surrogate is None else (surrogate,)) as processes:
+        common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
+        common["group"] = processes
+        few = {part: (x[:k], y[:k]) for part, k in counts.items()}
+        reports = {
+            name: evaluate(model, *few[name], eps=eps, attacks=name, **kept.get(name, {}), **common)
+            for name in parts
+            if name in SUITES | AUTOATTACKS
+        }
+        curves = accuracy_curves(model, *few["curves"], eps=eps, **kept.get("curves", {}), **common)
+        if "masking" in parts:
+            masking = check_masking(model, *few["masking"], eps=eps, surrogate=surrogate, **common)
+        if "margins" in parts:
+            margins = measure_margins(model, *few["margins"], **common)
+        place = device_of(unwrap(model), x)
+        made = provenance(
+            command=command or None, seed=seed, device=place, processes=processes.count
+        )
     states = tuple(files.values())
-    return Document(title, command, reports, curves, masking, margins, states)
+    left_out = tuple(
+        f"{part} has the first {counts[part]:,} of {len(x):,} samples."
+        for part in parts
+        if counts[part] < len(x)
+    )
+    return Document(title, command, reports, curves, masking, margins, states, left_out, made)
 
 
 def _write(path: Path, text: str) -> None:

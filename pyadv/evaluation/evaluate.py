@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from pyadv._names import did_you_mean
 from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
 from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
 from pyadv.attacks.minimum_norm import MinimumNorm
-from pyadv.attacks.progress import Lines, Progress
+from pyadv.attacks.processes import together
+from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, show
 from pyadv.engine.results import AttackResult, MinimumNormResult
 from pyadv.engine.task import FloatOrTensor, Model
 from pyadv.evaluation.report import Report, Row
+from pyadv.evaluation.samples import Batches, chunks
 
 _ENOUGH_CLASSES = 2**31  # for every member of AutoAttack
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def standard_attacks(
@@ -70,8 +75,8 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-
 
 def evaluate(
     model: Callable[..., Any],
-    data: Tensor | Batches,
-    y: Tensor | None = None,
+    data: Tensor | np.ndarray | Batches | Dataset,
+    y: Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     eps: float,
     norm: str | float = "Linf",
@@ -84,6 +89,7 @@ def evaluate(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Report:
     """Measure the accuracy of `model` on the samples, clean and under each attack.
 
@@ -92,6 +98,10 @@ def evaluate(
     `batch_size` nor on the order of the samples. Samples with equal values and equal labels are
     attacked once and counted as often as they are given.
 
+    Where torch.distributed is initialised, all processes of the group must make this call with all
+    samples, not with a part each. They divide the samples among themselves, anew for each attack,
+    and all return the same report, with the verdicts of a single process.
+
     A report is about one norm, radius and box, and about any other class than the label. Attacks of
     this library that search elsewhere are refused: those of another norm, eps or box, and targeted
     ones. A minimum-norm attack without an eps is judged at that of the report: a sample counts as
@@ -99,8 +109,10 @@ def evaluate(
 
     Args:
         model: maps (B, ...) to logits (B, C).
-        data: (N, ...) inputs in [lo, hi], with `y`; or batches (x, y), as a DataLoader gives them.
-        y: (N,) int64 labels of `data`.
+        data: (N, ...) inputs in [lo, hi], with `y`, as a tensor or NumPy array; or batches, as a
+            DataLoader gives them: (x, y), or a dict with one entry of images and one of labels; or
+            a Dataset of samples (x, label).
+        y: (N,) integer labels of `data`: tensor, NumPy array or list.
         eps: radius of the ball, in units of x.
         norm: "Linf", "L2" or "L1".
         attacks: "pgd20" (`standard_attacks`), "pgdplus" (PGD+: 5 restarts of 40 steps),
@@ -119,19 +131,56 @@ def evaluate(
         state_name: a name for the model and the losses where these are lambdas or local functions,
             which have no identity that the state can be compared by.
         progress: "auto" prints to stderr; None is silent; or a callable (row name, samples done,
-            samples the attack gets, samples no attack has broken so far).
+            samples the attack gets, samples no attack has broken so far). With several processes
+            the first one prints, and a callable gets the counts of its process.
+        group: the process group to share the work with; by default that of torch.distributed if it
+            is initialised, unless FSDP shards the model (all processes then evaluate all samples).
+            False: this process alone, whatever the others do.
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), for settings, for attacks that do
-            not fit the report, for a state made with another model or other attacks; and whatever
-            an attack refuses (labels out of range, NaN, inputs outside the box).
+            not fit the report, for a state made with another model or other attacks; for models,
+            samples or settings that differ between the processes; and whatever an attack refuses
+            (labels out of range, NaN, inputs outside the box).
+        ProcessFailed: if the evaluation failed in another process.
     """
-    checks.size("eps", eps)
+    with together(model, group) as processes:
+        where, attacks = _chosen(model, attacks, eps, norm, seed, lo, hi)
+        return run_attacks(
+            model,
+            data,
+            y,
+            where,
+            attacks,
+            batch_size=batch_size,
+            chunk=chunk,
+            state=state,
+            state_name=state_name,
+            progress=progress,
+            group=processes,
+        )
+
+
+def _chosen(
+    model: Callable[..., Any],
+    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike,
+    eps: float,
+    norm: str | float,
+    seed: int | None,
+    lo: FloatOrTensor | None,
+    hi: FloatOrTensor | None,
+) -> tuple[Heading, Mapping[str, AttackLike] | AutoAttack]:
+    """Return what the report is about and the attacks, which fit it. Arguments and errors are those
+    of `evaluate`."""
+    eps = _one_radius(eps)
     where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)
     if isinstance(attacks, str):
         if attacks not in SUITES | AUTOATTACKS:
             known = ", ".join(SUITES | AUTOATTACKS)
-            raise ValueError(f"attacks must be one of {known}, or attacks by name, got {attacks!r}")
+            raise ValueError(
+                f"attacks must be one of {known}, or attacks by name, got {attacks!r}"
+                f"{did_you_mean(attacks, SUITES | AUTOATTACKS)}"
+            )
         named = {"norm": where.norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
         if attacks in AUTOATTACKS:
             attacks = AutoAttack(model, version=AUTOATTACKS[attacks], **named)
@@ -147,18 +196,7 @@ def evaluate(
                 )
     else:
         attacks = {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
-    return run_attacks(
-        model,
-        data,
-        y,
-        where,
-        attacks,
-        batch_size=batch_size,
-        chunk=chunk,
-        state=state,
-        state_name=state_name,
-        progress=progress,
-    )
+    return where, attacks
 
 
 @dataclass(frozen=True)
@@ -245,8 +283,8 @@ class Within:
 
 def run_attacks(
     model: Callable[..., Any],
-    data: Tensor | Batches,
-    y: Tensor | None,
+    data: Tensor | np.ndarray | Batches | Dataset,
+    y: Tensor | np.ndarray | Sequence[int] | None,
     where: Heading,
     attacks: Mapping[str, AttackLike] | AutoAttack,
     *,
@@ -255,36 +293,45 @@ def run_attacks(
     state: str | Path | None = None,
     state_name: str | None = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Report:
     """Return the report of these attacks, whether or not they fit its heading `where`. Other
     arguments as in `evaluate`."""
-    settings = {
-        "batch_size": batch_size,
-        "state": state,
-        "state_name": state_name,
-        "progress": Lines() if progress == "auto" else progress,
-    }
-    # No steps from no start: the clean prediction, under the same rules and by the same code.
-    clean = PGD(
-        norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
-    )
-    if isinstance(attacks, AutoAttack):
-        members = attacks.members
-        ensemble = attacks.ensemble(model, **settings)
-    else:
-        own = dict(attacks)
-
-        def members(classes: int) -> dict[str, AttackLike]:
-            return own
-
-        ensemble = Ensemble(
-            model, tuple(own), members, clean, survivors=False, described=own, **settings
+    with together(model, group) as processes:
+        settings = {
+            "batch_size": batch_size,
+            "state": state,
+            "state_name": state_name,
+            "progress": processes.progress(progress),
+        }
+        # No steps from no start: the clean prediction, under the same rules and by the same code.
+        clean = PGD(
+            norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
         )
-    for x, labels in _chunks(data, y, chunk):
-        ensemble.attack(x, labels)
-    found = ensemble.findings
-    if not len(found.y):
-        raise ValueError("data must hold at least one sample, got none")
+        if isinstance(attacks, AutoAttack):
+            members = attacks.members
+            ensemble = attacks.ensemble(model, processes, **settings)
+        else:
+            own = dict(attacks)
+
+            def members(classes: int) -> dict[str, AttackLike]:
+                return own
+
+            ensemble = Ensemble(
+                model,
+                tuple(own),
+                members,
+                clean,
+                survivors=False,
+                described=own,
+                processes=processes,
+                **settings,
+            )
+        for x, labels in chunks(data, y, chunk, batch_size):
+            ensemble.attack(x, labels)
+        found = ensemble.findings
+        if not len(found.y):
+            raise ValueError("data must hold at least one sample, got none")
     warn_about(found)
     descriptions = {name: a.describe() for name, a in members(found.classes).items()}
     rows = tuple(
@@ -303,6 +350,21 @@ def run_attacks(
     return Report(len(found.y), where.norm, where.eps, rows, found, notes)
 
 
+def _one_radius(eps: Any) -> float:
+    """Return eps as a float. Raise an error unless it is one finite number >= 0."""
+    single = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not single and not (isinstance(eps, (Tensor, np.ndarray)) and eps.ndim == 0):
+        several = isinstance(eps, (list, tuple, Tensor, np.ndarray))
+        more = "; call evaluate once for each radius, or accuracy_curves" if several else ""
+        raise TypeError(
+            "eps must be one number, the radius that the report is about, got a "
+            f"{type(eps).__name__}{more}"
+        )
+    eps = float(eps)
+    checks.size("eps", eps)
+    return eps
+
+
 def _by_name(attacks: Mapping[str, AttackLike] | AttackLike) -> dict[str, AttackLike]:
     """Return the attacks of one's own by name; a single one has the name of its class."""
     if isinstance(attacks, Mapping):
@@ -319,41 +381,3 @@ def _by_name(attacks: Mapping[str, AttackLike] | AttackLike) -> dict[str, Attack
             raise TypeError(f"attacks must have strings as names, got {name!r}")
         check_attack(name, attack)
     return named
-
-
-def _chunks(data: Tensor | Batches, y: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the samples in chunks of at least `size`, the last one excepted; a tensor is one
-    chunk."""
-    if isinstance(data, Tensor):
-        if y is not None and not isinstance(y, Tensor):
-            raise TypeError(f"y must be an int64 tensor, got {type(y).__name__}")
-        if y is None or data.dim() == 0 or len(data) == 0 or y.shape != data.shape[:1]:
-            n = len(data) if data.dim() else 0
-            raise ValueError(
-                f"y must be (N,) for N = {n} >= 1 samples of data, got "
-                f"{None if y is None else list(y.shape)}"
-            )
-        yield data, y
-        return
-    if y is not None:
-        raise ValueError("y belongs to data given as a tensor; batches carry their labels")
-    if size < 1:
-        raise ValueError(f"chunk must be >= 1, got {size}")
-    held: list[tuple[Tensor, Tensor]] = []
-    for batch in data:
-        pair = isinstance(batch, (tuple, list)) and len(batch) >= 2
-        if not pair or not all(isinstance(part, Tensor) for part in batch[:2]):
-            kinds = [type(part).__name__ for part in batch[:2]] if pair else type(batch).__name__
-            raise TypeError(f"data must be a tensor or give batches (x, y) of tensors, got {kinds}")
-        checks.batch(*batch[:2], None)
-        held.append((batch[0], batch[1]))
-        if sum(len(labels) for _, labels in held) >= size:
-            yield _joined(held)
-            held = []
-    if held:
-        yield _joined(held)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    x, y = zip(*parts, strict=True)
-    return torch.cat(x), torch.cat(y)

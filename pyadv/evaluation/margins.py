@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.attacks import DeepFool, MinimumNormResult, TargetedFAB
-from pyadv.attacks.progress import Lines, Progress
+from pyadv.attacks.processes import Processes, together
+from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Model
 from pyadv.engine.task import FloatOrTensor
@@ -195,6 +196,7 @@ def measure_margins(
     seed: int | None = 0,
     output: Output = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> Margins:
     """Measure the distance of each sample to the decision boundary in several ways.
 
@@ -224,81 +226,133 @@ def measure_margins(
         output: as in `PGD`; the default attacks use it too.
         progress: as in `evaluate`, by column; the last number counts the samples for which no
             adversarial point is known yet.
+        group: as in `evaluate`: processes that divide the samples among themselves.
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), and for what the attacks refuse.
     """
-    norm = checks.canonical_norm(norm)
-    checks.batch(x, y, None)
-    checks.count("batch_size", batch_size, 1)
-    if not len(x):
-        raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
-    if attacks is None:
-        attacks = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
-    elif hasattr(attacks, "run"):
-        attacks = {type(attacks).__name__: attacks}
-    elif not isinstance(attacks, Mapping):
-        raise TypeError(
-            "attacks must be a mapping from names to searches such as FAB(...), or one search, got "
-            f"{type(attacks).__name__}"
+    with together(model, group) as processes:
+        norm = checks.canonical_norm(norm)
+        checks.batch(x, y, None)
+        checks.count("batch_size", batch_size, 1)
+        if not len(x):
+            raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
+        if attacks is None:
+            attacks = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
+        elif hasattr(attacks, "run"):
+            attacks = {type(attacks).__name__: attacks}
+        elif not isinstance(attacks, Mapping):
+            raise TypeError(
+                "attacks must be a mapping from names to searches such as FAB(...), or one search, "
+                f"got {type(attacks).__name__}"
+            )
+        for name, attack in attacks.items():
+            measured = getattr(getattr(attack, "settings", attack), "norm", norm)
+            if measured != norm:
+                raise ValueError(f"attacks must measure in {norm}, but {name!r} does in {measured}")
+        given = {"x": x, "y": y, "batch_size": batch_size, "norm": norm, "attacks": attacks}
+        processes.compare("samples and settings", given)
+        model = unwrap(model)
+        bound, uncertified = _bound(model, x, output) if certificate else (None, None)
+        return _Measurement(
+            model, x, y, norm, batch_size, output, bound, processes, processes.progress(progress)
+        ).run(attacks, uncertified)
+
+
+class _Measurement:
+    """The samples, and the nearest points known so far; tables are on the CPU."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        norm: str,
+        batch_size: int,
+        output: Output,
+        bound: LipschitzBound | None,
+        processes: Processes,
+        progress: Progress | None,
+    ):
+        self.model, self.x, self.y, self.norm = model, x, y, norm
+        self.batch_size, self.output, self.bound = batch_size, output, bound
+        self.processes, self.progress = processes, progress
+        self.device, n = device_of(model, x), len(x)
+        self.nearest = torch.full((n,), torch.inf, dtype=compute_dtype(x.dtype), device="cpu")
+
+    def run(self, attacks: Mapping[str, NearestPoint], uncertified: str | None) -> Margins:
+        """Measure everything."""
+        label = self.y.cpu()
+        parts = zip(*self.processes.each(self.looks()), strict=True)
+        rows, prediction, effective, radius, passes = (torch.cat(part) for part in parts)
+        order = rows.argsort()
+        prediction, effective, radius, passes = (
+            t[order] for t in (prediction, effective, radius, passes)
         )
-    for name, attack in attacks.items():
-        measured = getattr(getattr(attack, "settings", attack), "norm", norm)
-        if measured != norm:
-            raise ValueError(f"attacks must measure in {norm}, but {name!r} does in {measured}")
-    progress = Lines() if progress == "auto" else progress
-    model, device, label = unwrap(model), device_of(model, x), y.cpu()
-    bound, uncertified = _bound(model, x, output) if certificate else (None, None)
-    nearest = torch.full((len(x),), torch.inf, dtype=compute_dtype(x.dtype), device="cpu")
+        if self.norm == "Linf":
+            radius = radius / math.sqrt(self.x[0].numel())
+        self.nearest[prediction != label] = 0.0
+        distances = {name: self.nearest.clone() for name in attacks}
+        x_adv = self.x.detach().cpu().clone()
+        queries, gradients = torch.ones_like(label), passes
+        for name, attack in attacks.items():
+            right = (prediction == label).nonzero()[:, 0]
+            for rows, distance, points, forward, backward in self.processes.each(
+                self.searches(name, attack, right)
+            ):
+                distances[name][rows] = distance
+                queries[rows] += forward
+                gradients[rows] += backward
+                nearer = distance < self.nearest[rows]
+                self.nearest[rows[nearer]] = distance[nearer]
+                x_adv[rows[nearer]] = points[nearer]
+        return Margins(
+            norm=self.norm,
+            label=label,
+            prediction=prediction,
+            effective=effective,
+            distances=distances,
+            certified=None if self.bound is None else radius,
+            uncertified=uncertified,
+            x_adv=x_adv,
+            queries=queries,
+            gradients=gradients,
+            descriptions={name: attack.describe() for name, attack in attacks.items()},
+        )
 
-    def batches(name: str, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        done = 0
-        for rows in chosen.split(batch_size):
-            at = rows.to(x.device)
-            yield rows, x[at].to(device), y[at].to(device)
-            done += len(rows)
-            if progress:
-                progress(name, done, len(chosen), int(nearest.isinf().sum()))
+    def looks(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield, for each batch: its rows, predictions, effective margins, certified L2 radii,
+        backward passes."""
+        for rows, x, y in self.batches("effective", torch.arange(len(self.x), device="cpu")):
+            logits, effective = logits_and_margin(self.model, x, y, self.norm, self.output)
+            radius = effective
+            if self.bound is not None:
+                radius = self.bound.certified_radius(logits, y)
+            passes = torch.full_like(rows, logits.shape[1] - 1)
+            prediction = logits.argmax(1).cpu()
+            self.nearest[rows[prediction != y.cpu()]] = 0.0
+            yield rows, prediction, effective.cpu(), radius.cpu(), passes
 
-    looks = []
-    for rows, inputs, labels in batches("effective", torch.arange(len(x), device="cpu")):
-        logits, effective = logits_and_margin(model, inputs, labels, norm, output)
-        radius = effective if bound is None else bound.certified_radius(logits, labels)
-        prediction = logits.argmax(1)
-        nearest[rows[(prediction != labels).cpu()]] = 0.0
-        looks.append([t.cpu() for t in (prediction, effective, radius)])
-    prediction, effective, radius = (torch.cat(parts) for parts in zip(*looks, strict=True))
-    if norm == "Linf":
-        radius = radius / math.sqrt(x[0].numel())
+    def searches(
+        self, name: str, attack: NearestPoint, rows: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield, for each batch: its rows, distances, points, forward and backward passes."""
+        for part, x, y in self.batches(name, rows):
+            found = attack.run(x, y, draw=0, model=self.model)
+            distance = found.distances.cpu().to(self.nearest.dtype)
+            yield part, distance, found.x_adv.cpu(), found.queries.cpu(), found.gradients.cpu()
 
-    right = (prediction == label).nonzero()[:, 0]
-    distances = {name: nearest.clone() for name in attacks}
-    x_adv = x.detach().cpu().clone()
-    queries = torch.ones_like(label)
-    gradients = torch.full_like(label, logits.shape[1] - 1)
-    for name, attack in attacks.items():
-        for rows, inputs, labels in batches(name, right):
-            found = attack.run(inputs, labels, draw=0, model=model)
-            distance = found.distances.cpu().to(nearest.dtype)
-            distances[name][rows] = distance
-            queries[rows] += found.queries.cpu()
-            gradients[rows] += found.gradients.cpu()
-            nearer = distance < nearest[rows]
-            nearest[rows[nearer]] = distance[nearer]
-            x_adv[rows[nearer]] = found.x_adv.cpu()[nearer]
-    return Margins(
-        norm=norm,
-        label=label,
-        prediction=prediction,
-        effective=effective,
-        distances=distances,
-        certified=None if bound is None else radius,
-        uncertified=uncertified,
-        x_adv=x_adv,
-        queries=queries,
-        gradients=gradients,
-        descriptions={name: attack.describe() for name, attack in attacks.items()},
-    )
+    def batches(self, name: str, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the batches of this process: rows, x, y."""
+        mine, done = self.processes.part(rows), 0
+        for part in mine.split(self.batch_size):
+            if not len(part):  # torch splits nothing into one empty part
+                continue
+            at = part.to(self.x.device)
+            yield part, self.x[at].to(self.device), self.y[at].to(self.device)
+            done += len(part)
+            if self.progress:
+                self.progress(name, done, len(mine), int(self.nearest.isinf().sum()))
 
 
 def _bound(

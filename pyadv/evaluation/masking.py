@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pyadv.attacks import PGD, AttackResult, Square
 from pyadv.attacks.ensemble import CLEAN
-from pyadv.attacks.progress import Lines, Progress
+from pyadv.attacks.processes import Processes, together
+from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
 from pyadv.engine.loop import predict
@@ -71,6 +72,7 @@ def check_masking(
     batch_size: int = 500,
     output: Output = None,
     progress: Progress | str | None = "auto",
+    group: Any = None,
 ) -> MaskingReport:
     """Look for signs that the accuracy of `model` under attack is not robustness.
 
@@ -115,15 +117,18 @@ def check_masking(
         output: how to find the logits in what the model returns, as in `PGD`.
         progress: "auto" prints to stderr; None is silent; or a callable (check, samples done,
             samples it gets, samples that no gradient attack has broken so far).
+        group: as in `evaluate`: processes that divide the samples among themselves.
 
     Raises:
         ValueError, TypeError: for an empty or mismatched (x, y), eps, batch_size, and whatever the
             attacks refuse (labels out of range, NaN, inputs outside the box).
     """
     common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
-    s = _Study(model, x, y, eps, batch_size, progress, common)
-    with evaluating(s.model) if s.bn == "as_is" else contextlib.nullcontext():
-        return _report(s, surrogate, queries)
+    others = () if surrogate is None else (surrogate,)
+    with together(model, group, others) as processes:
+        s = _Study(model, x, y, eps, batch_size, progress, common, processes)
+        with evaluating(s.model) if s.bn == "as_is" else contextlib.nullcontext():
+            return _report(s, surrogate, queries)
 
 
 def _report(s: _Study, surrogate: Model | None, queries: int) -> MaskingReport:
@@ -152,6 +157,7 @@ class _Study:
         batch_size: int,
         progress: Progress | str | None,
         common: dict[str, Any],
+        processes: Processes,
     ):
         checks.batch(x, y, None)
         if len(x) == 0:
@@ -166,7 +172,9 @@ class _Study:
         self.norm = checks.canonical_norm(common["norm"])
         self.device = device_of(self.model, x)
         self.batch_size = batch_size
-        self.progress = Lines() if progress == "auto" else progress
+        self.processes, self.progress = processes, processes.progress(progress)
+        given = {"x": x, "y": y, "eps": eps, "batch_size": batch_size, **common}
+        processes.compare("samples and settings", given)
         self.only_look = self.pgd(steps=0, start="none")
         self.bn = "eval"
         self.queries, self.gradients = 1, 0  # the next pass, of one sample
@@ -204,18 +212,38 @@ class _Study:
 
         `look` returns lists of (B,) bools; the result is a list of (N,) bools, False elsewhere.
         """
-        total, done, parts = int(rows.sum()), 0, []
-        for at in rows.nonzero()[:, 0].split(self.batch_size):
-            at = at.to(self.x.device)
+        mine = self.processes.part(rows.nonzero()[:, 0])
+        everywhere: list[Tensor] = []
+        for at, found, *passes, differentiable in self.processes.each(
+            self.batches(name, mine, look)
+        ):
+            everywhere = everywhere or [torch.zeros_like(rows) for _ in found]
+            for whole, part in zip(everywhere, found, strict=True):
+                whole[at] = part
+            self.queries += passes[0]
+            self.gradients += passes[1]
+            self.differentiable &= differentiable
+        return everywhere
+
+    def batches(
+        self, name: str, rows: Tensor, look: Callable[[Tensor, Tensor], list[Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor, int, int, bool]]:
+        """Yield, for each batch: its rows, what `look` says, forward and backward passes, whether
+        the model passes gradients."""
+        done = 0
+        for part in rows.split(self.batch_size):
+            if not len(part):  # torch splits nothing into one empty part
+                continue
+            counted = self.queries, self.gradients
+            at = part.to(self.x.device)
             batch = self.x[at].to(self.device), self.y[at].to(self.device)
-            parts.append(torch.stack(look(*batch)).cpu())
+            found = torch.stack(look(*batch)).cpu()
+            passes = self.queries - counted[0], self.gradients - counted[1]
+            self.queries, self.gradients = counted
+            yield part, found, *passes, self.differentiable
             done += len(at)
             if self.progress:
-                self.progress(name, done, total, int(self.standing.sum()))
-        found = torch.cat(parts, 1)
-        everywhere = torch.zeros(len(found), len(rows), dtype=torch.bool, device="cpu")
-        everywhere[:, rows] = found
-        return list(everywhere)
+                self.progress(name, done, len(rows), int(self.standing.sum()))
 
     def correct(self, name: str, attack: Attack, draw: int = 0) -> Tensor:
         """Return (N,) bool: correct under the attack. Misclassified samples are not attacked."""
@@ -244,7 +272,8 @@ class _Study:
         state = self.state()
         self.clean, dead, random, mode, batch, sums = self.each(CLEAN, self.clean, self.probe)
         self.standing = self.clean
-        changed = [k for k, v in self.state().items() if not torch.equal(v, state[k])]
+        mine = [k for k, v in self.state().items() if not torch.equal(v, state[k])]
+        changed = sorted(set(self.processes.each(mine)))
         if random.any():
             mode = batch = torch.zeros_like(random)  # chance explains these differences
         return [

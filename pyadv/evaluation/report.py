@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyadv._provenance import provenance as find_provenance
 from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation.escaping import markdown, one_line
 
@@ -134,9 +135,12 @@ class Report:
         notes = list(self.notes)
         return {"n": self.n, "norm": self.norm, "eps": self.eps, "rows": rows, "notes": notes}
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def save(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write the report as JSON, with where it comes from under "provenance": by default this
+        process and its command line."""
+        made = find_provenance() if provenance is None else provenance
+        content = {**self.to_dict(), "provenance": made}
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def to_markdown(self) -> str:
         """Return a table, the worst case last."""

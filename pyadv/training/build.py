@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyadv import models
+from pyadv._names import did_you_mean
 from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
@@ -106,7 +107,8 @@ def device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if cards else "cpu")
     if name not in known:
-        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}")
+        hint = did_you_mean(name, known)
+        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}{hint}")
     return torch.device(name)
 
 

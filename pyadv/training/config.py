@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyadv import _state
+from pyadv._names import did_you_mean
 from pyadv.data import ImageData, StreamedImages
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
@@ -157,8 +158,10 @@ class Config:
             ("optimizer", OPTIMIZERS),
         ):
             if getattr(self, name) not in choices:
+                value = getattr(self, name)
                 raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}"
+                    f"{did_you_mean(value, choices)}"
                 )
         for name in ("eps", "alpha", "emr_temperature", "gairat_lam", "mail_slope", "mail_bias"):
             value = getattr(self, name)
@@ -201,8 +204,9 @@ class Config:
         """Make a Config of plain values, as JSON, TOML and the command line have them.
 
         Numbers may be fractions in text ("8/255"). Raises ValueError for a setting that does not
-        exist or has the wrong type.
+        exist or has the wrong type. A "provenance", as config.json has it, is left out.
         """
+        values = {name: value for name, value in values.items() if name != "provenance"}
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         if unknown := sorted(str(name) for name in values if name not in types):
             near = [n for name in unknown for n in difflib.get_close_matches(name, types, n=1)]
@@ -210,9 +214,10 @@ class Config:
             raise ValueError(f"config has unknown settings {unknown}{hint}")
         return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 
-    def save(self, path: Path) -> None:
-        """Write the settings as JSON."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
+    def save(self, path: Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write the settings as JSON, with where the run comes from."""
+        content = self.to_dict() | ({} if provenance is None else {"provenance": provenance})
+        text = json.dumps(content, indent=2) + "\n"
         _state.write(path, lambda file: file.write(text.encode()))
 
 

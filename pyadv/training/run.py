@@ -1,6 +1,6 @@
 """Start and resume a run. Its folder receives
 
-config.json      every setting, resolved
+config.json      every setting, resolved, and where the run comes from
 checkpoint.pt    the whole state at the start, after each epoch, and at an interruption
 best.pt          the whole state of the epoch most robust on held-out images (with val > 0)
 metrics.jsonl    one record per epoch; tensorboard/ and other trackers show them as curves
@@ -18,6 +18,7 @@ from typing import Any
 from accelerate.utils import get_int_from_env
 
 from pyadv import evaluation
+from pyadv._provenance import provenance
 from pyadv.data import StreamedImages
 from pyadv.evaluation import Report
 from pyadv.training import build, checkpoint
@@ -66,7 +67,7 @@ def train(
     with RunLock(folder, active=main):
         if main:
             _refuse_a_run(folder)  # another process may have begun one
-            trainer.config.save(folder / "config.json")
+            trainer.config.save(folder / "config.json", _provenance(trainer))
         trainer.save()  # from here on the run can be resumed, whatever happens
         trainer.accelerator.wait_for_everyone()
         return _complete(trainer)
@@ -125,7 +126,7 @@ def resume(
             for part in folder.glob("*.partial"):  # from a process that was killed as it wrote
                 part.unlink()
             if changed or not (folder / "config.json").exists():
-                trainer.config.save(folder / "config.json")
+                trainer.config.save(folder / "config.json", _provenance(trainer))
         if changed:
             trainer.save()  # a kill must not bring the old number back
         return _complete(trainer)
@@ -173,9 +174,18 @@ def _complete(trainer: Trainer) -> Report | None:
             )
     if trainer.accelerator.is_main_process:
         if report is not None:
-            report.save(folder / "results.json")
+            report.save(folder / "results.json", _provenance(trainer))
         _draw(trainer, folder)
     return report
+
+
+def _provenance(trainer: Trainer) -> dict[str, Any]:
+    accelerator = trainer.accelerator
+    return provenance(
+        seed=trainer.config.seed,
+        device=accelerator.device,
+        processes=accelerator.num_processes,
+    )
 
 
 def _announcement(trainer: Trainer) -> str:

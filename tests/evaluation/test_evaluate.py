@@ -323,15 +323,18 @@ def test_one_attack_is_enough() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"y": [0, 1, 0, 1]}, "y must be an int64 tensor, got list"),
+        ({"y": {0, 1}}, "y must be an int64 tensor, got set"),
         ({"y": torch.tensor([0.0, 1, 0, 1])}, "y must be an int64 tensor, got torch.float32"),
         ({"attacks": [PGD()]}, "attacks must be one of pgd20, .* or one attack, got list"),
         ({"attacks": {"a": PGD}}, "attacks must hold attack objects, but 'a' is the class"),
         ({"attacks": {"a": print}}, "'a' is a builtin_function_or_method, which has no run, att"),
         ({"attacks": {3: PGD()}}, "attacks must have strings as names, got 3"),
-        ({"data": [(torch.rand(2, 12), [0, 1])]}, r"batches \(x, y\) of tensors, got .*'list'"),
-        ({"data": [torch.rand(2, 12)]}, r"batches \(x, y\) of tensors, got Tensor"),
-        ({"data": [{"x": 1}]}, r"batches \(x, y\) of tensors, got dict"),
+        (
+            {"data": [(torch.rand(2, 12), [0, 1])]},
+            r"batches \(x, y\) of tensors, .*\[2, 12\], list\)",
+        ),
+        ({"data": [torch.rand(2, 12)]}, r"batches \(x, y\) of tensors, .*32 \[2, 12\]"),
+        ({"data": [{"x": 1}]}, r"batches as dicts with one floating .*got \{'x': int\}"),
     ],
 )
 def test_unusable_arguments_are_named(settings: dict, message: str) -> None:

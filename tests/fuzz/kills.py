@@ -161,7 +161,11 @@ def training_job() -> Job:
         assert not [name for name in left if "partial" in name or "lock" in name], left
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         states = [checkpoint.load(folder / name) for name in ("checkpoint.pt", "best.pt")]
-        jsons = [(folder / name).read_text() for name in ("results.json", "config.json")]
+        jsons = [
+            json.loads((folder / f"{name}.json").read_text()) for name in ("results", "config")
+        ]
+        for content in jsons:
+            del content["provenance"]  # it has the date
         return states, [json.loads(line) for line in lines], jsons
 
     return Job("training", work, outcome)

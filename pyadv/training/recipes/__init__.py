@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyadv._names import did_you_mean
 from pyadv.training.config import Config
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
 
@@ -59,6 +60,7 @@ def path(name: str) -> Path:
     if not file.is_file():
         raise ValueError(
             f"recipe must be one of {', '.join(names())} or a .toml file, got {name!r}"
+            f"{did_you_mean(name, names())}"
         )
     return file
 

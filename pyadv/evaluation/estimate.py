@@ -1,0 +1,160 @@
+"""How long a suite will take, from a few attack steps on the model and a table of its work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyadv.attacks import PGD, Square
+from pyadv.passes.borrow import device_of
+
+_FIRST = 8  # samples in the first batch that is timed; later ones are twice as large
+_TIMED = 3  # steps
+_ENOUGH = 0.1  # seconds for one step, after which no larger batch is timed
+_PROBED = 64  # samples whose robustness is looked at
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a suite.
+
+    Attributes:
+        steps: steps of each attempt at a sample.
+        attempts: attempts at each sample, which run as one batch; at most one per other class.
+        every: each correctly classified sample costs all steps; otherwise those that withstand the
+            attack do, and the others few.
+        gradient: its steps need gradients; otherwise forward passes alone.
+        weight: cost of a step in such passes.
+    """
+
+    steps: int
+    attempts: int = 1
+    every: bool = False
+    gradient: bool = True
+    weight: float = 1.0
+
+
+_FAB = 1.4  # cost of a step of FAB, which adds a forward pass and a projection
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "pgd20": (Stage(20), Stage(40)),
+    "pgdplus": (Stage(40, attempts=5),),
+    "autoattack": (
+        Stage(100),
+        Stage(100, attempts=9),
+        Stage(100, attempts=9, weight=_FAB),
+        Stage(5000, gradient=False),
+    ),
+    "masking": (Stage(340, every=True), Stage(500, gradient=False)),
+    "margins": (
+        Stage(100, attempts=9, every=True, weight=_FAB),
+        Stage(130, attempts=3, every=True),  # of the bisection, on average
+    ),
+    "curves": (Stage(188),),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a pass over a batch: `fixed + per_sample * samples`."""
+
+    fixed: float
+    per_sample: float
+
+    def of(self, rows: int, steps: float, batch_size: int) -> float:
+        """Return the seconds of `steps` passes over so many rows, batch by batch."""
+        batches = -(-rows // batch_size)
+        return steps * (batches * self.fixed + rows * self.per_sample)
+
+
+def work(part: str, correct: float, robust: float, classes: int) -> list[tuple[Stage, int]]:
+    """Return the stages of a part of a suite, and the rows of each: samples times attempts.
+
+    Args:
+        part: a key of `STAGES`.
+        correct, robust: how many samples are classified correctly, and withstand a short attack.
+        classes: number of classes of the model.
+    """
+    return [
+        (s, round(correct if s.every else robust) * min(s.attempts, max(classes - 1, 1)))
+        for s in STAGES[part]
+    ]
+
+
+def estimate(
+    model: Callable[..., Any],
+    x: Tensor,
+    y: Tensor,
+    samples: Mapping[str, int],
+    *,
+    eps: float,
+    norm: str | float = "Linf",
+    batch_size: int = 500,
+    processes: int = 1,
+) -> dict[str, float]:
+    """Return the seconds that each part of a suite is expected to take. The true time may be half
+    or twice as long: it depends on how many samples each attack leaves.
+
+    Args:
+        model: the model; a few steps of attacks on it are timed.
+        x, y: the samples, whose first ones are attacked.
+        samples: part of the suite, a key of `STAGES` -> how many samples it gets.
+        eps, norm, batch_size: of the suite.
+        processes: how many processes share the samples.
+    """
+    device = device_of(model, x)
+
+    def first(n: int) -> tuple[Tensor, Tensor]:
+        return x[:n].to(device), y[:n].to(device)
+
+    common = {"eps": eps, "norm": norm, "seed": 0}
+    quick = PGD(model, steps=5, loss="margin", best="fooled", **common)
+    looked = first(min(_PROBED, batch_size, len(x)))
+    clean = quick.with_(steps=0, start="none").run(*looked)
+    correct, robust = (r.correct.float().mean().item() for r in (clean, quick.run(*looked)))
+
+    timed = [PGD(model, steps=_TIMED, compact=False, **common)]
+    if x.dim() == 4:
+        timed.append(Square(model, queries=_TIMED, compact=False, **common))
+    costs = [_cost(lambda n, a=a: a.perturb(*first(n)), len(x), batch_size, device) for a in timed]
+    seconds = {}
+    for part, n in samples.items():
+        share = math.ceil(n / processes)
+        stages = work(part, share * correct, share * robust, clean.logits.shape[1])
+        seconds[part] = sum(
+            costs[0 if stage.gradient else -1].of(rows, stage.steps, batch_size) * stage.weight
+            for stage, rows in stages
+        )
+    return seconds
+
+
+def _cost(
+    attack: Callable[[int], Any], samples: int, batch_size: int, device: torch.device
+) -> Cost:
+    """Return the cost of one step of an attack of `_TIMED` steps, from two batch sizes."""
+    most = min(samples, batch_size)
+    n = min(_FIRST, most)
+    attack(n)  # the first call also builds and chooses kernels
+    timed = [(n, _seconds(attack, n, device))]
+    while timed[-1][1] < _ENOUGH and n < most:
+        n = min(2 * n, most)
+        timed.append((n, _seconds(attack, n, device)))
+    (small, fast), (large, slow) = timed[0], timed[-1]
+    if large == small:
+        return Cost(0.0, slow / large)
+    per_sample = max((slow - fast) / (large - small), 0.0)
+    return Cost(max(slow - per_sample * large, 0.0), per_sample)
+
+
+def _seconds(attack: Callable[[int], Any], n: int, device: torch.device) -> float:
+    """Return the seconds of one step."""
+    started = time.perf_counter()
+    attack(n)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / _TIMED
