@@ -182,7 +182,7 @@ def test_files_that_are_no_checkpoints(place: Path) -> None:
         ("part.pt", "part.pt cannot be read as a saved checkpoint"),
         ("empty.pt", "empty.pt cannot be read as a saved checkpoint"),
         ("other.pt", "other.pt is not a pyadv checkpoint"),
-        ("lacks.pt", "lacks.pt is no complete checkpoint of a run: it lacks 'architecture'"),
+        ("lacks.pt", "lacks.pt is no complete checkpoint of a run: it lacks 'config'"),
         ("list.pt", "list.pt is not a pyadv checkpoint"),
         ("few.npz", "few.npz cannot be read as a saved checkpoint"),
         ("~nouser/run.pt", "no checkpoint at ~nouser/run.pt"),
