@@ -192,8 +192,8 @@ class Config:
                 f"factors must be as many as milestones, got {len(self.factors)} and "
                 f"{len(self.milestones)}"
             )
-        if bad := [f for f in self.factors if not 0 <= f < math.inf]:
-            raise ValueError(f"factors must be finite numbers >= 0, got {bad[0]}")
+        if bad := [f for f in self.factors if not 0 <= f <= 1]:
+            raise ValueError(f"factors must be shares of lr in [0, 1], got {bad[0]}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by name."""
@@ -304,14 +304,14 @@ def _read(name: str, value: Any, type_: str) -> Any:
     return value
 
 
+_FROM_ONE = ("epochs", "batch_size", "accumulate", "begin_epoch", "awp_begin_epoch", "image_size")
+_FROM_ZERO = ("steps", "eps_warmup", "val", "tau", "workers")
+
 # (settings, test of a value, rule in words)
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("epochs", "batch_size", "accumulate", "begin_epoch", "awp_begin_epoch", "image_size"),
-        lambda v: v >= 1,
-        ">= 1",
-    ),
-    (("steps", "eps_warmup", "val", "tau", "workers"), lambda v: v >= 0, ">= 0"),
+    (_FROM_ONE, lambda v: v >= 1, ">= 1"),
+    (_FROM_ZERO, lambda v: v >= 0, ">= 0"),
+    (_FROM_ONE + _FROM_ZERO, lambda v: v < 2**31, "below 2^31"),
     (
         ("eps", "alpha", "weight_decay", "emr", "norm_penalty", "awp", "beta", "clip"),
         lambda v: 0 <= v < math.inf,

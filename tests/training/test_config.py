@@ -115,7 +115,9 @@ def test_a_misspelt_setting_is_told_the_nearest() -> None:
         ({"method": "standard", "attack_loss": "ce"}, "attack_loss is for the methods at, "),
         ({"method": "gairat", "begin_epoch": 11}, "begin_epoch must be <= epochs.* 11 and 10"),
         ({"factors": (0.1,)}, "factors must be as many as milestones, got 1 and 2"),
-        ({"factors": (0.1, float("nan"))}, "factors must be finite numbers >= 0, got nan"),
+        ({"factors": (0.1, float("nan"))}, r"factors must be shares of lr in \[0, 1\], got nan"),
+        ({"factors": (75.0, 90.0)}, r"factors must be shares of lr in \[0, 1\], got 75"),
+        ({"steps": 10**200}, r"steps must be below 2\^31, got 1000"),
         (
             {"milestones": [75, 90]},
             r"milestones must be shares of the run in \[0, 1\), got 75: write 75/100 for the end",
