@@ -192,6 +192,10 @@ def train(
     precision: Annotated[
         str | None, _option("fp32, bf16 or fp16 \\[fp32].", _RUN, metavar="NAME")
     ] = None,
+    fsdp: Annotated[
+        bool | None,
+        _option("Shard weights, gradients and optimizer over the processes (FSDP2).", _RUN),
+    ] = None,
     channels_last: Annotated[
         bool | None, _option("Images and weights in channels-last order.", _RUN)
     ] = None,

@@ -13,7 +13,7 @@ from pyadv import models
 from pyadv._names import did_you_mean
 from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
-from pyadv.objectives.step import Schedule
+from pyadv.objectives.step import Schedule, is_sharded
 from pyadv.ops import NormProduct
 from pyadv.passes.borrow import borrowed
 from pyadv.training.config import Config
@@ -150,8 +150,11 @@ def emr_derivative(model: nn.Module, data: Images) -> str:
     "difference".
 
     The fused attention of PyTorch, for example, has no second derivative. One image goes through
-    the network in eval mode.
+    the network in eval mode. FSDP frees the gathered weights within a backward pass, which a
+    second derivative would need.
     """
+    if is_sharded(model):
+        return "difference"
     parameters = [p for p in model.parameters() if p.requires_grad]
     like = parameters[0]
     with borrowed(model), torch.enable_grad():
