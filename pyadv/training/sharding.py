@@ -12,17 +12,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def shard(model: nn.Module) -> None:
-    """Shard the parameters of a network over all processes, in place.
+def shard(model: nn.Module, device: str) -> None:
+    """Shard the parameters of a network over all processes, in place, and move them to the devices.
+
+    `device` is their type, "cpu" or "cuda". No device holds the whole network.
 
     The blocks of the outermost `nn.Sequential` and `nn.ModuleList` are gathered one at a time, the
     rest of the network together. An optimizer must be made afterwards.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block in _blocks(model):
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

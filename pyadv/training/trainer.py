@@ -147,8 +147,9 @@ class Trainer:
         self.own_optimizer = optimizer is not None
         self.sharded = config.fsdp and self.accelerator.num_processes > 1
         if self.sharded:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)  # no DDP
-            sharding.shard(model)
+            without_ddp = {"device_placement": False, "evaluation_mode": True}
+            model = self.accelerator.prepare_model(model, **without_ddp)
+            sharding.shard(model, device.type)
         if optimizer is None:
             optimizer = build.optimizer(config, model)
         elif not isinstance(optimizer, Optimizer):
