@@ -6,7 +6,6 @@ Options that are not given stay None: the defaults of `pyadv.training.Config` th
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shlex
 import subprocess
@@ -193,6 +192,10 @@ def train(
     precision: Annotated[
         str | None, _option("fp32, bf16 or fp16 \\[fp32].", _RUN, metavar="NAME")
     ] = None,
+    fsdp: Annotated[
+        bool | None,
+        _option("Shard weights, gradients and optimizer over the processes (FSDP2).", _RUN),
+    ] = None,
     channels_last: Annotated[
         bool | None, _option("Images and weights in channels-last order.", _RUN)
     ] = None,
@@ -331,8 +334,9 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Run folder or checkpoint of `pyadv train`; module:callable, which is called and "
-            "returns a model of images in \\[0, 1]; or robustbench:NAME, a model of its zoo.",
+            help="Run folder or checkpoint of `pyadv train`; a network as `pyadv train --model` "
+            "takes it: timm:NAME, package.module:name, small-cnn, ...; or robustbench:NAME, a "
+            "model of its zoo.",
             show_default=False,
         ),
     ],
@@ -345,7 +349,51 @@ def evaluate(
         ),
     ] = "pgd20",
     data: Annotated[
-        str | None, typer.Option(help="Data set \\[the run's].", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set, as for `pyadv train` \\[the run's].",
+            metavar="SOURCE",
+            show_default=False,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width that image files are resized and cut to \\[the run's].",
+            show_default=False,
+        ),
+    ] = None,
+    model_args: Annotated[
+        str | None,
+        typer.Option(
+            help="Keyword arguments of a network by name, name=value,name=value or JSON.",
+            metavar="ARGS",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="File of its weights, .pt or .safetensors.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    mean: Annotated[
+        Any,
+        typer.Option(
+            help="Mean of the pixels, e.g. 0.485,0.456,0.406: the network normalises by it.",
+            parser=_numbers,
+            metavar="NUMBERS",
+            show_default=False,
+        ),
+    ] = None,
+    std: Annotated[
+        Any,
+        typer.Option(
+            help="Their standard deviation.",
+            parser=_numbers,
+            metavar="NUMBERS",
+            show_default=False,
+        ),
     ] = None,
     eps: Annotated[
         float | None,
@@ -365,8 +413,8 @@ def evaluate(
     surrogate: Annotated[
         str | None,
         typer.Option(
-            help="Another model for the same task, as MODEL, whose adversarial examples the "
-            "masking checks try.",
+            help="Another model for the same task, whose adversarial examples the masking checks "
+            "try: as MODEL, without --weights and the like.",
             metavar="MODEL",
             show_default=False,
         ),
@@ -396,8 +444,10 @@ def evaluate(
     accelerate launch the processes divide the images among themselves.
     """
     given = dict(locals())
+    settings = {name: given.pop(name) for name in ("model_args", "weights", "mean", "std")}
+    network = {name: value for name, value in settings.items() if value is not None}
     with _errors_as_messages(), _launched(given.pop("device")) as place:
-        _evaluate(place, **given)
+        _evaluate(place, network=network, **given)
 
 
 @contextlib.contextmanager
@@ -429,6 +479,8 @@ def _evaluate(
     target: str,
     suite: str,
     data: str | None,
+    image_size: int | None,
+    network: dict[str, Any],
     eps: float | None,
     norm: str | None,
     n: int | None,
@@ -451,35 +503,54 @@ def _evaluate(
 
     if n is not None and n < 1:
         raise ValueError(f"--n must be >= 1, got {n}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image-size must be >= 1, got {image_size}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
     budget = documents.BUDGET if suite == "all" and not full else None
     documents.shares(suite, 1)  # refuses a suite that there is not, before any work
     norm = None if norm is None else canonical_norm(norm)
-    model, run = _load_target(target)
+    run = _find_run(target)
+    if network and (run is not None or target.startswith("robustbench:")):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in network)
+        raise ValueError(f"{options}: for a network by name, but {target} has its own")
     if run is None:
         absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
         if absent:
             raise ValueError(
                 f"{target} does not come with data and a radius: give {', '.join(absent)}"
             )
-        images, norm, parent = load(data), norm or "Linf", Path()
+        images, norm, parent = load(data, image_size=image_size), norm or "Linf", Path()
+        model = _network(target, images, network)
     else:
         config, parent = run.config, Path(target)
         if norm is not None and norm != config.norm and eps is None:
             raise ValueError(
                 f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
             )
-        images = load(data, image_size=config.image_size) if data else build.data(config)
+        if data:
+            images = load(data, image_size=image_size or config.image_size)
+        elif image_size is not None:
+            raise ValueError("--image-size needs --data: the run's images have their own size")
+        else:
+            images = build.data(config)
+        model = run.model
         norm = norm or config.norm
         eps = config.eps if eps is None else eps
         run.check(images)
         parent = parent if parent.is_dir() else parent.parent
     settings = {"model": target, "suite": suite, "data": data or images.name, "eps": eps}
     settings |= {"norm": norm, "seed": seed, "surrogate": surrogate, "full": full}
+    if image_size is not None:
+        settings["image_size"] = image_size
+    settings |= {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
+    state_name = None if run else shlex.join([target, *filter(None, [network.get("model_args")])])
     x, y = images.test_x[:n], images.test_y[:n]
     model = model.to(place)
-    other = None if surrogate is None else _load_target(surrogate)[0].to(place)
+    other = None
+    if surrogate is not None:
+        their = _find_run(surrogate)
+        other = (_network(surrogate, images, {}) if their is None else their.model).to(place)
     with together(model, None, () if other is None else (other,)) as processes:
         main = processes.rank == 0
         display = training.Display(Console(), quiet=not main)
@@ -507,7 +578,7 @@ def _evaluate(
                         seed=seed,
                         surrogate=other,
                         state=folder,
-                        state_name=target if run is None else None,
+                        state_name=state_name,
                         progress=progress,
                         group=processes,
                         title=f"{target} on {images.name}",
@@ -603,38 +674,39 @@ def _write(
     document.remove_states()
 
 
-def _load_target(target: str) -> tuple[Any, Any]:
-    """Return the model in eval mode, and its run if it comes from one, else None."""
-    import torch
+def _find_run(target: str) -> Any:
+    """Return the trained network of the run that `target` is, None if it is the name of a network.
 
-    from pyadv import training
+    What exists as a file or folder is a run.
+    """
+    from pyadv import models, training
+    from pyadv._names import did_you_mean
 
-    module, colon, name = target.partition(":")
-    if not colon or Path(target).exists():
-        try:
-            run = training.load_model(target)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            # The file was read, but its weights, settings or architecture do not fit together.
-            why = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{target} is no complete checkpoint of a run: {why}") from None
-        return run.model, run
-    if module == "robustbench":
+    if not Path(target).exists():
+        if ":" in target or target in models.MODELS:
+            return None
+        if hint := did_you_mean(target, models.MODELS):
+            raise FileNotFoundError(f"no checkpoint at {target}{hint}")
+    try:
+        return training.load_model(target)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # The file was read, but its weights, settings or architecture do not fit together.
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{target} is no complete checkpoint of a run: {why}") from None
+
+
+def _network(name: str, images: Any, settings: dict[str, Any]) -> Any:
+    """Build the network called `name` for these images, in eval mode.
+
+    `settings` are those of the network that `pyadv.training.Config` has.
+    """
+    from pyadv.training import Config, build
+
+    if name.startswith("robustbench:"):
         from pyadv.integrations import robustbench
 
-        return robustbench.load_model(name), None
-    sys.path.insert(0, "")  # as `python -m` finds modules
-    try:
-        make = importlib.import_module(module)
-        for part in name.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{target} is neither a run nor an importable callable: {error}") from None
-    finally:
-        sys.path.remove("")
-    model = make if isinstance(make, torch.nn.Module) or not callable(make) else make()
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"{target} must return a torch.nn.Module, got {type(model).__name__}")
-    return model.eval(), None
+        return robustbench.load_model(name.partition(":")[2])
+    return build.trained_network(Config.from_dict({"model": name, **settings}), images)
 
 
 def _finish_stdout() -> None:

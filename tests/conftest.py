@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 import zlib
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 from pyadv import _native
 
@@ -79,3 +83,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def seed() -> None:
     """Seed torch's generator, so that a test does not depend on the tests that ran before it."""
     torch.manual_seed(0)
+
+
+class _TimmConfig(NamedTuple):
+    fixed_input_size: bool
+
+
+@pytest.fixture
+def timm_stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Install a module that stands for timm, and return the arguments of its last network."""
+    seen: dict[str, Any] = {}
+
+    def create_model(name: str, **settings: Any) -> nn.Module:
+        seen.update(settings, name=name)
+        channels, classes = settings["in_chans"], settings["num_classes"]
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+    stub = types.ModuleType("timm")
+    stub.create_model = create_model
+    stub.is_model = lambda name: name in ("resnet50", "vit_tiny")
+    stub.list_models = lambda: ["resnet50", "vit_tiny"]
+    stub.get_pretrained_cfg = lambda name: _TimmConfig(name.startswith("vit"))
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    return seen

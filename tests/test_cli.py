@@ -86,9 +86,9 @@ def test_evaluate_a_model_of_ones_own(
     assert "written to evaluation/mine" in output and (folder / "report.md").exists()
     assert "" not in sys.path[:1]
     for target, message in (
-        ("mine:zoo.nothing", "must return a torch.nn.Module, got function"),
-        ("mine:zoo.absent", "neither a run nor an importable callable"),
-        ("no_such_module:f", "neither a run nor an importable callable"),
+        ("mine:zoo.nothing", "must return a torch.nn.Module, got a function"),
+        ("mine:zoo.absent", "model 'mine:zoo.absent': mine has no 'zoo.absent'"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
     ):
         assert message in pyadv("evaluate", target, *arguments, code=1)
     assert "give --data, --eps" in pyadv("evaluate", "mine:zoo.small", code=1)

@@ -132,7 +132,124 @@ def test_models_as_objects_and_things_that_are_none(place: Path) -> None:
     pyadv("own_model:net", *ARGUMENTS[1:])
     assert written(place, Path("evaluation", "own_model.net-pgd20"))
     text = pyadv("own_model:number", *ARGUMENTS[1:], code=1)
-    assert "own_model:number must return a torch.nn.Module, got int" in text
+    assert "model 'own_model:number' must be callable, got a int" in text
+
+
+NAMED = """
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self, num_classes, image_shape, width=3):
+        super().__init__()
+        channels, height, _ = image_shape
+        self.conv = nn.Conv2d(channels, width, height)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return {"logits": self.head(self.conv(x).flatten(1))}
+"""
+
+
+@pytest.fixture
+def tones(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Return the options for a folder of images of two classes, beside a module of networks."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for low, name in ((0, "dark"), (96, "bright")):
+            (place / "tones" / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(low, low + 160, (9, 10 + i, 3), np.uint8)
+                image.fromarray(pixels).save(place / "tones" / split / name / f"{i}.png")
+    (place / "named.py").write_text(NAMED)
+    yield ["--data", "tones", "--image-size", "8", "--eps", "0.1", "--device", "cpu"]
+    sys.modules.pop("named", None)
+
+
+def clean_accuracy(folder: str) -> float:
+    report = json.loads(Path(folder, "report.json").read_text())
+    rows = {row["name"]: row for row in report["accuracy"]["pgd20"]["rows"]}
+    return rows["clean"]["accuracy"]
+
+
+def test_a_network_by_name_gets_its_sizes_from_the_data(place: Path, tones: list[object]) -> None:
+    from pyadv.models import create
+
+    net = create("named:Wide", num_classes=2, image_size=(8, 8), args={"width": 5})
+    inner, accuracy = net.model, {}
+    with torch.no_grad():  # the difference of the logits is the mean pixel, in units of std
+        inner.conv.weight.fill_(1 / 192)
+        inner.conv.bias.zero_()
+        inner.head.weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 5))
+        inner.head.bias.zero_()
+    torch.save(inner.state_dict(), "wide.pt")
+    for mean in (0.5, 0.0):  # the threshold; without it every image is bright
+        arguments = ["--model-args", "width=5", "--weights", "wide.pt", "--mean", mean]
+        pyadv("named:Wide", *arguments, "--std", 0.25, *tones, "--out", f"mean{mean}")
+        accuracy[mean] = clean_accuracy(f"mean{mean}")
+    assert accuracy == {0.5: 1.0, 0.0: 0.5}
+
+
+def test_networks_of_timm_and_of_pyadv_by_name(
+    place: Path, tones: list[object], timm_stub: dict[str, object]
+) -> None:
+    from pyadv.models import create
+
+    torch.save(create("timm:resnet50", num_classes=2).state_dict(), "timm.pt")
+    pyadv("timm:resnet50", "--weights", "timm.pt", *tones, "--out", "one")
+    assert timm_stub == {"name": "resnet50", "in_chans": 3, "num_classes": 2}
+    surrogate = ["--surrogate", "timm:resnet50"]
+    assert "'timm:resnet50' is untrained" in pyadv(
+        "timm:resnet50", "--weights", "timm.pt", *tones, *surrogate, code=1
+    )
+    pyadv("timm:resnet50", "--model-args", "pretrained=true", *tones, "--out", "two")
+    assert timm_stub["pretrained"] is True
+    torch.save(create("small-cnn", num_classes=2, image_size=(8, 8)).state_dict(), "small.pt")
+    pyadv("small-cnn", "--weights", "small.pt", *tones, "--n", "4")
+    assert written(place, Path("evaluation", "small-cnn-pgd20"), n=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["small-cnn"], "model 'small-cnn' is untrained: give a file of weights"),
+        (["timm:resnet50"], "is untrained: give a file of weights, or model_args pretrained=true"),
+        (["resnet18"], "no checkpoint at resnet18; did you mean 'resnet-18'?"),
+        (["timm:resnet5", "--weights", "other.pt"], "timm has no 'resnet5'"),
+        (["named:Wide", "--weights", "absent.pt"], "weights: no file at absent.pt"),
+        (["named:Wide", "--weights", "other.pt"], "head.bias has shape (7,), not (2,)"),
+        (["named:Wide", "--model-args", "depth=2"], "model 'named:Wide' does not take (num_c"),
+        (["named:Wide", "--model-args", "depth"], "model_args: 'depth' is not name=value"),
+        (["named:Wide", "--mean", "0.5"], "mean and std must be given together"),
+        (["named:Wide", "--mean", "0.5,0.5", "--std", "1"], "one per channel (3), got 2 numbers"),
+        (["own_model:net"], "model 'own_model:net' does not take images (3, 8, 8)"),
+        (["named:Wide", "--image-size", "0"], "--image-size must be >= 1, got 0"),
+        (["robustbench:x", "--model-args", "a=1"], "--model-args: for a network by name, but rob"),
+    ],
+)
+def test_mistakes_about_networks_by_name(
+    place: Path, tones: list[object], timm_stub: dict, arguments: list[str], message: str
+) -> None:
+    from pyadv.models import create
+
+    if "other.pt" in arguments:
+        other = create("named:Wide", num_classes=7, image_size=(8, 8))
+        torch.save(other.state_dict(), "other.pt")
+    output = pyadv(arguments[0], *tones, *arguments[1:], code=1)
+    assert message in output and output.count("\n") == 1
+    assert not Path("evaluation").exists()
+
+
+def test_options_that_a_run_does_not_take(place: Path) -> None:
+    from pyadv.models import create
+
+    architecture = {"name": "small-cnn", "in_channels": 1, "num_classes": 3, "image_size": (8, 8)}
+    whole = checkpoint(architecture=architecture, model=create(**architecture).state_dict())
+    _state.save(place / "whole.pt", whole, "checkpoint", 1)
+    output = pyadv("whole.pt", "--image-size", "8", code=1)
+    assert "--image-size needs --data: the run's images have their own size" in output
+    output = pyadv("whole.pt", "--weights", "x.pt", "--mean", "0", code=1)
+    assert "--weights, --mean: for a network by name, but whole.pt has its own" in output
 
 
 def checkpoint(**changes: object) -> dict:

@@ -48,6 +48,7 @@ def create(
     weights: str | Path | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    new_head: bool = True,
 ) -> nn.Module:
     """Build the network called `name` for images in [0, 1].
 
@@ -67,6 +68,8 @@ def create(
         mean: of the pixels, one number or one per channel. With `std` it makes the network compute
             on (x - mean) / std, so that eps stays in units of the pixels.
         std: their standard deviation.
+        new_head: whether a classifier for another number of classes in `weights` is left out, with
+            a warning, as fine-tuning needs it; otherwise it is an error.
 
     Returns:
         A network that maps (B, C, H, W) to logits (B, at least num_classes). One that returns a
@@ -103,7 +106,8 @@ def create(
     if name not in MODELS:
         model = returning_logits(name, model, num_classes, shape)
     if weights is not None:
-        load_weights(model.model if isinstance(model, Logits) else model, weights, num_classes)
+        inner = model.model if isinstance(model, Logits) else model
+        load_weights(inner, weights, num_classes if new_head else None)
     return model if mean is None else Normalized(model, mean, std)
 
 

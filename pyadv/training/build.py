@@ -13,7 +13,7 @@ from pyadv import models
 from pyadv._names import did_you_mean
 from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
-from pyadv.objectives.step import Schedule
+from pyadv.objectives.step import Schedule, is_sharded
 from pyadv.ops import NormProduct
 from pyadv.passes.borrow import borrowed
 from pyadv.training.config import Config
@@ -80,6 +80,23 @@ def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.
     return models.create(**architecture | begin)
 
 
+def trained_network(config: Config, data: Images) -> nn.Module:
+    """Return the trained network that the network's settings of `config` name, in eval mode.
+
+    `config` need not be resolved.
+
+    Raises:
+        ValueError: as `pyadv.models.create` does, and if the network would have fresh weights.
+    """
+    fresh = config.weights is None and not any(map(config.model_args.get, _FIRST_WEIGHTS))
+    timm = config.model.startswith("timm:")
+    if fresh and (timm or config.model in models.MODELS):
+        also = ", or model_args pretrained=true" if timm else ""
+        raise ValueError(f"model {config.model!r} is untrained: give a file of weights{also}")
+    trained = {"args": config.model_args, "weights": config.weights, "new_head": False}
+    return models.create(**architecture(config, data) | trained).eval()
+
+
 def own_network(config: Config, model: nn.Module, data: Images) -> nn.Module:
     """Return the user's network such that it takes images in [0, 1] and returns logits."""
     model = models.returning_logits("model", model, len(data.classes), data.shape)
@@ -133,8 +150,11 @@ def emr_derivative(model: nn.Module, data: Images) -> str:
     "difference".
 
     The fused attention of PyTorch, for example, has no second derivative. One image goes through
-    the network in eval mode.
+    the network in eval mode. FSDP frees the gathered weights within a backward pass, which a
+    second derivative would need.
     """
+    if is_sharded(model):
+        return "difference"
     parameters = [p for p in model.parameters() if p.requires_grad]
     like = parameters[0]
     with borrowed(model), torch.enable_grad():

@@ -96,6 +96,7 @@ class Config:
     seed: int = 0
     precision: str = "fp32"
     log_with: str | None = None  # trackers of Accelerate; None: tensorboard if it is installed
+    fsdp: bool = False  # shard weights, gradients and the optimizer's state over the processes
     channels_last: bool = False  # memory order of images and weights; fast in 16 bits on GPUs
 
     # A strength of 0 switches each of these off.
@@ -178,6 +179,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {rule}, got {value}")
+        if self.fsdp:
+            self._check_fsdp()
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std must go together, got mean={self.mean}, std={self.std}")
         for name in ("milestones", "emr_milestones"):
@@ -194,6 +197,16 @@ class Config:
             )
         if bad := [f for f in self.factors if not 0 <= f <= 1]:
             raise ValueError(f"factors must be shares of lr in [0, 1], got {bad[0]}")
+
+    def _check_fsdp(self) -> None:
+        """Raise ValueError for a setting that needs whole weights, or that lets the processes make
+        different numbers of passes."""
+        for name, without in (("ema", 0), ("awp", 0), ("norm_penalty", 0), ("accumulate", 1)):
+            value = getattr(self, name)
+            if value != without:
+                raise ValueError(f"fsdp does not go with {name}, got {name}={value}")
+        if self.precision == "fp16":
+            raise ValueError("fsdp needs precision fp32 or bf16, got fp16")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by name."""

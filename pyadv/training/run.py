@@ -156,6 +156,7 @@ def _complete(trainer: Trainer) -> Report | None:
     if config.emr and build.emr_derivative(trainer.network, data) == "difference":
         trainer.display.message(
             "EMR by finite differences: autograd has no second derivative of this network"
+            + (" where it is sharded" if trainer.sharded else "")
         )
     trainer.fit()
     report, samples = None, data.samples("test")

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from pyadv import evaluation, models
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
-from pyadv.training import build, checkpoint
+from pyadv.training import build, checkpoint, sharding
 from pyadv.training.callbacks import Callback
 from pyadv.training.config import PRECISIONS, Config
 from pyadv.training.display import Display, percent
@@ -79,7 +79,8 @@ class Trainer:
         val: held-out batches that choose best.pt, with `train`.
         test: batches of the final report, with `train`; by default those of `val`.
         optimizer: an optimizer of the parameters of `model`, or a function that makes one of
-            parameters. Its learning rate is its own, and that of `scheduler`.
+            parameters, which `config.fsdp` requires. Its learning rate is its own, and that of
+            `scheduler`.
         scheduler: a scheduler of the optimizer, or a function that makes one of the optimizer.
         scheduler_every: "epoch" or "step": after what `scheduler` steps.
         callbacks: hooks, see `Callback`.
@@ -116,6 +117,8 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.data = _the_data(data, train, val, test, model)
         _check_parts(config if fresh else None, model, optimizer, scheduler, scheduler_every)
+        if config.fsdp and isinstance(optimizer, Optimizer):
+            raise ValueError("optimizer must be a function of the parameters, which fsdp replaces")
         self.config = config = config.resolve(self.data)
         if model is not None:
             config.model = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -142,6 +145,11 @@ class Trainer:
         device = self.accelerator.device
         self.average = _Average(model, config.ema, device) if config.ema else None
         self.own_optimizer = optimizer is not None
+        self.sharded = config.fsdp and self.accelerator.num_processes > 1
+        if self.sharded:
+            without_ddp = {"device_placement": False, "evaluation_mode": True}
+            model = self.accelerator.prepare_model(model, **without_ddp)
+            sharding.shard(model, device.type)
         if optimizer is None:
             optimizer = build.optimizer(config, model)
         elif not isinstance(optimizer, Optimizer):
@@ -150,7 +158,10 @@ class Trainer:
         callable_scheduler = scheduler is not None and not hasattr(scheduler, "step")
         self.scheduler = scheduler(optimizer) if callable_scheduler else scheduler
         self.scheduler_every = scheduler_every
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.sharded:
+            self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.network = self.accelerator.unwrap_model(self.model)
         self.objective = build.objective(config, self.network, self.data)
         self.callbacks = list(callbacks)
@@ -235,6 +246,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
         self.model.train()
+        if self.sharded:
+            sharding.share_buffers(self.network)
         loss = self._backward(x, y, ids)
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -268,6 +281,8 @@ class Trainer:
         try:
             loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
         except ValueError as error:  # attacks raise it for logits that are NaN
+            if self.sharded:  # the other processes may not make the pass below
+                raise
             with torch.no_grad():
                 if self.network(x).isfinite().all():
                     raise
@@ -296,8 +311,11 @@ class Trainer:
     def _diverged(self, what: str, cause: Exception | None = None) -> None:
         saved = "no state saved, there is no run folder"
         try:
-            self.save("diverged.pt", self.totals)
-            if self.folder is not None:
+            if self.sharded:  # the other processes may not have diverged yet
+                saved = "no state saved, the network is sharded"
+            else:
+                self.save("diverged.pt", self.totals)
+            if self.folder is not None and not self.sharded:
                 saved = f"state saved to {self.folder / 'diverged.pt'}"
         except OSError as error:
             saved = f"state not saved: {error}"
@@ -308,6 +326,8 @@ class Trainer:
         ) from cause
 
     def _end_epoch(self, seconds: float) -> None:
+        if self.sharded:
+            sharding.share_buffers(self.network)
         record = self._record(seconds)
         if self.scheduler is not None and self.scheduler_every == "epoch":
             plateau = isinstance(self.scheduler, ReduceLROnPlateau)
@@ -338,9 +358,13 @@ class Trainer:
     def _warm_up(self) -> None:
         """Set this epoch's eps and alpha, which grow over the first `eps_warmup` epochs.
 
+        Attacks on a sharded network run all their steps.
         With a large radius from the start some networks learn nothing.
         """
         epochs = self.config.eps_warmup
+        if self.sharded:  # an attack that ends early would make fewer passes than the others
+            for attack in self.objective.attacks(self.epoch):
+                attack.settings = replace(attack.settings, compact=False)
         for attack in self.objective.attacks(self.epoch) if epochs else ():
             share = min(1.0, self.epoch / epochs)
             eps, alpha = share * self.config.eps, share * self.config.alpha
@@ -426,11 +450,14 @@ class Trainer:
     def save(self, name: str = "checkpoint.pt", totals: Tensor | None = None) -> None:
         """Write the whole state to the file `name` of the run folder, in the main process.
 
-        All processes must call this together, unless `totals` are given: then none waits for
-        another, which matters where they may disagree (on divergence, on the best epoch).
+        All processes must call this together, unless `totals` are given and the network is not
+        sharded: then none waits for another, which matters where they may disagree (on divergence).
         """
         if totals is None:
             totals = self.accelerator.reduce(self.totals, "sum")
+        model, optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        if self.sharded:
+            model, optimizer = sharding.whole(model), sharding.whole(optimizer)
         if not self.accelerator.is_main_process or self.folder is None:
             return
         scaler = self.accelerator.scaler
@@ -439,9 +466,9 @@ class Trainer:
             "architecture": self.architecture,
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.network.state_dict(),
+            "model": model,
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "objective": self.objective.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
@@ -459,10 +486,14 @@ class Trainer:
                 f"the run's network, {state['architecture']}, does not fit the data: "
                 f"they need {self.architecture}"
             )
-        self.network.load_state_dict(state["model"])
+        if self.sharded:
+            sharding.load_model(self.network, state["model"])
+            sharding.load_optimizer(self.optimizer, state["optimizer"])
+        else:
+            self.network.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state.get("scheduler") is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         for callback, kept in zip(self.callbacks, state.get("callbacks", ()), strict=False):

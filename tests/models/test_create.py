@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -229,29 +228,6 @@ def test_what_a_checkpoint_may_name(own: Callable[..., nn.Module], name: str) ->
 def test_what_a_checkpoint_may_not_name(own: Callable[..., nn.Module], name: str) -> None:
     with pytest.raises(ValueError, match=r"must be a class derived from torch.nn.Module"):
         models.check_restorable(name)
-
-
-class Config(NamedTuple):
-    fixed_input_size: bool
-
-
-@pytest.fixture
-def timm_stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Install a module that stands for timm, and return the arguments of its last network."""
-    seen: dict[str, Any] = {}
-
-    def create_model(name: str, **settings: Any) -> nn.Module:
-        seen.update(settings, name=name)
-        channels, classes = settings["in_chans"], settings["num_classes"]
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-    stub = types.ModuleType("timm")
-    stub.create_model = create_model
-    stub.is_model = lambda name: name in ("resnet50", "vit_tiny")
-    stub.list_models = lambda: ["resnet50", "vit_tiny"]
-    stub.get_pretrained_cfg = lambda name: Config(fixed_input_size=name.startswith("vit"))
-    monkeypatch.setitem(sys.modules, "timm", stub)
-    return seen
 
 
 def test_timm_networks_get_the_data_s_sizes(timm_stub: dict[str, Any]) -> None:

@@ -50,6 +50,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((runs["tones"] / "config.json").read_text())
     assert config["epochs"] == 3 and config["model_args"] == {"width": 4}
     text = {name: out for line, out in outputs.items() for name in runs if f"runs/{name}" in line}
+    (named,) = (out for line, out in outputs.items() if "mynet.pt" in line)
+    assert "written to evaluation/mynet.Net-pgd20" in named
     assert "tones is streamed by 1 workers" in text["streamed"]
     assert "EMR by finite differences" in text["vit"]
     assert len(page.losses.losses) == 8 and page.report.n == 8
