@@ -164,8 +164,6 @@ def training_job() -> Job:
         jsons = [
             json.loads((folder / f"{name}.json").read_text()) for name in ("results", "config")
         ]
-        for content in jsons:
-            del content["provenance"]  # it has the date
         return states, [json.loads(line) for line in lines], jsons
 
     return Job("training", work, outcome)
@@ -227,9 +225,9 @@ JOBS = {"training": training_job, "evaluation": evaluation_job}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Return the paths at which two nested values differ, apart from wall-clock times."""
+    """Return the paths at which two nested values differ, apart from times and dates."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = (a.keys() | b.keys()) - {"seconds"}
+        keys = (a.keys() | b.keys()) - {"seconds", "provenance"}
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         pairs = enumerate(zip(a, b, strict=True))
