@@ -76,11 +76,21 @@ def test_page(harness, results, tmp_path, monkeypatch):
     page = (tmp_path / "docs" / "benchmarks-in-full.md").read_text()
     pictures = list((tmp_path / "docs" / "images").iterdir())
     assert pictures and all(f"images/{p.name}" in first + page for p in pictures)
-    assert first.count("images/first-") == 3 and "Goals" not in first  # what users ask for
     # Every goal has a line, also if these small cases do not measure it.
     for name in importlib.import_module("questions").QUESTIONS:
         for goal in getattr(importlib.import_module(name), "GOALS", []):
             assert f"| {goal.text} |" in page
+
+
+def test_the_pages_are_those_of_the_committed_results(tmp_path, monkeypatch):
+    render = importlib.import_module("render")
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    render.main()
+    for name in ("benchmarks.md", "benchmarks-in-full.md"):
+        page = (tmp_path / name).read_text()
+        assert page == (BENCHMARKS.parent / "docs" / name).read_text(), "run benchmarks/render.py"
+    first = (tmp_path / "benchmarks.md").read_text()
+    assert first.count("images/first-") == 3 and "Goals" not in first  # what users ask for
 
 
 def test_strength(harness, tmp_path, monkeypatch):
