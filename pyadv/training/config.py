@@ -139,9 +139,9 @@ class Config:
         for name, value in {"eps_warmup": 0, "milestones": (0.5, 0.75), **known}.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
+        config.check()
         if config.alpha is None:
             config.alpha = step_size(config.eps, norm, config.steps)
-        config.check()
         for name, value in METHODS[config.method].resolved(config.epochs).items():
             if getattr(config, name) is None:
                 setattr(config, name, value)

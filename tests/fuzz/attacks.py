@@ -7,14 +7,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import traceback
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fuzz import models
-from fuzz.case import REFUSED, RIGHT, Draw, Finding, kept, kept_state, require_clear, show
+from fuzz.case import (
+    REFUSED,
+    RIGHT,
+    Draw,
+    Finding,
+    is_of_the_model,
+    kept,
+    kept_state,
+    require_clear,
+    show,
+)
 from pyadv import attacks
 from pyadv.attacks.minimum_norm import NearestIterate
 from pyadv.engine.attack import Attack
@@ -95,7 +104,7 @@ def case(draw: Draw) -> str:
             return _require_model_error(error, settings)
         if not (wrong or broken):
             return _require_refusal(error, settings)
-        if "x" in wrong and _is_of_the_model(error):  # an attack passes any shape on
+        if "x" in wrong and is_of_the_model(error):  # an attack passes any shape on
             return REFUSED
         if broken:
             return _require_model_error(error, settings | dict.fromkeys(wrong))
@@ -116,14 +125,6 @@ def _require_refusal(error: Exception, settings: dict[str, Any]) -> str:
     if not isinstance(error, ValueError):
         raise Finding(f"refused legal settings: {type(error).__name__}: {error}") from error
     return require_clear(error, settings, "refused legal settings: ")
-
-
-def _is_of_the_model(error: Exception) -> bool:
-    """Whether the error comes from within a layer of the model."""
-    return any(
-        frame.f_code is nn.Module._call_impl.__code__
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
 
 
 def _require_model_error(error: Exception, settings: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -58,6 +59,14 @@ def show(value: Any) -> str:
     if isinstance(value, nn.Module):
         return type(value).__name__
     return repr(value)[:200]
+
+
+def is_of_the_model(error: BaseException) -> bool:
+    """Whether the error comes from within a layer of the model."""
+    return any(
+        frame.f_code is nn.Module._call_impl.__code__
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def require_clear(error: BaseException, names: Iterable[str], where: str = "") -> str:
