@@ -380,11 +380,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return the facts about machine and software that a reader needs to interpret the numbers."""
     import pyadv
     from pyadv import _native
+    from pyadv._provenance import cores, processor
 
     return {
         "device": device_name(device),
         **_card(device),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -408,14 +409,10 @@ def _card(device: torch.device) -> dict[str, Any]:
 _CODE = ("--", ":(top)csrc", ":(top)pyadv", ":(top)benchmarks/*.py")
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    has = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
-
-
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    from pyadv._provenance import processor
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def folder_name(device: torch.device) -> str:
@@ -437,14 +434,6 @@ def save(path: Path, environment: dict[str, Any], rows: list[Row]) -> None:
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     content = json.loads(path.read_text())
     return content["environment"], [Row(**row) for row in content["rows"]]
-
-
-def _processor() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        return next(s.split(":")[1].strip() for s in info.splitlines() if "model name" in s)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _git(*args: str) -> str:

@@ -112,8 +112,10 @@ def _threads(given: argparse.Namespace, device, wanted) -> list[int]:
         return given.threads
     if given.quick:
         return [1]
+    from pyadv._provenance import cores
+
     both = wanted == "one and all" and device.type == "cpu"
-    return sorted({1, harness.cores()}) if both else [harness.cores()]
+    return sorted({1, cores()}) if both else [cores()]
 
 
 def _cuda() -> bool:

@@ -50,8 +50,8 @@ def provenance(
         "processes": processes,
         "hardware": {
             "system": platform.platform(),
-            "processor": _processor(),
-            "cores": _cores(),
+            "processor": processor(),
+            "cores": cores(),
             "device": _device(device),
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -92,7 +92,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the model of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
@@ -105,10 +105,10 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    has = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
 
 
 def _device(device: torch.device | str | None) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from pyadv.attacks.identity import identity
 from pyadv.attacks.progress import Lines, Progress
-from pyadv.passes.borrow import unwrap
+from pyadv.passes.borrow import is_sharded, unwrap
 
 T = TypeVar("T")
 
@@ -215,29 +214,16 @@ def _several(group: Any, models: Sequence[nn.Module]) -> bool:
     """Return whether several processes are to work together."""
     if group is False or not (dist.is_available() and dist.is_initialized()):
         return False
-    if group is None and any(map(_sharded, models)):
+    if dist.get_world_size(group) == 1:
         return False
-    if (group is None and dist.get_world_size() == 1) or (
-        group is not None and dist.get_world_size(group) == 1
-    ):
-        return False
-    if any(map(_sharded, models)):
+    if any(map(is_sharded, models)):
+        if group is None:
+            return False
         raise ValueError(
             "group must be None or False for a model that FSDP shards: every process must make "
             "every pass of it, so each evaluates all samples"
         )
     return True
-
-
-def _sharded(model: nn.Module) -> bool:
-    # These modules are slow to import, and who shards a model has imported them.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    tensor = sys.modules.get("torch.distributed.tensor")
-    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
-    sharded = getattr(tensor, "DTensor", None)
-    return (wrapper is not None and any(isinstance(m, wrapper) for m in model.modules())) or (
-        sharded is not None and any(isinstance(p, sharded) for p in model.parameters())
-    )
 
 
 @contextlib.contextmanager

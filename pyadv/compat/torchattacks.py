@@ -11,7 +11,6 @@ of ours is nearest.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyadv import _state, attacks
+from pyadv._names import did_you_mean
 from pyadv.attacks.square import SquareRule
 from pyadv.compat._missing import missing_classes
 from pyadv.engine import checks
@@ -83,8 +83,7 @@ class Attack(metaclass=_Closed):
     def __setattr__(self, name: str, value: Any) -> None:
         known = self.__dict__.get("_known")
         if known is not None and name not in known and not hasattr(type(self), name):
-            near = difflib.get_close_matches(name, [k for k in known if k[0] != "_"], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, [k for k in known if k[0] != "_"])
             raise AttributeError(f"{type(self).__name__} has no setting {name}{hint}")
         object.__setattr__(self, name, value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import gzip
 import io
 import lzma
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyadv import _imports
+from pyadv._names import did_you_mean
 from pyadv.data import single
 from pyadv.data.images import ImageData, to_images
 from pyadv.data.single import numbered
@@ -104,10 +104,11 @@ def load(
             )
         return read()
     if not (path.exists() or _imports.is_import_path(name)):
-        names = ", ".join((*EMBEDDED, *TORCHVISION))
-        near = difflib.get_close_matches(name, (*EMBEDDED, *TORCHVISION), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise FileNotFoundError(f"data: {name!r} is neither a path nor one of {names}{hint}")
+        known = (*EMBEDDED, *TORCHVISION)
+        raise FileNotFoundError(
+            f"data: {name!r} is neither a path nor one of {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
+        )
     data = single.read(name, path, image_size)
     if isinstance(data, ImageData):
         return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from abc import ABCMeta
 from copy import copy
@@ -11,6 +10,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from pyadv._names import did_you_mean
 
 _Self = TypeVar("_Self", bound="Settable")
 _PLAIN = frozenset({"model"})  # arguments without a check, and without effect on others
@@ -77,7 +78,7 @@ class Settable(metaclass=_Construction):
         for name in changes:
             if name not in known:
                 raise TypeError(
-                    f"{type(self).__name__} has no setting {name!r}{_hint(name, known)}"
+                    f"{type(self).__name__} has no setting {name!r}{did_you_mean(name, known)}"
                 )
         changed = copy(self)
         for name in _PLAIN & changes.keys():
@@ -97,9 +98,9 @@ class Settable(metaclass=_Construction):
         elif _defined(type(self), name):
             object.__setattr__(self, name, value)
         else:
+            hint = did_you_mean(name, (*parameters(type(self)), *self.__dict__))
             raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r}"
-                f"{_hint(name, (*parameters(type(self)), *self.__dict__))}; an attribute of your "
+                f"{type(self).__name__} has no attribute {name!r}{hint}; an attribute of your "
                 "own must be set in __init__ or declared in the class"
             )
 
@@ -178,11 +179,3 @@ def _same(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     except (RuntimeError, ValueError, TypeError):  # tensors inside
         return False
-
-
-def _hint(name: str, known: Any) -> str:
-    shortened = [k for k in known if len(k) > 1 and (name.startswith(k) or k.startswith(name))]
-    near = sorted(shortened, key=len)[-1:] or difflib.get_close_matches(
-        name, known, n=1, cutoff=0.5
-    )
-    return f"; did you mean {near[0]!r}?" if near else ""

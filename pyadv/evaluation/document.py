@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,11 +74,6 @@ class Document:
         return {
             "title": self.title,
             "command": self.command,
-            "versions": {
-                "pyadv": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
             "left_out": list(self.left_out),
             "accuracy": {name: report.to_dict() for name, report in self.reports.items()},
             "curves": {name: [list(p) for p in points] for name, points in self.curves.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyadv import _imports
+from pyadv._names import did_you_mean
 from pyadv.models.normalized import Normalized
 from pyadv.models.resnet import PreActResNet18, ResNet18
 from pyadv.models.small_cnn import SmallCNN
@@ -97,11 +97,9 @@ def create(
     elif ":" in name:
         model = _own(name, num_classes, shape, args)
     else:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, timm:NAME or package.module:name, got "
-            f"{name!r}{hint}"
+            f"{name!r}{did_you_mean(name, MODELS)}"
         )
     if name not in MODELS:
         model = returning_logits(name, model, num_classes, shape)
@@ -204,8 +202,7 @@ def _timm(name: str, num_classes: int, shape: tuple[int, int, int], args: dict[s
         raise ImportError(f"model {name!r} needs timm: pip install timm ({error})") from error
     kind = name.partition(":")[2]
     if not timm.is_model(kind.partition(".")[0]):
-        near = difflib.get_close_matches(kind, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = did_you_mean(kind, timm.list_models())
         raise ValueError(f"model {name!r}: timm has no {kind!r}{hint}")
     known: dict[str, Any] = {"num_classes": num_classes, "in_chans": shape[0]}
     # Networks of one image size, such as vision transformers, can be built for another.

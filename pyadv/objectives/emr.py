@@ -10,8 +10,15 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
-from pyadv.objectives.step import Schedule, Step, at_epoch, is_sharded
-from pyadv.passes.borrow import borrowed, gradients_on, pick_logits, uncompiled, unwrap
+from pyadv.objectives.step import Schedule, Step, at_epoch
+from pyadv.passes.borrow import (
+    borrowed,
+    gradients_on,
+    is_sharded,
+    pick_logits,
+    uncompiled,
+    unwrap,
+)
 from pyadv.passes.tangent import TangentSweep
 from pyadv.tensors import per_row, row_norm
 

@@ -239,15 +239,6 @@ def process_group(model: Callable[..., Any], group: Any = None) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def is_sharded(model: Callable[..., Any]) -> bool:
-    """Return whether FSDP shards the model's parameters and frees them within a backward pass."""
-    if not (dist.is_available() and dist.is_initialized() and isinstance(model, nn.Module)):
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
-
-    return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
-
-
 def _group_of_wrapper(model: Callable[..., Any]) -> Any:
     """Return the process group of the first data-parallel wrapper in the model, else None."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
@@ -257,8 +248,6 @@ def _group_of_wrapper(model: Callable[..., Any]) -> Any:
         if isinstance(module, wrappers):
             return module.process_group
         if isinstance(module, FSDPModule):
-            for parameter in module.parameters():
-                mesh = getattr(parameter, "device_mesh", None)  # none where it is not sharded
-                if mesh is not None and mesh.ndim == 1:
-                    return mesh.get_group()
+            meshes = (getattr(p, "device_mesh", None) for p in module.parameters())
+            return next((m.get_group() for m in meshes if m is not None and m.ndim == 1), None)
     return None

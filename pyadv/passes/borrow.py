@@ -155,6 +155,21 @@ def tensors(module: nn.Module) -> list[Tensor]:
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
+def is_sharded(model: Any) -> bool:
+    """Return whether the processes hold parts of the model's parameters (FSDP), so that all of them
+    must make every pass together."""
+    # These modules are slow to import, and who shards a model has imported them.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    tensor = sys.modules.get("torch.distributed.tensor")
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    part = getattr(tensor, "DTensor", None)
+    if not isinstance(model, nn.Module):
+        return False
+    return (wrapper is not None and any(isinstance(m, wrapper) for m in model.modules())) or (
+        part is not None and any(isinstance(p, part) for p in model.parameters())
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks run when the module, or one of its sub-modules, is called."""
     everywhere = any(getattr(module_hooks, f"_global_{kind}_hooks") for kind in _HOOKS)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyadv.tensors import finish, widen
+
 PANEL = 32  # output channels that the kernel computes together
 SLOTS = 36  # transformed weights of a pair of channels
 
@@ -202,13 +204,13 @@ def affine_relu_backward(
     slope: float = 0.0,
 ) -> Tensor:
     """Return (grad + other) * relu'(y) * scale + added. See `ops.affine_relu_backward`."""
-    g = _widened(grad) if other is None else _widened(grad) + _widened(other)
+    g = widen(grad) if other is None else widen(grad) + widen(other)
     g = _below_zero(y, g, slope)
     if scale is not None:
         g = g * _channels(scale, y)
     if added is not None:
-        g = g + _widened(added)
-    return _formed(g, y)
+        g = g + widen(added)
+    return finish(g, y, None)
 
 
 def _affine_relu(
@@ -220,27 +222,18 @@ def _affine_relu(
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     total = x if added is None else x + added
-    v = _widened(total)
+    v = widen(total)
     if scale is not None:
         v = v * _channels(scale, x)
     if shift is not None:
         v = v + _channels(shift, x)
-    kept = _formed(total, x) if keep_sum else x.new_empty(0)
-    return _formed(_below_zero(v, v, slope), x), kept
+    kept = finish(total, x, None) if keep_sum else x.new_empty(0)
+    return finish(_below_zero(v, v, slope), x, None), kept
 
 
 def _below_zero(sign: Tensor, v: Tensor, slope: float) -> Tensor:
     return torch.where(sign <= 0, v * slope if slope else 0.0, v)
 
 
-def _widened(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def _channels(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.dim() - 2))
-
-
-def _formed(values: Tensor, like: Tensor) -> Tensor:
-    """Return the values with the dtype and layout of a new tensor like `like`."""
-    return torch.empty_like(like).copy_(values)

@@ -13,9 +13,9 @@ from pyadv import models
 from pyadv._names import did_you_mean
 from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
-from pyadv.objectives.step import Schedule, is_sharded
+from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
-from pyadv.passes.borrow import borrowed
+from pyadv.passes.borrow import borrowed, is_sharded
 from pyadv.training.config import Config
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -222,8 +221,7 @@ class Config:
         values = {name: value for name, value in values.items() if name != "provenance"}
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         if unknown := sorted(str(name) for name in values if name not in types):
-            near = [n for name in unknown for n in difflib.get_close_matches(name, types, n=1)]
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = "".join(did_you_mean(name, types) for name in unknown)
             raise ValueError(f"config has unknown settings {unknown}{hint}")
         return cls(**{name: _read(name, value, types[name]) for name, value in values.items()})
 

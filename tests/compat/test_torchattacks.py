@@ -169,7 +169,7 @@ def test_settings_take_effect_and_misspelt_ones_raise():
     large = attack(x, y)
     assert (small - x).abs().max() <= 8 / 255 + 1e-6
     assert torch.equal(large, torchattacks.PGD(net, 0.3, 0.1, 5, False)(x, y))
-    with pytest.raises(AttributeError, match="no setting esp; did you mean eps"):
+    with pytest.raises(AttributeError, match="no setting esp; did you mean 'eps'"):
         attack.esp = 0.1
 
     class Mine(torchattacks.PGD):

@@ -280,7 +280,7 @@ def test_data_of_ones_own_that_is_refused(
         ("pyadv.data:load", None),
         ("pyadv.data:sources", "must be callable, got a module"),
         ("pyadv.data:to_images", "must be callable without arguments"),
-        ("fashion-mimi", "did you mean fashion-mini"),
+        ("fashion-mimi", "did you mean 'fashion-mini'"),
     ],
 )
 def test_names_of_data(name: str, message: str | None) -> None:

@@ -131,7 +131,7 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smallcnn", "did you mean small-cnn"),
+        ("smallcnn", "did you mean 'small-cnn'"),
         ("no_such_module:Net", "there is no module 'no_such_module'"),
         ("own nets:Net", "must have the form package.module:name"),
     ],
@@ -236,7 +236,7 @@ def test_timm_networks_get_the_data_s_sizes(timm_stub: dict[str, Any]) -> None:
     assert timm_stub == {"name": "resnet50", "in_chans": 1, "num_classes": 7}
     models.create("timm:vit_tiny.augreg", args={"drop_rate": 0.1}, **sizes)
     assert timm_stub["img_size"] == (8, 8) and timm_stub["drop_rate"] == 0.1
-    with pytest.raises(ValueError, match="timm has no 'resnet5'; did you mean resnet50"):
+    with pytest.raises(ValueError, match="timm has no 'resnet5'; did you mean 'resnet50'"):
         models.create("timm:resnet5")
 
 

@@ -84,7 +84,7 @@ def test_numbers_are_finite(name: str) -> None:
 
 
 def test_a_misspelt_setting_is_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"settings \['epoch', 'zebra'\]; did you mean epochs\?"):
+    with pytest.raises(ValueError, match=r"settings \['epoch', 'zebra'\]; did you mean 'epochs'\?"):
         Config.from_dict({"epoch": 3, "zebra": "sgd"})
 
 
