@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,36 +261,45 @@ class Trainer:
 
     def _backward(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
         """Accumulate the gradient of a batch part by part, and return its loss."""
-        count = min(self.config.accumulate, len(y))
-        parts = list(zip(*(t.chunk(count) for t in (x, y)), strict=True))
-        names = [None] * len(parts) if ids is None else ids.chunk(count)
+        columns = [t for t in (x, y, ids) if t is not None]
+        parts = list(zip(*(t.chunk(self.config.accumulate) for t in columns), strict=True))
+        if len(parts) > 1:
+            with self._finite_output(x):
+                made = self.objective.prepare(self.model, parts, epoch=self.epoch)
         total: Tensor | float = 0.0
-        for i, ((x, labels), own) in enumerate(zip(parts, names, strict=True)):
+        for i, (part, labels, *_) in enumerate(parts):
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(x, labels, own)
+                with self._finite_output(part):
+                    if len(parts) > 1:
+                        loss = made.loss(i)
+                    else:
+                        loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
+                value = self._arrived("loss", loss)
+                if value is not None:
+                    self._check(value.item())
                 if i == 0:
                     self.optimizer.zero_grad()
-                share = loss if len(parts) == 1 else loss * (len(labels) / len(y))
-                self.accelerator.backward(share)
-            total = total + share.detach()
-            self._count(loss.detach(), labels)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+            self._count(loss.detach() * len(y), labels)
         return total
 
-    def _loss(self, x: Tensor, y: Tensor, ids: Tensor | None) -> Tensor:
+    @contextlib.contextmanager
+    def _finite_output(self, x: Tensor) -> Iterator[None]:
+        """Raise `Diverged` for a ValueError in the context if the network's output is not finite.
+
+        Attacks raise ValueError for logits that are NaN.
+        """
         try:
-            loss = self.objective(self.model, x, y, epoch=self.epoch, ids=ids)
-        except ValueError as error:  # attacks raise it for logits that are NaN
+            yield
+        except ValueError as error:
             if self.sharded:  # the other processes may not make the pass below
                 raise
             with torch.no_grad():
                 if self.network(x).isfinite().all():
                     raise
             self._diverged("the network's output", error)
-        value = self._arrived("loss", loss)
-        if value is not None:
-            self._check(value.item())
-        return loss
 
     def _arrived(self, name: str, now: Tensor) -> Tensor | None:
         """Return the value of the copy called `name` if it has reached the host, else None.
@@ -382,10 +391,10 @@ class Trainer:
         size = 3 + self.config.steps + 1
         return torch.zeros(size, dtype=torch.float64, device=self.accelerator.device)
 
-    def _count(self, loss: Tensor, y: Tensor) -> None:
+    def _count(self, summed_loss: Tensor, y: Tensor) -> None:
         last = self.objective.last
         self.totals[0] += len(y)
-        self.totals[1] += loss.double() * len(y)
+        self.totals[1] += summed_loss.double()
         if last["logits_adv"] is not None:
             self.totals[2] += (last["logits_adv"].argmax(1) == y).sum()
         if last["kappa"] is not None:

@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyadv import training
 from pyadv.data import ImageData
 from pyadv.models import Normalized
-from pyadv.training import Callback, Config, Display, Interrupted, Trainer, checkpoint, load_model
+from pyadv.training import (
+    Callback,
+    Config,
+    Display,
+    Diverged,
+    Interrupted,
+    Trainer,
+    checkpoint,
+    load_model,
+)
 from pyadv.training.records import trackers
 
 QUIET = Display(quiet=True)
@@ -319,3 +328,29 @@ def test_what_is_refused_before_work(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(Config(**{**FAST, **settings}), **{**parts, **changes}, **PLACE)
+
+
+@pytest.mark.parametrize("method", ["at", "gairat"])
+def test_accumulation_is_the_whole_batch(method: str) -> None:
+    """The parts share the draw of the attack's noise and the normalisation of the weights."""
+
+    def trained(accumulate: int) -> Tensor:
+        settings = {"begin_epoch": 1} if method == "gairat" else {}
+        config = Config(**FAST | settings, method=method, lr=0.05, accumulate=accumulate)
+        config.schedule, config.speed = "constant", "exact"
+        batches = [(X, Y, torch.arange(24))]
+        trainer = Trainer(config, model=net(), train=batches, **PLACE)
+        trainer.fit()
+        return trainer.network[1].weight.detach()
+
+    torch.testing.assert_close(trained(4), trained(1), rtol=0, atol=1e-6)
+    assert (trained(1) - net()[1].weight).abs().max() > 1e-4
+
+
+def test_accumulation_tells_a_network_that_diverged() -> None:
+    broken = net()
+    trainer = Trainer(Config(**FAST, accumulate=3), model=broken, train=[(X, Y)], **PLACE)
+    with torch.no_grad():
+        broken[1].weight.fill_(float("nan"))
+    with pytest.raises(Diverged, match="the network's output is not finite"):
+        trainer.fit()
