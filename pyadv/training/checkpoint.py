@@ -116,6 +116,20 @@ def newest_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def check_parts(state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError unless the run that saved `state` had the parts `now`.
+
+    `now` may hold some of the entries of `Trainer.parts`. Old checkpoints have no "parts" and pass.
+    """
+    kept = state.get("parts", {})
+    for name, value in now.items():
+        if (had := kept.get(name, value)) != value:
+            raise ValueError(
+                f"the run had another {name} (then: {had}, now: {value}): "
+                "give resume what train was given"
+            )
+
+
 def rng_state() -> dict[str, Any]:
     """Return the states of torch's generators, the only ones that training draws from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}

@@ -94,8 +94,8 @@ def resume(
     Raises:
         FileNotFoundError: if `folder` holds no checkpoint.
         FolderInUse: if another process trains in `folder`.
-        ValueError: if the checkpoint cannot be read or does not fit `data`, or if more than
-            `epochs` epochs have begun.
+        ValueError: if the checkpoint cannot be read or does not fit `data`, if `parts` are
+            others than those of `train`, or if more than `epochs` epochs have begun.
         Interrupted, Diverged, OSError: see `Trainer.fit`.
     """
     folder = Path(folder)
@@ -106,6 +106,7 @@ def resume(
     main = get_int_from_env(_RANKS, 0) == 0
     with RunLock(folder, active=main):
         state = checkpoint.newest_state(folder)
+        checkpoint.check_parts(state, {"train": parts.get("train") is not None})
         config = Config.from_dict(state["config"])
         changed = epochs is not None and epochs != config.epochs
         if changed:

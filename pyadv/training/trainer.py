@@ -165,6 +165,14 @@ class Trainer:
         self.network = self.accelerator.unwrap_model(self.model)
         self.objective = build.objective(config, self.network, self.data)
         self.callbacks = list(callbacks)
+        self.parts = {
+            "train": train is not None,
+            "val": val is not None,
+            "optimizer": type(optimizer).__name__ if self.own_optimizer else None,
+            "scheduler": self.scheduler is not None,
+            "scheduler_every": scheduler_every,
+            "callbacks": len(self.callbacks),
+        }
 
         self.chunk = build.chunk(self.data)
         if isinstance(self.data, Loaders):
@@ -473,6 +481,7 @@ class Trainer:
         state = {
             "config": self.config.to_dict(),
             "architecture": self.architecture,
+            "parts": self.parts,
             "epoch": self.epoch,
             "step": self.step,
             "model": model,
@@ -489,7 +498,12 @@ class Trainer:
         checkpoint.save(self.folder / name, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `save` wrote. Raise ValueError if its data was another."""
+        """Continue from a state that `save` wrote.
+
+        Raises:
+            ValueError: if the run had other data or other parts.
+        """
+        checkpoint.check_parts(state, self.parts)
         if state["architecture"] != self.architecture:
             raise ValueError(
                 f"the run's network, {state['architecture']}, does not fit the data: "
@@ -505,7 +519,8 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         if self.scheduler is not None and state.get("scheduler") is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for callback, kept in zip(self.callbacks, state.get("callbacks", ()), strict=False):
+        counted = "parts" in state
+        for callback, kept in zip(self.callbacks, state.get("callbacks", ()), strict=counted):
             callback.load_state_dict(kept)
         self.objective.load_state_dict(state["objective"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:

@@ -139,7 +139,7 @@ def test_own_parts_resume_exactly(
     with pytest.raises(Interrupted, match="epoch 2 after step 2"):
         training.train(config, tmp_path / "cut", **parts(Stop()))
     torch.manual_seed(77)
-    resumed = training.resume(tmp_path / "cut", **parts())
+    resumed = training.resume(tmp_path / "cut", **parts(Callback()))
     assert resumed.to_dict() == whole.to_dict()
     states = [checkpoint.load(tmp_path / f / "checkpoint.pt") for f in ("whole", "cut")]
     for name, value in states[0]["model"].items():
@@ -227,7 +227,7 @@ def test_checkpoints_of_before_resume(small: ImageData, tmp_path: Path) -> None:
     """A checkpoint without the settings and states that came later."""
     training.train(Config(**FAST, batch_size=50), tmp_path, data=small, **PLACE)
     state = checkpoint.load(tmp_path / "checkpoint.pt")
-    for name in ("scheduler", "callbacks"):
+    for name in ("scheduler", "callbacks", "parts"):
         del state[name]
     later = ("model_args", "weights", "mean", "std", "image_size", "stream", "workers", "transform")
     for name in (*later, "accumulate", "optimizer", "clip", "log_with"):
@@ -354,3 +354,50 @@ def test_accumulation_tells_a_network_that_diverged() -> None:
         broken[1].weight.fill_(float("nan"))
     with pytest.raises(Diverged, match="the network's output is not finite"):
         trainer.fit()
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run on parts of one's own."""
+    folder = tmp_path_factory.mktemp("run") / "own"
+    training.train(Config(**FAST), folder, **own_parts(), **PLACE)
+    return folder
+
+
+def own_parts() -> dict[str, Any]:
+    return {
+        "model": net(),
+        "train": loader(),
+        "val": loader(False),
+        "optimizer": lambda params: torch.optim.Adam(params, lr=0.01),
+        "scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1),
+        "scheduler_every": "step",
+        "callbacks": [Watch()],
+    }
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "message"),
+    [
+        (("train", "val"), "another train "),
+        (("val",), "another val "),
+        (("optimizer", "scheduler"), r"another optimizer \(then: Adam, now: None\)"),
+        (("scheduler",), "another scheduler "),
+        (("scheduler_every",), r"another scheduler_every \(then: step, now: epoch\)"),
+        (("callbacks",), r"another callbacks \(then: 1, now: 0\)"),
+    ],
+)
+def test_a_part_that_resume_is_not_given_is_named(
+    own_run: Path, forgotten: tuple[str, ...], message: str
+) -> None:
+    before = (own_run / "checkpoint.pt").read_bytes()
+    parts = {name: part for name, part in own_parts().items() if name not in forgotten}
+    with pytest.raises(ValueError, match=f"{message}.*give resume what train was given"):
+        training.resume(own_run, epochs=3, **parts, **PLACE)
+    assert (own_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_another_optimizer_is_named(own_run: Path) -> None:
+    parts = own_parts() | {"optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
+    with pytest.raises(ValueError, match=r"another optimizer \(then: Adam, now: SGD\)"):
+        training.resume(own_run, **parts, **PLACE)
