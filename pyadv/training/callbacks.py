@@ -28,7 +28,8 @@ class Callback:
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Run after each epoch, before the checkpoint is written.
 
-        `record` is its line of metrics.jsonl; numbers added to it are recorded and tracked.
+        `record` is its line of metrics.jsonl; numbers added to it, also of NumPy and as tensors
+        without dimensions, are recorded and tracked.
         """
 
     def on_end(self, trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,23 @@ def check_parts(state: dict[str, Any], now: dict[str, Any]) -> None:
                 f"the run had another {name} (then: {had}, now: {value}): "
                 "give resume what train was given"
             )
+
+
+def check_readable(name: str, state: Any) -> None:
+    """Raise ValueError, with the `name` of the part, if a checkpoint with its `state` could not be
+    read back.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"state_dict of {name} must hold plain values and tensors alone, or no checkpoint with "
+            f"it could be read: {why}"
+        ) from error
 
 
 def rng_state() -> dict[str, Any]:

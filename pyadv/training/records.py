@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
 
 from pyadv import _state
 
@@ -60,7 +62,14 @@ class Records:
         self._begun = False  # trackers begin with the first record, since they make their folders
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record, write it to the file and log it."""
+        """Add a record, write it to the file and log it.
+
+        Numbers of NumPy and tensors without dimensions become Python's numbers.
+
+        Raises:
+            ValueError: if JSON cannot hold a value.
+        """
+        record = {name: _plain(name, value) for name, value in record.items()}
         self.items.append(record)
         self._write()
         self._log(record)
@@ -110,3 +119,19 @@ class Records:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.items)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value of a record as it reads back from metrics.jsonl."""
+    try:
+        return json.loads(json.dumps(value, default=_number))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"record[{name!r}] must be a number, a text or a list of them: {error}"
+        ) from None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic | Tensor) and value.ndim == 0:
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is none")

@@ -199,6 +199,7 @@ class Trainer:
         self.underway: dict[str, Callable[[], Tensor | None]] = {}  # copies from the device
         self.records = Records(self.folder, self.accelerator, config.to_dict())
         self._judge()  # refuses settings of the evaluation before any work
+        self._states_of_parts()  # and states that no checkpoint can hold
 
     @staticmethod
     def _places(folder: Path) -> ProjectConfiguration:
@@ -470,6 +471,7 @@ class Trainer:
         All processes must call this together, unless `totals` are given and the network is not
         sharded: then none waits for another, which matters where they may disagree (on divergence).
         """
+        states = self._states_of_parts()
         if totals is None:
             totals = self.accelerator.reduce(self.totals, "sum")
         model, optimizer = self.network.state_dict(), self.optimizer.state_dict()
@@ -479,6 +481,7 @@ class Trainer:
             return
         scaler = self.accelerator.scaler
         state = {
+            **states,
             "config": self.config.to_dict(),
             "architecture": self.architecture,
             "parts": self.parts,
@@ -488,14 +491,25 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": optimizer,
             "objective": self.objective.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": checkpoint.rng_state(),
             "totals": totals.cpu(),
             "records": list(self.records),
         }
         checkpoint.save(self.folder / name, state)
+
+    def _states_of_parts(self) -> dict[str, Any]:
+        """Return the states of the scheduler and of the callbacks.
+
+        Raise ValueError for a state that could not be read back, which would lose the checkpoint.
+        """
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        callbacks = [callback.state_dict() for callback in self.callbacks]
+        if self.folder is not None:
+            checkpoint.check_readable(f"scheduler {type(self.scheduler).__name__}", scheduler)
+            for callback, state in zip(self.callbacks, callbacks, strict=True):
+                checkpoint.check_readable(f"callback {type(callback).__name__}", state)
+        return {"scheduler": scheduler, "callbacks": callbacks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state that `save` wrote.

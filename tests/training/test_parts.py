@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,50 @@ def test_a_callback_stops_the_run(tmp_path: Path) -> None:
     watch = Watch(last=1)
     Trainer(Config(**FAST), model=net(), train=loader(), callbacks=[watch], **PLACE).fit()
     assert watch.seen == ["start", "epoch 1", "end"]
+
+
+class Records(Callback):
+    """A callback that adds `values` to each record and keeps `state`."""
+
+    def __init__(self, values: dict[str, Any], state: Any = ()) -> None:
+        self.values, self.state = values, state
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        record |= self.values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+
+def test_numbers_of_other_libraries_are_recorded(tmp_path: Path) -> None:
+    values = {"a": np.float64(0.1), "b": np.int64(3), "c": torch.tensor(0.5), "d": [np.float32(2)]}
+    parts = {"model": net(), "train": loader(), "callbacks": [Records(values)]}
+    training.train(Config(**FAST), tmp_path / "run", **parts, **PLACE)
+    for records in (
+        [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()],
+        checkpoint.load(tmp_path / "run" / "checkpoint.pt")["records"],
+    ):
+        found = {name: records[-1][name] for name in values}
+        assert found == {"a": 0.1, "b": 3, "c": 0.5, "d": [2.0]}
+        assert [type(v) for v in found.values()] == [float, int, float, list]
+
+
+def test_what_no_record_can_hold_is_named() -> None:
+    parts = {"model": net(), "train": loader(), "callbacks": [Records({"many": torch.zeros(2)})]}
+    with pytest.raises(ValueError, match=r"record\['many'\] must be a number.*a Tensor is none"):
+        Trainer(Config(**FAST), **parts, **PLACE).fit()
+
+
+@pytest.mark.parametrize("state", [np.float64(0.5), Path("file"), lambda: 3])
+def test_states_that_no_checkpoint_can_hold_are_refused_before_work(
+    tmp_path: Path, state: Any
+) -> None:
+    parts = {"model": net(), "train": loader(), "callbacks": [Watch(), Records({}, state)]}
+    with pytest.raises(ValueError, match="state_dict of callback Records must hold plain values"):
+        training.train(Config(**FAST), tmp_path / "run", **parts, **PLACE)
+    assert not (tmp_path / "run").exists()
+    parts["callbacks"][1].state = {"kept": torch.zeros(3), "best": [0.5, None, "x"]}
+    Trainer(Config(**FAST), folder=tmp_path, **parts, **PLACE)
 
 
 def test_ids_and_dicts_reach_the_objective() -> None:
