@@ -545,7 +545,7 @@ def _evaluate(
         settings["image_size"] = image_size
     settings |= {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
     state_name = None if run else shlex.join([target, *filter(None, [network.get("model_args")])])
-    x, y = images.test_x[:n], images.test_y[:n]
+    x, y = images.read("test", slice(n))
     model = model.to(place)
     other = None
     if surrogate is not None:

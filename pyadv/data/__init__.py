@@ -4,11 +4,18 @@ from pyadv.data.batches import Batches, Plan, crop_and_flip
 from pyadv.data.images import ImageData, to_images
 from pyadv.data.reading import Samples
 from pyadv.data.sources import load
-from pyadv.data.streams import StreamedBatches, StreamedImages, as_float, transformed_batches
+from pyadv.data.streams import (
+    Images,
+    StreamedBatches,
+    StreamedImages,
+    as_float,
+    transformed_batches,
+)
 
 __all__ = [
     "Batches",
     "ImageData",
+    "Images",
     "Plan",
     "Samples",
     "StreamedBatches",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyadv.data.seeds import mixed
 
 
 def crop_and_flip(x: Tensor, offsets: Tensor, flips: Tensor, padding: int = 4) -> Tensor:
@@ -74,9 +75,7 @@ class Plan:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the batches (x, y, ids) of `epoch` from number `start` on."""
-        # torch's CPU generator uses 32 bits of its seed, so the pair is mixed into 32 bits.
-        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         n = len(self.ids)
         order = torch.randperm(n, generator=generator)
         shifts = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)

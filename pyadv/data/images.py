@@ -53,7 +53,11 @@ class ImageData:
         """Return the training batches of the samples `ids`; `settings` are those of `Plan`."""
         return Batches(self.train_x, self.train_y, batch_size, ids=ids, **settings)
 
-    def samples(self, split: str, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, split: str, ids: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the images and the labels of the samples `ids` of a split, by default all."""
+        return self.samples(split, ids)
+
+    def samples(self, split: str, ids: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
         """Return the samples `ids` of a split, by default all, as arguments of `evaluate`."""
         x, y = getattr(self, f"{split}_x"), getattr(self, f"{split}_y")
         return (x, y) if ids is None else (x[ids], y[ids])

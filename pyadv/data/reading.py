@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyadv.data.seeds import seeded
+
 Shape = tuple[int, int, int]
 Transform = Callable[[Tensor], Tensor]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+# Keys of a sample or a batch that is a dict, the first that is there: those of Hugging Face's sets.
+IMAGE_KEYS = ("image", "img", "pixel_values", "x")
+LABEL_KEYS = ("label", "labels", "fine_label", "y")
 _MARGIN = 7 / 8  # share of the shorter side that a fitted image keeps, as 224 of 256
 _PROBED = 16  # images by which the size and the channels of a data set are found
 _GREY = ("1", "L", "I;16")  # modes of PIL
@@ -65,7 +68,7 @@ class Samples:
         try:
             x, y = self.item(i, transform is not None)
             if transform is not None:
-                with _seeded(*key, i):
+                with seeded(*key, i):
                     x = transform(x)
                 x = to_tensor(x)
             return fit(x, self.shape), y
@@ -161,9 +164,6 @@ class OwnSamples(Samples):
         image_size: height and width, by default those of the first image.
     """
 
-    IMAGES = ("image", "img", "pixel_values", "x")
-    LABELS = ("label", "labels", "fine_label", "y")
-
     def __init__(self, data: Any, name: str, image_size: int | None = None) -> None:
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(
@@ -186,7 +186,7 @@ class OwnSamples(Samples):
     def item(self, i: int, whole: bool) -> tuple[Tensor, int]:
         item = self.data[i]
         if isinstance(item, Mapping):
-            x, y = (self._entry(item, names) for names in (self.IMAGES, self.LABELS))
+            x, y = (self._entry(item, names) for names in (IMAGE_KEYS, LABEL_KEYS))
         elif isinstance(item, (tuple, list)) and len(item) >= 2:
             x, y = item[:2]
         else:
@@ -197,6 +197,8 @@ class OwnSamples(Samples):
         return to_tensor(x), int(y)
 
     def labels(self) -> Tensor:
+        if getattr(self.data, "target_transform", None) is not None:
+            return super().labels()  # the lists below hold the labels as they were before it
         for found in (
             getattr(self.data, "targets", None),
             getattr(self.data, "labels", None),
@@ -205,7 +207,7 @@ class OwnSamples(Samples):
             found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
             if found is not None and len(found) == len(self):
                 return torch.as_tensor(found).long()
-        column = next((n for n in self.LABELS if n in getattr(self.data, "column_names", ())), None)
+        column = next((n for n in LABEL_KEYS if n in getattr(self.data, "column_names", ())), None)
         if column is not None:
             return torch.as_tensor(self.data[column][:]).long()
         return super().labels()
@@ -215,7 +217,7 @@ class OwnSamples(Samples):
         names = getattr(self.data, "classes", None)
         features = getattr(self.data, "features", None)
         if names is None and isinstance(features, Mapping):
-            column = next((n for n in self.LABELS if n in features), None)
+            column = next((n for n in LABEL_KEYS if n in features), None)
             names = getattr(features.get(column), "names", None)
         return tuple(map(str, names)) if names is not None else None
 
@@ -317,19 +319,3 @@ def _files(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(place, name)
-
-
-@contextlib.contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed the generators of torch (CPU), NumPy and Python, and give them their states back."""
-    words = np.random.SeedSequence(key).generate_state(3)
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(int(words[0]))
-    np.random.seed(words[1])
-    random.seed(int(words[2]))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])

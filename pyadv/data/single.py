@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyadv import _imports
-from pyadv.data.images import ImageData
+from pyadv.data.images import ImageData, hold_out
 from pyadv.data.reading import SUFFIXES, ImageFiles, OwnSamples, Samples
 from pyadv.data.streams import StreamedImages
 
@@ -75,11 +74,10 @@ class _Part(Samples):
 
 def _without_split(source: Samples) -> tuple[Samples, Samples]:
     """Return a split into training and test samples, a fixed random fifth."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    cut = len(source) // 5
-    if cut == 0:
+    if len(source) < 5:
         raise ValueError(f"data: {len(source)} images are too few to hold a fifth out for the test")
-    return _Part(source, order[cut:].sort().values), _Part(source, order[:cut].sort().values)
+    kept, held = hold_out(len(source), len(source) // 5, seed=0)
+    return _Part(source, kept), _Part(source, held.sort().values)
 
 
 def _image_folder(path: Path, image_size: int | None) -> StreamedImages:

@@ -22,7 +22,7 @@ from pyadv._names import did_you_mean
 from pyadv.data import single
 from pyadv.data.images import ImageData, to_images
 from pyadv.data.single import numbered
-from pyadv.data.streams import StreamedImages, placed
+from pyadv.data.streams import Images, placed
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -56,7 +56,8 @@ def load(
     image_size: int | None = None,
     stream: bool | None = None,
     workers: int | None = None,
-) -> ImageData | StreamedImages:
+    whole_images: bool = False,
+) -> Images:
     """Load a data set.
 
     `source` is one of
@@ -77,7 +78,8 @@ def load(
       and test data sets of PyTorch, as a pair or as a dict with the keys train and test.
 
     The last four are read image by image. They are loaded into memory if a quarter of what is free
-    holds them as float32, and streamed by worker processes otherwise.
+    holds them as float32, and streamed by worker processes otherwise. Images in memory have been
+    cut and resized, so a set whose `whole_images` a transform needs is always streamed.
 
     Sets without class names have the classes 0 to the largest label, which must be below
     100,000.
@@ -88,9 +90,12 @@ def load(
         image_size: height and width to which single images are resized and cut.
         stream: whether single images are streamed; None decides by the size.
         workers: processes that read streamed images, by default one per CPU core, at most 8.
+        whole_images: whether single images are streamed because a transform needs them at their own
+            size.
 
     Raises:
-        ValueError: for a source that cannot be read, and for options that it does not have.
+        ValueError: for a source that cannot be read, for options that it does not have, and for
+            `stream=False` with `whole_images`.
         FileNotFoundError: for a path that does not exist.
         ImportError: if a library is needed and missing.
     """
@@ -112,7 +117,7 @@ def load(
     data = single.read(name, path, image_size)
     if isinstance(data, ImageData):
         return data
-    return placed(dataclasses.replace(data, workers=workers), stream)
+    return placed(dataclasses.replace(data, workers=workers), stream, whole_images)
 
 
 def _whole(name: str, path: Path, layout: str | None) -> Callable[[], ImageData] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import signal
 from collections.abc import Iterator
@@ -83,23 +85,22 @@ class StreamedImages:
         ids = torch.arange(len(source)) if ids is None else ids
         return (SampleBatches(source, ids, self.processes, len(self.classes)),)
 
-    @property
-    def test_x(self) -> Column:
-        """The test images; a slice of it reads them."""
-        return Column(self, 0)
-
-    @property
-    def test_y(self) -> Column:
-        """The test labels; a slice of it reads them."""
-        return Column(self, 1)
+    def read(self, split: str, ids: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the images and the labels of the samples `ids` of a split, by default all."""
+        if isinstance(ids, slice):
+            ids = torch.arange(len(getattr(self, split)))[ids]
+        return self.samples(split, ids)[0].all()
 
     def in_memory(self) -> ImageData:
         """Read all images, and return them as an `ImageData`."""
         parts = {}
         for split in ("train", "test"):
-            x, y = self.samples(split)[0].all()
+            x, y = self.read(split)
             parts |= {f"{split}_x": x, f"{split}_y": y}
         return ImageData(self.name, self.classes, **parts)
+
+
+Images = ImageData | StreamedImages
 
 
 class _InMemory(Samples):
@@ -117,7 +118,7 @@ class _InMemory(Samples):
 
 
 def transformed_batches(
-    data: ImageData | StreamedImages,
+    data: Images,
     batch_size: int,
     *,
     transform: str,
@@ -133,22 +134,6 @@ def transformed_batches(
         data = StreamedImages(data.name, data.classes, source, source, workers)
     made = find_transform(transform, data.shape)
     return StreamedBatches(data, batch_size, transform=made, **settings)
-
-
-class Column:
-    """The images or the labels of a test set, of which a slice is read."""
-
-    def __init__(self, data: StreamedImages, part: int) -> None:
-        self.data, self.part = data, part
-
-    def __len__(self) -> int:
-        return len(self.data.test)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        ids = torch.arange(len(self))[rows]
-        if self.part == 1:
-            return self.data.test.labels()[ids]
-        return self.data.samples("test", ids)[0].all()[0]
 
 
 class SampleBatches:
@@ -319,19 +304,18 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def find_transform(name: str | None, shape: Shape) -> Transform | None:
+def find_transform(name: str, shape: Shape) -> Transform:
     """Return the transform called `name` of an image, a uint8 tensor (C, any height, any width).
 
     - "resized-crop": see `ResizedCrop`;
     - "v2:NAME": a class of torchvision.transforms.v2 with its default arguments;
-    - "package.module:name": a transform, or a function without arguments or a class that makes it.
+    - "package.module:name": a transform, or a class or function that makes it if it is called
+      without arguments.
 
     Raises:
         ValueError: if there is no such transform.
         ImportError: if torchvision is needed and is missing.
     """
-    if name is None:
-        return None
     if name == "resized-crop":
         return ResizedCrop(shape[1:])
     if name.startswith("v2:"):
@@ -341,15 +325,32 @@ def find_transform(name: str | None, shape: Shape) -> Transform | None:
             f"transform must be resized-crop, v2:NAME or package.module:name, got {name!r}"
         )
     found = _imports.find(name, "transform")
-    try:
-        made = found() if isinstance(found, type) or hasattr(found, "__code__") else found
-    except TypeError as error:
-        raise ValueError(
-            f"transform {name!r} must be callable without arguments and return a transform: {error}"
-        ) from None
+    made = found() if _is_factory(name, found) else found
     if not callable(made):
         raise ValueError(f"transform {name!r} must be callable, got a {type(made).__name__}")
     return made
+
+
+def _is_factory(name: str, found: Any) -> bool:
+    """Return whether `found` makes a transform, rather than being one.
+
+    Raises ValueError for a class or function that can be neither.
+    """
+    if not (isinstance(found, type) or hasattr(found, "__code__")):
+        return False
+    signature = inspect.signature(found)
+    try:
+        signature.bind()
+        return True
+    except TypeError as error:
+        if not isinstance(found, type):
+            with contextlib.suppress(TypeError):
+                signature.bind(None)  # an image
+                return False
+        raise ValueError(
+            f"transform {name!r} must be a function of an image, or be callable without arguments "
+            f"and return a transform: {error}"
+        ) from None
 
 
 def _of_torchvision(name: str) -> Transform:
@@ -397,8 +398,21 @@ def _processes() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
 
 
-def placed(data: StreamedImages, stream: bool | None) -> ImageData | StreamedImages:
-    """Return the data set in memory or streamed: as `stream` says, else by its size."""
+def placed(data: StreamedImages, stream: bool | None, whole_images: bool = False) -> Images:
+    """Return the data set in memory or streamed: as `stream` says, else by its size.
+
+    Images in memory are cut and resized. `whole_images` therefore streams them.
+
+    Raises:
+        ValueError: if `whole_images` are not to be streamed.
+    """
+    if whole_images and stream is False:
+        raise ValueError(
+            f"stream=False does not go with a transform of {data.name}: it sees images at their "
+            "own size, images in memory are cut and resized; leave stream or the transform out"
+        )
+    if whole_images and stream is None:
+        return replace(data, reason="the transform sees images at their own size")
     if stream is None:
         free = free_memory()
         limit = _SHARE * (free if free is not None else 8e9)

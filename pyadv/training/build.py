@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,22 +12,27 @@ from torch.optim import Optimizer
 
 from pyadv import models
 from pyadv._names import did_you_mean
-from pyadv.data import ImageData, Plan, StreamedImages, load, transformed_batches
+from pyadv.data import Images, Plan, load, transformed_batches
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
 from pyadv.passes.borrow import borrowed, is_sharded
 from pyadv.training.config import Config
+from pyadv.training.loaders import Loaders
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor
 
-Images = ImageData | StreamedImages
+_LOG = logging.getLogger("pyadv")
 
 
 def data(config: Config) -> Images:
     """Return the data set that a config names."""
     return load(
-        config.data, image_size=config.image_size, stream=config.stream, workers=config.workers
+        config.data,
+        image_size=config.image_size,
+        stream=config.stream,
+        workers=config.workers,
+        whole_images=config.transform is not None,
     )
 
 
@@ -46,12 +52,12 @@ def batches(config: Config, data: Images, ids: Tensor, **place: Any) -> Plan:
     )
 
 
-def chunk(data: Images) -> int:
+def chunk(data: Images | Loaders) -> int:
     """Return how many samples an evaluation holds in memory at a time: at most 1 GB of images."""
     return max(1, min(4096, 10**9 // (4 * math.prod(data.shape))))
 
 
-def architecture(config: Config, data: Images) -> dict[str, Any]:
+def architecture(config: Config, data: Images | Loaders) -> dict[str, Any]:
     """Return the arguments of `pyadv.models.create`; checkpoints store them with the weights.
 
     They do not say where training takes its first weights from: a trained network has its own.
@@ -63,7 +69,9 @@ def architecture(config: Config, data: Images) -> dict[str, Any]:
         "num_classes": len(data.classes),
         "image_size": tuple(size),
     }
-    args = {k: v for k, v in config.model_args.items() if k not in _FIRST_WEIGHTS}
+    args = config.model_args
+    if config.model.startswith("timm:"):
+        args = {k: v for k, v in args.items() if k not in _FIRST_WEIGHTS}
     optional = {"args": args, "mean": config.mean, "std": config.std}
     return result | {name: value for name, value in optional.items() if value}
 
@@ -97,7 +105,7 @@ def trained_network(config: Config, data: Images) -> nn.Module:
     return models.create(**architecture(config, data) | trained).eval()
 
 
-def own_network(config: Config, model: nn.Module, data: Images) -> nn.Module:
+def own_network(config: Config, model: nn.Module, data: Images | Loaders) -> nn.Module:
     """Return the user's network such that it takes images in [0, 1] and returns logits."""
     model = models.returning_logits("model", model, len(data.classes), data.shape)
     return model if config.mean is None else models.Normalized(model, config.mean, config.std)
@@ -129,14 +137,21 @@ def device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def objective(config: Config, model: nn.Module, data: Images) -> Objective:
+def objective(
+    config: Config, model: nn.Module, data: Images | Loaders, derivative: str | None = None
+) -> Objective:
     """Return the objective of a resolved `config`: its method and the terms added to it.
 
-    `model` and `data` are those of the run; the norm penalty reads the layers and their shapes.
+    Args:
+        config: settings.
+        model: the network of the run; the norm penalty reads its layers.
+        data: the data of the run, whose images have the shape that the norm penalty needs.
+        derivative: the form of EMR, by default `emr_derivative(model, data)`.
     """
     result = METHODS[config.method].build(config.to_dict())
     if config.emr:
-        form = {"temperature": config.emr_temperature, "derivative": emr_derivative(model, data)}
+        derivative = derivative or emr_derivative(model, data)
+        form = {"temperature": config.emr_temperature, "derivative": derivative}
         result = result + EMR(lam=_emr_lam(config), **form)
     if config.norm_penalty:
         result = result + NormPenalty(config.norm_penalty, NormProduct(model, data.shape))
@@ -145,7 +160,7 @@ def objective(config: Config, model: nn.Module, data: Images) -> Objective:
     return result
 
 
-def emr_derivative(model: nn.Module, data: Images) -> str:
+def emr_derivative(model: nn.Module, data: Images | Loaders) -> str:
     """Return the form of EMR that the network allows: "tangent", which needs second derivatives, or
     "difference".
 
@@ -164,7 +179,10 @@ def emr_derivative(model: nn.Module, data: Images) -> str:
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         try:
             torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
-        except RuntimeError:  # NotImplementedError is one
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # NotImplementedError is one
+            _LOG.info("EMR takes finite differences, since a second derivative failed: %s", error)
             return "difference"
     return "tangent"
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyadv import _state, models
-from pyadv.data import ImageData, StreamedImages
+from pyadv.data import Images
 from pyadv.training.config import Config
 
 KIND, FORMAT = "checkpoint", 1
@@ -46,7 +46,7 @@ class Trained:
     config: Config
     architecture: dict[str, Any]
 
-    def check(self, data: ImageData | StreamedImages) -> None:
+    def check(self, data: Images) -> None:
         """Raise ValueError unless the network takes these images and knows their classes."""
         a = self.architecture
         takes = (a["in_channels"], *a["image_size"])

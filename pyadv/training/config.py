@@ -17,7 +17,7 @@ from typing import Any
 
 from pyadv import _state
 from pyadv._names import did_you_mean
-from pyadv.data import ImageData, StreamedImages
+from pyadv.data import Images
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
@@ -116,7 +116,7 @@ class Config:
     mail_bias: float | None = None
     mail_normalize: str | None = None
 
-    def resolve(self, data: ImageData | StreamedImages) -> Config:
+    def resolve(self, data: Images) -> Config:
         """Return a checked copy with all defaults filled in.
 
         Settings that the method does not have stay None, and so does tau for the official schedule.

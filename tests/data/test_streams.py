@@ -90,10 +90,11 @@ def test_an_epoch_that_is_left_in_the_middle_can_begin_anew(folder: Path) -> Non
 
 def test_the_test_images_of_an_evaluation(folder: Path) -> None:
     whole, stream = load(folder), load(folder, stream=True, workers=0)
-    for rows in (slice(4), slice(None)):
-        assert torch.equal(stream.test_x[rows], whole.test_x[rows])
-        assert torch.equal(stream.test_y[rows], whole.test_y[rows])
-    assert len(stream.test_y) == 6
+    for rows in (slice(4), slice(None), torch.tensor([5, 0])):
+        x, y = stream.read("test", rows)
+        assert torch.equal(x, whole.test_x[rows]) and torch.equal(y, whole.test_y[rows])
+        assert all(torch.equal(a, b) for a, b in zip(whole.read("test", rows), (x, y), strict=True))
+    assert len(stream.read("test")[1]) == 6
 
 
 class Noise:
@@ -174,7 +175,7 @@ def test_a_folder_without_a_split_holds_a_fifth_out(tmp_path: Path) -> None:
     assert len(data.train_y) == 8 and len(data.test_y) == 2
     assert data.name == "train (random fifth held out)"
     again = load(tmp_path / "all" / "train", stream=True, workers=0)
-    assert torch.equal(again.test_x[:], data.test_x)
+    assert torch.equal(again.read("test")[0], data.test_x)
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -249,6 +250,21 @@ def test_data_of_ones_own(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
     assert len(data.classes) == 4
 
 
+def test_transformed_labels_are_counted_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(Pairs):
+        classes, targets = None, Y
+
+        def target_transform(self, y: int) -> int:
+            return 2 * y
+
+        def __getitem__(self, i: int) -> tuple[Any, int]:
+            x, y = super().__getitem__(i)
+            return x, self.target_transform(y)
+
+    data = load(own(monkeypatch, (Doubled(), Doubled())))
+    assert len(data.classes) == 7 and torch.equal(data.test_y, 2 * Y)
+
+
 def test_one_set_of_ones_own_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(own(monkeypatch, Pairs()))
     assert len(data.train_y) == 8 and len(data.test_y) == 2 and data.classes == ("a", "b", "c", "d")
@@ -315,13 +331,34 @@ def test_free_memory_is_a_number_of_bytes() -> None:
         ("crop", "must be resized-crop, v2:NAME or package.module:name"),
         ("pyadv.data:no_such", "has no 'no_such'"),
         ("pyadv.data:fit", "has no 'fit'"),
-        ("pyadv.data:to_images", "must be callable without arguments"),
+        ("pyadv.training.config:Config.save", "must be a function of an image, or be callable"),
+        (
+            "pyadv.data.reading:ResizedCrop",
+            "a function of an image, or be callable without",
+        ),
         ("pyadv.training.schedules:SCHEDULES", "must be callable, got a tuple"),
     ],
 )
 def test_transforms_that_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         streams.find_transform(name, (3, 8, 8))
+
+
+def test_transforms_and_what_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("own_transforms")
+
+    def mirrored(x: Tensor) -> Tensor:
+        return x.flip(2)
+
+    def broken() -> Any:
+        raise TypeError("inside")
+
+    module.mirrored, module.made, module.broken = mirrored, lambda: mirrored, broken
+    monkeypatch.setitem(sys.modules, "own_transforms", module)
+    for name in ("mirrored", "made"):
+        assert streams.find_transform(f"own_transforms:{name}", (3, 8, 8)) is mirrored
+    with pytest.raises(TypeError, match="inside"):
+        streams.find_transform("own_transforms:broken", (3, 8, 8))
 
 
 def test_transforms_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,8 +437,9 @@ def test_sets_of_hugging_face_by_their_interface(
     monkeypatch.setitem(sys.modules, "datasets", stub)
     (tmp_path / "dataset_dict.json").write_text("{}")
     data = load(tmp_path, stream=True, workers=0)
-    assert data.classes == ("a", "b", "c", "d") and torch.equal(data.test_y[:], Y)
-    torch.testing.assert_close(data.test_x[:], X / 255)
+    x, y = data.read("test")
+    assert data.classes == ("a", "b", "c", "d") and torch.equal(y, Y)
+    torch.testing.assert_close(x, X / 255)
 
 
 def test_hugging_face_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +67,44 @@ def test_streamed_interrupted_and_resumed_equals_in_memory(
     assert saved["image_size"] == 8 and saved["stream"] is True
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_transforms_train(folder: Path, tmp_path: Path, stream: bool) -> None:
-    settings = {"transform": "resized-crop", "workers": 0, "epochs": 1, "stream": stream}
-    made = config(folder, augment=None, **settings)
+class Said(Display):
+    """A display that keeps the messages."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_transforms_see_images_at_their_own_size(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images in memory have been cut and resized, so free memory must not decide."""
+    module, seen = types.ModuleType("own_transform"), set()
+
+    def crop(x: torch.Tensor) -> torch.Tensor:
+        seen.add(tuple(x.shape))
+        return x[:, :8, :8]
+
+    module.crop = crop
+    monkeypatch.setitem(sys.modules, "own_transform", module)
+    settings = {"transform": "own_transform:crop", "workers": 0, "epochs": 1, "method": "standard"}
+    made, said = config(folder, augment=None, **settings), Said()
     assert made.resolve(load(folder, image_size=8)).augment is False
-    report = training.train(made, tmp_path / "run", device="cpu", display=QUIET)
-    assert report.n == 8
+    report = training.train(made, tmp_path / "run", device="cpu", display=said)
+    assert report.n == 8 and seen == {(3, 9, 10), (3, 9, 11), (3, 9, 12)}
+    assert said.lines[0] == (
+        f"{folder.name} is streamed by 0 workers: the transform sees images at their own size"
+    )
+    made.stream = False
+    with pytest.raises(ValueError, match=r"stream=False does not go with a transform of"):
+        training.train(made, tmp_path / "refused", device="cpu", display=QUIET)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_the_folder_of_a_run_is_said(folder: Path, tmp_path: Path) -> None:
-    class Said(Display):
-        def message(self, text: str) -> None:
-            lines.append(text)
-
-    lines: list[str] = []
-    made = config(folder, stream=True, workers=0, epochs=1, method="standard")
-    training.train(made, tmp_path / "run", device="cpu", display=Said(quiet=True))
-    assert f"{folder.name} is streamed by 0 workers" in lines
+    made, said = config(folder, stream=True, workers=0, epochs=1, method="standard"), Said()
+    training.train(made, tmp_path / "run", device="cpu", display=said)
+    assert f"{folder.name} is streamed by 0 workers" in said.lines
