@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,7 @@ def create(
             - `timm:NAME`, a network of timm, which must be installed;
             - `package.module:name`, a class or function that is called and returns a network. It
               receives those of `num_classes`, `in_channels`, `image_size` (H, W) and `image_shape`
-              (C, H, W) that its signature names. A network itself is taken as it is.
+              (C, H, W) that its signature names. A network itself is copied.
         in_channels: channels of an image.
         num_classes: number of classes, the least number of logits.
         image_size: (H, W) of an image.
@@ -105,7 +106,7 @@ def create(
         model = returning_logits(name, model, num_classes, shape)
     if weights is not None:
         inner = model.model if isinstance(model, Logits) else model
-        load_weights(inner, weights, num_classes if new_head else None)
+        load_weights(inner, weights, num_classes if new_head else None, normalized=mean is not None)
     return model if mean is None else Normalized(model, mean, std)
 
 
@@ -177,7 +178,7 @@ def _own(name: str, num_classes: int, shape: tuple[int, int, int], args: dict[st
     if isinstance(make, nn.Module):
         if args:
             raise ValueError(f"model {name!r} is a network already and takes no model_args")
-        return make
+        return copy.deepcopy(make)
     if not callable(make):
         raise ValueError(f"model {name!r} must be callable, got a {type(make).__name__}")
     known = {

@@ -14,7 +14,13 @@ _INSIDE = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # wrappers: DDP, torch.compile, Normalized
 
 
-def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    normalized: bool = False,
+) -> None:
     """Load the weights in the file `path` into `model`.
 
     The file is a state dict, or a checkpoint that holds one, written by `torch.save`, or a
@@ -27,6 +33,9 @@ def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = N
         path: the file.
         num_classes: the number of logits, by which a classifier is recognised; None: every tensor
             must fit.
+        normalized: whether the images that `model` receives are normalised already. If they are
+            not, a file with the weights of a `Normalized` network gives a warning: its mean and std
+            are not loaded.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -38,7 +47,14 @@ def load_weights(model: nn.Module, path: str | Path, num_classes: int | None = N
         raise FileNotFoundError(f"weights: no file at {path}")
     own = model.state_dict()
     state = _without_prefixes(_read(path), own)
-    state = {key: value for key, value in state.items() if key in own or key not in ("mean", "std")}
+    if left_out := [key for key in ("mean", "std") if key in state and key not in own]:
+        state = {key: value for key, value in state.items() if key not in left_out}
+        if not normalized:
+            warnings.warn(
+                f"weights: {path} is for a network that normalises its images, and "
+                f"{' and '.join(left_out)} in it are left out: give mean and std",
+                stacklevel=2,
+            )
     fresh = [
         key
         for key, value in state.items()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from pyadv.data import as_float
-
-_IMAGES, _LABELS = ("pixel_values", "image", "x"), ("labels", "label", "y")
+from pyadv.data.reading import IMAGE_KEYS, LABEL_KEYS
+from pyadv.data.seeds import mixed, seeded
 
 
 class Loaders:
@@ -48,7 +46,7 @@ class Loaders:
                 )
             if len(loader) == 0:
                 raise ValueError(f"{name} must have at least one batch, it is empty")
-        with _seeded(0):
+        with seeded(0):
             x, _, _ = unpack(next(iter(train)), "train")
         self.shape: tuple[int, int, int] = tuple(x.shape[1:])
         self.classes: tuple[str, ...] = tuple(
@@ -64,13 +62,33 @@ class Loaders:
 class LoaderBatches:
     """The batches of an own training loader, with the interface of `pyadv.data.Plan`.
 
-    torch's generator is seeded with (seed, epoch) while the loader starts, so that a DataLoader
-    without a generator of its own shuffles an epoch in the same order when a run is resumed.
+    The generators of torch, NumPy and Python are seeded with (seed, epoch) while the loader starts
+    and with (seed, epoch, number) while it makes a batch. In one process without workers an epoch
+    therefore has the same order and the same random augmentation when a run is resumed in its
+    middle. A sampler without a generator of its own gets one, seeded for each epoch.
+
+    Args:
+        loader: the loader.
+        accelerator: divides the batches among its processes.
+        seed: of the run.
+
+    Raises:
+        ValueError: if several processes cannot divide the batches.
     """
 
     def __init__(self, loader: Iterable, accelerator: Accelerator, seed: int) -> None:
         self.device, self.seed = accelerator.device, seed
         several = accelerator.num_processes > 1
+        if several:
+            _check_divisible(loader)
+        # Accelerate would give the sampler a generator that each process seeds in its own way.
+        groups = getattr(loader, "batch_sampler", None)
+        sampler = getattr(groups, "sampler", getattr(loader, "sampler", None))
+        self.order: torch.Generator | None = None
+        if hasattr(sampler, "generator") and sampler.generator is None:
+            self.order = sampler.generator = torch.Generator()
+        known = self.order is not None or isinstance(sampler, SequentialSampler)
+        self.can_skip = several or (type(groups) is BatchSampler and known)
         self.loader = accelerator.prepare(loader) if several else loader
 
     def __len__(self) -> int:
@@ -81,23 +99,38 @@ class LoaderBatches:
         for part in (self.loader, getattr(self.loader, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-        loader, rest = self.loader, start
-        if start and isinstance(loader, DataLoader):
-            loader, rest = skip_first_batches(loader, start), 0
-        with _seeded(mixed):
+        if self.order is not None:
+            self.order.manual_seed(mixed(self.seed, epoch))
+        loader, number = self.loader, 0
+        if start and self.can_skip:  # other samplers may draw from torch's generator, so they run
+            loader, number = skip_first_batches(loader, start), start
+        with seeded(self.seed, epoch):
             batches = iter(loader)
-            batch = next(batches, None)  # a sampler draws its seed at the first batch
-        number = 0
-        while batch is not None:
-            if number >= rest:
+        while True:
+            with seeded(self.seed, epoch, number):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if number >= start:
                 x, y, ids = unpack(batch, "train")
                 moved = [
                     t if t is None else t.to(self.device, non_blocking=True) for t in (x, y, ids)
                 ]
                 yield as_float(moved[0]), moved[1], moved[2]
             number += 1
-            batch = next(batches, None)
+
+
+def _check_divisible(loader: Any) -> None:
+    """Raise ValueError unless Accelerate can divide the batches of `loader` among processes."""
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    shared = any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+    if not isinstance(loader, DataLoader) or shared:
+        seen = "one with a DistributedSampler" if shared else f"a {type(loader).__name__}"
+        raise ValueError(
+            "train must be a DataLoader without a DistributedSampler: the processes divide its "
+            f"batches; got {seen}"
+        )
 
 
 class _Floats:
@@ -115,7 +148,9 @@ class _Floats:
 def unpack(batch: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (x, y, ids or None) of a batch of a loader. Raise ValueError for another form."""
     if isinstance(batch, Mapping):
-        found = [next((batch[k] for k in keys if k in batch), None) for keys in (_IMAGES, _LABELS)]
+        found = [
+            next((batch[k] for k in keys if k in batch), None) for keys in (IMAGE_KEYS, LABEL_KEYS)
+        ]
         parts = [*found, batch.get("ids")]
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         parts = [*batch, None][:3]
@@ -127,7 +162,7 @@ def unpack(batch: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         seen = seen if isinstance(seen, str) else f"a {type(batch).__name__}"
         raise ValueError(
             f"a batch of {name} must be (x, y), (x, y, ids) or a dict with one of "
-            f"{', '.join(_IMAGES)} and one of {', '.join(_LABELS)}, got {seen}"
+            f"{', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}, got {seen}"
         )
     if x.dim() != 4 or y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(
@@ -139,14 +174,3 @@ def unpack(batch: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     if ids is not None and (ids.shape != y.shape or ids.dtype != torch.int64):
         raise ValueError(f"ids of {name} must be int64 ({len(y)},), got {ids.dtype} {ids.shape}")
     return x, y, ids
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, and give it its state back."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

@@ -19,7 +19,7 @@ from accelerate.utils import get_int_from_env
 
 from pyadv import evaluation
 from pyadv._provenance import provenance
-from pyadv.data import StreamedImages
+from pyadv.data import Images, StreamedImages
 from pyadv.evaluation import Report
 from pyadv.training import build, checkpoint
 from pyadv.training.config import Config
@@ -32,7 +32,7 @@ def train(
     config: Config | None,
     folder: str | Path,
     *,
-    data: build.Images | None = None,
+    data: Images | None = None,
     device: str | None = None,
     display: Display | None = None,
     **parts: Any,
@@ -77,7 +77,7 @@ def resume(
     folder: str | Path,
     *,
     epochs: int | None = None,
-    data: build.Images | None = None,
+    data: Images | None = None,
     device: str | None = None,
     display: Display | None = None,
     **parts: Any,
@@ -119,6 +119,8 @@ def resume(
         data = _data(config, data, parts)
         if "model" in parts:
             config.model = None
+        if state.get("parts", {}).get("optimizer") is not None:
+            config.optimizer = Config.optimizer  # the name of the user's own, which no Config takes
         trainer = Trainer(
             config, data, folder, device=device, display=display, fresh=False, **parts
         )
@@ -133,7 +135,7 @@ def resume(
         return _complete(trainer)
 
 
-def _data(config: Config, data: build.Images | None, parts: dict[str, Any]) -> build.Images | None:
+def _data(config: Config, data: Images | None, parts: dict[str, Any]) -> Images | None:
     """Return the data set of a run, None for a run on the user's own loaders."""
     return build.data(config) if data is None and parts.get("train") is None else data
 
@@ -154,7 +156,7 @@ def _complete(trainer: Trainer) -> Report | None:
     if isinstance(data, StreamedImages):
         trainer.display.message(data.residence)
     trainer.display.message(_announcement(trainer))
-    if config.emr and build.emr_derivative(trainer.network, data) == "difference":
+    if trainer.emr_derivative == "difference":
         trainer.display.message(
             "EMR by finite differences: autograd has no second derivative of this network"
             + (" where it is sharded" if trainer.sharded else "")

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from pyadv import evaluation, models
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
+from pyadv.data import Images
 from pyadv.training import build, checkpoint, sharding
 from pyadv.training.callbacks import Callback
 from pyadv.training.config import PRECISIONS, Config
@@ -98,7 +99,7 @@ class Trainer:
     def __init__(
         self,
         config: Config | None = None,
-        data: build.Images | None = None,
+        data: Images | None = None,
         folder: str | Path | None = None,
         *,
         model: nn.Module | None = None,
@@ -121,15 +122,19 @@ class Trainer:
             raise ValueError("optimizer must be a function of the parameters, which fsdp replaces")
         self.config = config = config.resolve(self.data)
         if model is not None:
-            config.model = f"{type(model).__module__}.{type(model).__qualname__}"
+            config.model = _name(model)
         place = build.device(device)
         if place.index is not None:
             torch.cuda.set_device(place)
+        places = None  # of the trackers
+        if self.folder is not None:
+            tensorboard = str(self.folder / "tensorboard")
+            places = ProjectConfiguration(str(self.folder), logging_dir=tensorboard)
         self.accelerator = Accelerator(
             cpu=place.type == "cpu",
             mixed_precision=PRECISIONS[config.precision],
             log_with=trackers(config.log_with, self.folder) or None,
-            project_config=None if self.folder is None else self._places(self.folder),
+            project_config=places,
         )
         main = self.accelerator.is_main_process
         self.display = (display or Display()) if main else Display(quiet=True)
@@ -155,15 +160,23 @@ class Trainer:
         elif not isinstance(optimizer, Optimizer):
             optimizer = optimizer(model.parameters())
         _check_optimizer(optimizer, model)
-        callable_scheduler = scheduler is not None and not hasattr(scheduler, "step")
-        self.scheduler = scheduler(optimizer) if callable_scheduler else scheduler
+        if self.own_optimizer:
+            config.optimizer = _name(optimizer)
+            config.lr = config.schedule = config.milestones = None
+        made = scheduler is None or (hasattr(scheduler, "step") and not isinstance(scheduler, type))
+        self.scheduler = scheduler if made else scheduler(optimizer)
         self.scheduler_every = scheduler_every
+        _check_scheduler(self.scheduler, scheduler_every, optimizer)
         if self.sharded:
             self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.network = self.accelerator.unwrap_model(self.model)
-        self.objective = build.objective(config, self.network, self.data)
+        self.emr_derivative = build.emr_derivative(self.network, self.data) if config.emr else None
+        self.objective = build.objective(config, self.network, self.data, self.emr_derivative)
+        if self.sharded:  # an attack that ends early would make fewer passes than the others
+            for attack in {a for e in range(config.epochs) for a in self.objective.attacks(e + 1)}:
+                attack.settings = replace(attack.settings, compact=False)
         self.callbacks = list(callbacks)
         self.parts = {
             "train": train is not None,
@@ -200,11 +213,6 @@ class Trainer:
         self.records = Records(self.folder, self.accelerator, config.to_dict())
         self._judge()  # refuses settings of the evaluation before any work
         self._states_of_parts()  # and states that no checkpoint can hold
-
-    @staticmethod
-    def _places(folder: Path) -> ProjectConfiguration:
-        """Return the folders of Accelerate's trackers."""
-        return ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -376,13 +384,9 @@ class Trainer:
     def _warm_up(self) -> None:
         """Set this epoch's eps and alpha, which grow over the first `eps_warmup` epochs.
 
-        Attacks on a sharded network run all their steps.
         With a large radius from the start some networks learn nothing.
         """
         epochs = self.config.eps_warmup
-        if self.sharded:  # an attack that ends early would make fewer passes than the others
-            for attack in self.objective.attacks(self.epoch):
-                attack.settings = replace(attack.settings, compact=False)
         for attack in self.objective.attacks(self.epoch) if epochs else ():
             share = min(1.0, self.epoch / epochs)
             eps, alpha = share * self.config.eps, share * self.config.alpha
@@ -546,13 +550,18 @@ class Trainer:
         checkpoint.set_rng_state(state["rng"])
 
 
+def _name(part: Any) -> str:
+    """Return the name of the class of a part, for the settings of a run."""
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
 def _the_data(
-    data: build.Images | None,
+    data: Images | None,
     train: Iterable | None,
     val: Iterable | None,
     test: Iterable | None,
     model: nn.Module | None,
-) -> build.Images | Loaders:
+) -> Images | Loaders:
     """Return the data of a run: a data set, or the user's loaders."""
     if (data is None) == (train is None):
         raise ValueError("Trainer needs data or train, and not both")
@@ -600,6 +609,19 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
     known = {id(p) for p in model.parameters()}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer must have the parameters of model alone; it has others")
+
+
+def _check_scheduler(scheduler: Any, every: str, optimizer: Optimizer) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau) and every == "step":
+        raise ValueError(
+            "scheduler_every must be 'epoch' for ReduceLROnPlateau, which reads the loss of an "
+            "epoch, got 'step'"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "scheduler must be a scheduler of the optimizer that is given: it has another one; a "
+            "function of the optimizer makes one"
+        )
 
 
 class _Average(AveragedModel):

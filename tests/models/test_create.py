@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ X = torch.rand(3, 3, 2, 2)
 def test_own_networks_get_what_they_name(own: Callable[..., nn.Module], name: str) -> None:
     assert own(name)(X).shape == (3, 5)
     assert "" not in sys.path[:1]  # the current folder is searched for the import alone
+
+
+def test_a_network_that_is_named_is_copied(own: Callable[..., nn.Module]) -> None:
+    first, second = own("ready"), own("ready")
+    assert torch.equal(first[1].weight, second[1].weight)
+    with torch.no_grad():
+        first[1].weight.zero_()
+    assert second[1].weight.any() and own("ready")[1].weight.any()
 
 
 def test_arguments_come_first(own: Callable[..., nn.Module]) -> None:
@@ -176,6 +185,17 @@ def test_weights_from_a_file(
     model = own("Net", weights="weights.pt", **statistics)
     x = (X - 0.5) / 0.5 if statistics else X
     assert torch.equal(model(X), saved(x))
+
+
+def test_statistics_in_a_file_are_not_dropped_in_silence(own: Callable[..., nn.Module]) -> None:
+    saved = own("Net", mean=0.5, std=0.25)
+    torch.save(saved.state_dict(), "weights.pt")
+    with pytest.warns(UserWarning, match="mean and std in it are left out: give mean and std"):
+        own("Net", weights="weights.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(own("Net", weights="weights.pt", mean=0.5, std=0.25)(X), saved(X))
+        models.load_weights(saved, "weights.pt")
 
 
 def test_weights_from_safetensors(own: Callable[..., nn.Module]) -> None:

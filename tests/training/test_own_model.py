@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_a_checkpoint_cannot_call_functions(small: ImageData) -> None:
 def test_arguments_of_first_weights_are_not_kept(small: ImageData) -> None:
     config = Config(model="timm:resnet18", model_args={"pretrained": True, "drop_rate": 0.1})
     assert build.architecture(config, small)["args"] == {"drop_rate": 0.1}
+    config.model = "mynet:Net"  # what an own network calls pretrained may change its form
+    assert build.architecture(config, small)["args"] == {"pretrained": True, "drop_rate": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,10 @@ class Attention(torch.nn.Module):
         return self.head(attended.mean((1, 2)))
 
 
-def test_emr_takes_the_form_that_the_network_allows(small: ImageData, tmp_path: Path) -> None:
+def test_emr_takes_the_form_that_the_network_allows(
+    small: ImageData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pyadv")
     assert build.emr_derivative(models.SmallCNN(), small) == "tangent"
     assert build.emr_derivative(Attention(), small) == "difference"
     lines: list[str] = []
@@ -159,6 +165,23 @@ def test_emr_takes_the_form_that_the_network_allows(small: ImageData, tmp_path: 
     parts = {"data": small, "device": "cpu", "display": Said(quiet=True)}
     training.train(Config(**FAST, emr=0.02), tmp_path / "run", model=Attention(), **parts)
     assert any(line.startswith("EMR by finite differences") for line in lines)
+    tries = [record.message for record in caplog.records if "second derivative" in record.message]
+    assert len(tries) == 2 and "attention" in tries[1]  # one here, one of the run
+
+
+def test_a_lack_of_memory_does_not_choose_the_form_of_emr(
+    small: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = torch.autograd.grad
+
+    def full(*args: Any, **settings: Any) -> Any:
+        if "create_graph" in settings:
+            return once(*args, **settings)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        build.emr_derivative(models.SmallCNN(), small)
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])

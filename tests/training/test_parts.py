@@ -94,6 +94,8 @@ def test_everything_of_ones_own(tmp_path: Path) -> None:
     records = [json.loads(line) for line in lines]
     assert [r["steps_so_far"] for r in records] == [3, 6]
     assert [r["lr"] for r in records] == [0.01, 0.005]
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["optimizer"] == "torch.optim.adamw.AdamW" and saved["lr"] is None
     assert records[0]["val_robust"] is not None and records[0]["train_clean"] is None
     with pytest.raises(
         ValueError, match=r"Net that it was given: load_model\(path, model=\.\.\.\)"
@@ -334,6 +336,13 @@ def test_trackers_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert trackers("none", tmp_path) == [] and trackers(None, None) == []
 
 
+PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=0.01)
+
+
 @pytest.fixture
 def parts() -> Iterator[dict[str, Any]]:
     yield {"model": net(), "train": loader()}
@@ -363,6 +372,16 @@ def parts() -> Iterator[dict[str, Any]]:
             "optimizer must have the parameters of model alone",
         ),
         ({}, {"model": nn.Flatten(2)}, "must return logits"),
+        (
+            {},
+            {"optimizer": adam, "scheduler": PLATEAU, "scheduler_every": "step"},
+            "scheduler_every must be 'epoch' for ReduceLROnPlateau",
+        ),
+        (
+            {},
+            {"optimizer": adam, "scheduler": PLATEAU(adam([nn.Parameter(X.float())]))},
+            "scheduler must be a scheduler of the optimizer that is given",
+        ),
         ({"optimizer": "lbfgs"}, {}, "optimizer must be one of sgd, adamw"),
         ({"accumulate": 0}, {}, "accumulate must be >= 1"),
         ({"clip": -1.0}, {}, "clip must be finite and >= 0"),
