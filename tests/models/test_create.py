@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -266,9 +265,9 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         models.create("timm:resnet50")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_networks_of_timm(name: str) -> None:
+    pytest.importorskip("timm")
     model = models.create(f"timm:{name}", num_classes=4, image_size=(32, 32))
 
     def logits(x: Tensor) -> Tensor:

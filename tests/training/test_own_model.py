@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,3 +204,51 @@ def test_vision_transformers_of_other_libraries(
     parts = {"data": small, "device": "cpu", "display": QUIET}
     report = training.train(Config(**FAST, emr=0.02), tmp_path / "run", model=net, **parts)
     assert report is not None and report.n == 40
+
+
+RESNET50 = """
+import json, sys, torch
+from pyadv import training
+from pyadv.data import load
+
+def peak():  # MB; ru_maxrss would count the process that started this one
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+torch.set_num_threads(1)
+before = peak()
+data = load(sys.argv[1], image_size=224, workers=0, whole_images=True)
+settings = {"method": "at", "steps": 1, "eps": 4 / 255, "epochs": 1, "batch_size": 4}
+settings |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+config = training.Config(model="timm:resnet50", transform="resized-crop", **settings)
+trainer = training.Trainer(config, data, device="cpu", display=training.Display(quiet=True))
+trainer.fit()
+print(json.dumps({"before": before, "peak": peak(), "loss": trainer.records[0]["loss"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_resnet50_of_timm_trains_at_224_in_bounded_memory(tmp_path: Path) -> None:
+    """One step of adversarial training on a batch of 4 peaked at 1.5 GB."""
+    pytest.importorskip("timm")
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 2), ("val", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (300, 260, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{i}.jpg")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", RESNET50, str(tmp_path / "photos")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(found)
+    assert math.isfinite(found["loss"]) and found["peak"] < 2000

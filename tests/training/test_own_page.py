@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
-import types
 from pathlib import Path
 
+import pages
 import pytest
 from typer.testing import CliRunner
 
 from pyadv.cli import app
 
 pytest.importorskip("PIL")
-PAGE = Path(__file__).parents[2] / "docs" / "own-model-and-data.md"
-BLOCK = re.compile(r"```(python|bash)(?: title=\"(.*?)\")?\n(.*?)```", re.DOTALL)
+pytestmark = pytest.mark.skipif(not (pages.ROOT / "docs").is_dir(), reason="not a checkout")
 
 
 def run(line: str) -> str:
@@ -32,14 +30,10 @@ def run(line: str) -> str:
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
-    page, outputs = types.ModuleType("page"), {}
-    for kind, title, block in BLOCK.findall(PAGE.read_text()):
-        if title:
-            Path(title).write_text(block)
-        elif kind == "python":
-            exec(compile(block, "own-model-and-data.md", "exec"), page.__dict__)
-        else:
-            outputs |= {line: run(line) for line in block.strip().splitlines()}
+    outputs: dict[str, str] = {}
+    page = pages.run(
+        "docs/own-model-and-data.md", shell=lambda line: outputs.update({line: run(line)})
+    )
     for name in ("mynet", "mydata", "myvit"):
         sys.modules.pop(name, None)
 
