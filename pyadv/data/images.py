@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyadv.data.batches import Batches
 
+MAX_CLASSES = 100_000  # of a set without class names: a larger label is no class number
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -69,6 +71,16 @@ def hold_out(total: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"val must lie in [0, {total}) for {total} training images, got {n}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[n:].sort().values, order[:n]
+
+
+def numbered(*labels: Tensor) -> tuple[str, ...]:
+    """Return class names for a set that has none: the numbers up to its largest label."""
+    largest = max((int(y.max()) for y in labels if len(y)), default=0)
+    if largest >= MAX_CLASSES:
+        raise ValueError(
+            f"labels must lie in [0, {MAX_CLASSES:,}), saw {largest}: number the classes from 0"
+        )
+    return tuple(str(i) for i in range(largest + 1))
 
 
 def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:

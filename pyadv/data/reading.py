@@ -51,8 +51,15 @@ class Samples:
         raise NotImplementedError
 
     def labels(self) -> Tensor:
-        """Return all labels, int64."""
-        return torch.tensor([self.item(i, False)[1] for i in range(len(self))])
+        """Return all labels, int64. This reads every sample where `known_labels` are None."""
+        known = self.known_labels()
+        if known is None:
+            return torch.tensor([self.item(i, False)[1] for i in range(len(self))])
+        return known
+
+    def known_labels(self) -> Tensor | None:
+        """Return all labels, int64, if they are known without reading the samples."""
+        return None
 
     def read(
         self, i: int, transform: Transform | None = None, key: tuple[int, ...] = ()
@@ -114,7 +121,7 @@ class ImageFiles(Samples):
         """Return the path of image `i`."""
         return self.folder / os.fsdecode(self._text[self._ends[i] : self._ends[i + 1]].tobytes())
 
-    def labels(self) -> Tensor:
+    def known_labels(self) -> Tensor:
         return self._labels
 
     def item(self, i: int, whole: bool) -> tuple[Tensor, int]:
@@ -196,9 +203,9 @@ class OwnSamples(Samples):
             )
         return to_tensor(x), int(y)
 
-    def labels(self) -> Tensor:
+    def known_labels(self) -> Tensor | None:
         if getattr(self.data, "target_transform", None) is not None:
-            return super().labels()  # the lists below hold the labels as they were before it
+            return None  # the lists below hold the labels as they were before it
         for found in (
             getattr(self.data, "targets", None),
             getattr(self.data, "labels", None),
@@ -208,9 +215,7 @@ class OwnSamples(Samples):
             if found is not None and len(found) == len(self):
                 return torch.as_tensor(found).long()
         column = next((n for n in LABEL_KEYS if n in getattr(self.data, "column_names", ())), None)
-        if column is not None:
-            return torch.as_tensor(self.data[column][:]).long()
-        return super().labels()
+        return None if column is None else torch.as_tensor(self.data[column][:]).long()
 
     def classes(self) -> tuple[str, ...] | None:
         """Return the names of the classes, None if the data set does not tell."""

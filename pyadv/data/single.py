@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from pyadv import _imports
-from pyadv.data.images import ImageData, hold_out
+from pyadv.data.images import ImageData, hold_out, numbered
 from pyadv.data.reading import SUFFIXES, ImageFiles, OwnSamples, Samples
 from pyadv.data.streams import StreamedImages
 
-MAX_CLASSES = 100_000  # of a set without class names: a larger label is no class number
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _HUGGING_FACE = ("dataset_dict.json", "dataset_info.json", "state.json")
 
@@ -42,16 +41,6 @@ def read(name: str, path: Path, image_size: int | None) -> StreamedImages | Imag
     )
 
 
-def numbered(*labels: Tensor) -> tuple[str, ...]:
-    """Return class names for a set that has none: the numbers up to its largest label."""
-    largest = max((int(y.max()) for y in labels if len(y)), default=0)
-    if largest >= MAX_CLASSES:
-        raise ValueError(
-            f"labels must lie in [0, {MAX_CLASSES:,}), saw {largest}: number the classes from 0"
-        )
-    return tuple(str(i) for i in range(largest + 1))
-
-
 class _Part(Samples):
     """Some samples of a split."""
 
@@ -68,8 +57,9 @@ class _Part(Samples):
     def item(self, i: int, whole: bool) -> tuple[Tensor, int]:
         return self.source.item(int(self.ids[i]), whole)
 
-    def labels(self) -> Tensor:
-        return self.source.labels()[self.ids]
+    def known_labels(self) -> Tensor | None:
+        known = self.source.known_labels()
+        return None if known is None else known[self.ids]
 
 
 def _without_split(source: Samples) -> tuple[Samples, Samples]:
@@ -180,8 +170,14 @@ def _of_sets(name: str, sets: Any, image_size: int | None) -> StreamedImages:
             )
         train = OwnSamples(found[0], f"{name} (train)", image_size)
         test = OwnSamples(found[1], f"{name} (test)", image_size)
-        classes = train.classes() or numbered(train.labels(), test.labels())
+        classes = train.classes() or _counted(train, test)
         return StreamedImages(name, classes, train, test)
     whole = OwnSamples(sets, name, image_size)
-    classes = whole.classes() or numbered(whole.labels())
+    classes = whole.classes() or _counted(whole)
     return StreamedImages(f"{name} (random fifth held out)", classes, *_without_split(whole))
+
+
+def _counted(*splits: Samples) -> tuple[str, ...]:
+    """Return class names for a set that has none, () if its samples must be read to tell."""
+    known = [split.known_labels() for split in splits]
+    return () if any(y is None for y in known) else numbered(*known)

@@ -20,8 +20,7 @@ from torch import Tensor
 from pyadv import _imports
 from pyadv._names import did_you_mean
 from pyadv.data import single
-from pyadv.data.images import ImageData, to_images
-from pyadv.data.single import numbered
+from pyadv.data.images import ImageData, numbered, to_images
 from pyadv.data.streams import Images, placed
 
 FASHION_CLASSES = (

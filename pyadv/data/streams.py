@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from pyadv import _imports
 from pyadv.data.batches import Plan
-from pyadv.data.images import ImageData, hold_out
+from pyadv.data.images import MAX_CLASSES, ImageData, hold_out, numbered
 from pyadv.data.reading import ResizedCrop, Samples, Shape, Transform
 
 _SHARE = 0.25  # share of the free memory that a data set may take
@@ -30,7 +30,7 @@ class StreamedImages:
 
     Attributes:
         name: of the data set.
-        classes: names of the classes.
+        classes: names of the classes; () until the samples have been read that tell their number.
         train: training samples.
         test: test samples; their images have the shape of the training images.
         workers: processes that read and decode, by default one per CPU core, at most 8.
@@ -83,7 +83,7 @@ class StreamedImages:
         """Return the samples `ids` of a split, by default all, as arguments of `evaluate`."""
         source = getattr(self, split)
         ids = torch.arange(len(source)) if ids is None else ids
-        return (SampleBatches(source, ids, self.processes, len(self.classes)),)
+        return (SampleBatches(source, ids, self.processes, len(self.classes) or MAX_CLASSES),)
 
     def read(self, split: str, ids: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
         """Return the images and the labels of the samples `ids` of a split, by default all."""
@@ -97,7 +97,8 @@ class StreamedImages:
         for split in ("train", "test"):
             x, y = self.read(split)
             parts |= {f"{split}_x": x, f"{split}_y": y}
-        return ImageData(self.name, self.classes, **parts)
+        classes = self.classes or numbered(parts["train_y"], parts["test_y"])
+        return ImageData(self.name, classes, **parts)
 
 
 Images = ImageData | StreamedImages
@@ -249,7 +250,7 @@ class _Loader:
             if bad.any():
                 i, y = int(batch[2][bad][0]), int(batch[1][bad][0])
                 raise ValueError(
-                    f"the label of {self.source.describe(i)} must lie in [0, {self.classes}), "
+                    f"the label of {self.source.describe(i)} must lie in [0, {self.classes:,}), "
                     f"got {y}"
                 )
             yield batch
@@ -412,11 +413,14 @@ def placed(data: StreamedImages, stream: bool | None, whole_images: bool = False
             "own size, images in memory are cut and resized; leave stream or the transform out"
         )
     if whole_images and stream is None:
-        return replace(data, reason="the transform sees images at their own size")
+        data, stream = replace(data, reason="the transform sees images at their own size"), True
     if stream is None:
         free = free_memory()
         limit = _SHARE * (free if free is not None else 8e9)
         stream = data.nbytes > limit
         why = f"{data.nbytes / 1e9:.1f} GB as float32 are more than a quarter of the free memory"
         data = replace(data, reason=why if stream else "")
-    return data if stream else data.in_memory()
+    if not stream:
+        return data.in_memory()
+    classes = data.classes or numbered(data.train.labels(), data.test.labels())
+    return replace(data, classes=classes)

@@ -265,6 +265,27 @@ def test_transformed_labels_are_counted_as_they_are(monkeypatch: pytest.MonkeyPa
     assert len(data.classes) == 7 and torch.equal(data.test_y, 2 * Y)
 
 
+class Counted(Pairs):
+    """A data set that tells neither its classes nor its labels, and counts what it reads."""
+
+    classes, reads = None, 0
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        self.reads += 1
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize(("pair", "stream", "reads"), [(1, None, 11), (0, None, 11), (0, True, 11)])
+def test_no_sample_is_read_twice_to_count_the_classes(
+    monkeypatch: pytest.MonkeyPatch, pair: bool, stream: bool | None, reads: int
+) -> None:
+    """The first sample, which tells the shape, is read once more."""
+    sets = (Counted(), Counted()) if pair else Counted()
+    data = load(own(monkeypatch, sets), stream=stream, workers=0)
+    assert data.classes == ("0", "1", "2", "3")
+    assert [s.reads for s in (sets if pair else (sets,))] == [reads] * (1 + pair)
+
+
 def test_one_set_of_ones_own_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(own(monkeypatch, Pairs()))
     assert len(data.train_y) == 8 and len(data.test_y) == 2 and data.classes == ("a", "b", "c", "d")
@@ -278,8 +299,10 @@ def test_one_set_of_ones_own_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"picture": 1}] * 3, "must have one of image, img"),
         ((TensorDataset(X * 1.0, Y), ROWS), r"must lie in \[0, 1\].*leave the normalisation"),
         ((TensorDataset(X.long(), Y), ROWS), "must be uint8 or floating"),
-        ((TensorDataset(X, Y - 1), ROWS), r"the label of .* must lie in \[0, 4\), got -1"),
-        ((TensorDataset(X, Y * 100_000), ROWS), r"labels must lie in \[0, 100,000\)"),
+        ([(x, y - 1) for x, y in zip(X, Y, strict=True)], r"label of .* \[0, 100,000\), got -1"),
+        ((TensorDataset(X, Y - 1),) * 2, r"the label of .* must lie in \[0, 3\), got -1"),
+        ((TensorDataset(X, Y * 100_000),) * 2, r"labels must lie in \[0, 100,000\), saw 300000"),
+        ((TensorDataset(X, Y * 100_000), ROWS), r"must lie in \[0, 100,000\), got [123]00000"),
     ],
 )
 def test_data_of_ones_own_that_is_refused(
