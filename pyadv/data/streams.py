@@ -102,6 +102,7 @@ class StreamedImages:
 
 
 Images = ImageData | StreamedImages
+"""An image data set of either kind."""
 
 
 class _InMemory(Samples):

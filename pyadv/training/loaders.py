@@ -18,7 +18,8 @@ from pyadv.data.seeds import mixed, seeded
 class Loaders:
     """The loaders of a run: iterables of batches with a length, usually DataLoaders.
 
-    A batch is (x, y), (x, y, ids) or a dict with the keys pixel_values and labels. x is
+    A batch is (x, y), (x, y, ids) or a dict with one of `IMAGE_KEYS` and one of `LABEL_KEYS` of
+    `pyadv.data.reading`, such as pixel_values and labels, and with ids if there are any. x is
     (B, C, H, W), uint8 or floating in [0, 1]; y is (B,) int64. The ids number the samples of the
     training set and key the noise of attacks; without them the values of a sample do.
 

@@ -26,7 +26,8 @@ from torch.utils.data import (
 )
 
 import pyadv
-from pyadv.training.loaders import LoaderBatches
+from pyadv.data.reading import IMAGE_KEYS, LABEL_KEYS
+from pyadv.training.loaders import LoaderBatches, unpack
 
 HERE = types.SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
@@ -96,6 +97,14 @@ def test_an_epoch_continues_exactly(name: str, start: int) -> None:
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     other = torch.cat([x for x, _, _ in batches.epoch(3)])
     assert not torch.equal(other, torch.cat([x for x, _, _ in whole]))
+
+
+def test_a_dict_has_the_keys_of_a_data_set() -> None:
+    x, y = torch.rand(2, 3, 1, 1), torch.arange(2)
+    for image in IMAGE_KEYS:
+        for label in LABEL_KEYS:
+            found = unpack({image: x, label: y}, "train")
+            assert found[0] is x and found[1] is y and found[2] is None
 
 
 PROCESSES = """
