@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class LoaderBatches:
     The generators of torch, NumPy and Python are seeded with (seed, epoch) while the loader starts
     and with (seed, epoch, number) while it makes a batch. In one process without workers an epoch
     therefore has the same order and the same random augmentation when a run is resumed in its
-    middle. A sampler without a generator of its own gets one, seeded for each epoch.
+    middle. A sampler without a generator of its own has one, seeded anew, during each epoch.
 
     Args:
         loader: the loader.
@@ -82,26 +83,39 @@ class LoaderBatches:
         several = accelerator.num_processes > 1
         if several:
             _check_divisible(loader)
-        # Accelerate would give the sampler a generator that each process seeds in its own way.
         groups = getattr(loader, "batch_sampler", None)
-        sampler = getattr(groups, "sampler", getattr(loader, "sampler", None))
-        self.order: torch.Generator | None = None
-        if hasattr(sampler, "generator") and sampler.generator is None:
-            self.order = sampler.generator = torch.Generator()
-        known = self.order is not None or isinstance(sampler, SequentialSampler)
+        self.sampler = getattr(groups, "sampler", getattr(loader, "sampler", None))
+        draws = hasattr(self.sampler, "generator") and self.sampler.generator is None
+        self.order = torch.Generator() if draws else None
+        known = draws or isinstance(self.sampler, SequentialSampler)
         self.can_skip = several or (type(groups) is BatchSampler and known)
-        self.loader = accelerator.prepare(loader) if several else loader
+        with self._ordered(0):  # else Accelerate gives the sampler a generator
+            self.loader = accelerator.prepare(loader) if several else loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    @contextlib.contextmanager
+    def _ordered(self, epoch: int) -> Iterator[None]:
+        """Give a sampler that has no generator one that is seeded for `epoch`."""
+        if self.order is None:
+            yield
+            return
+        self.sampler.generator = self.order.manual_seed(mixed(self.seed, epoch))
+        try:
+            yield
+        finally:
+            self.sampler.generator = None
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield (x, y, ids) of `epoch` from batch number `start` on, on the device."""
+        with self._ordered(epoch):
+            yield from self._epoch(epoch, start)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for part in (self.loader, getattr(self.loader, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        if self.order is not None:
-            self.order.manual_seed(mixed(self.seed, epoch))
         loader, number = self.loader, 0
         if start and self.can_skip:  # other samplers may draw from torch's generator, so they run
             loader, number = skip_first_batches(loader, start), start

@@ -75,8 +75,8 @@ class Trainer:
         folder: the run folder, which must exist before the first save; receives checkpoint.pt,
             metrics.jsonl and, with held-out data, best.pt. Without a folder nothing is saved.
         model: a network that maps images in [0, 1] to logits, in place of `config.model`.
-        train: batches to train on in place of `data`, see `Loaders`. With several processes,
-            Accelerate shards them.
+        train: batches to train on in place of `data`, see `Loaders`. Several processes divide the
+            batches of a DataLoader, which must have no DistributedSampler.
         val: held-out batches that choose best.pt, with `train`.
         test: batches of the final report, with `train`; by default those of `val`.
         optimizer: an optimizer of the parameters of `model`, or a function that makes one of
