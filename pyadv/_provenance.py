@@ -36,15 +36,16 @@ def provenance(
     Returns:
         "pyadv", "torch", "python": versions; "commit": git's name for the sources of pyadv, None
         if they are not in a repository; "project_commit": the same for the working folder; a "+"
-        at the end stands for changes that are not committed; "command", "seed", "processes";
-        "hardware": system, processor, cores that this process may use, device; "date": in UTC.
+        at the end stands for files that were changed, or touched, since; "command", "seed",
+        "processes"; "hardware": system, processor, cores that this process may use, device;
+        "date": in UTC.
     """
     return {
         "pyadv": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(Path(__file__).parent, Path(__file__).name),
-        "project_commit": _commit(Path.cwd()),
+        "project_commit": _commit(Path(".")),
         "command": shlex.join(sys.orig_argv) if command is None else command,
         "seed": seed,
         "processes": processes,
@@ -70,8 +71,14 @@ def _commit(folder: Path, tracked: str | None = None) -> str | None:
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return commit + "+" * bool(changed)
+    # These compare what the file system knows of the files, and read those alone that were written
+    # in the second of the last commit. Reading runs filters that the repository names, so they are
+    # switched off.
+    named = (_git(folder, "config", "--name-only", "--get-regexp", r"^filter\.") or "").split("\n")
+    off = [part for name in named if name for part in ("-c", f"{name}=")]
+    staged = _git(folder, *off, "diff-index", "--cached", "--name-only", "HEAD")
+    touched = _git(folder, *off, "diff-files", "--name-only")
+    return commit if staged == touched == "" else f"{commit}+"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -492,13 +493,11 @@ def _evaluate(
 ) -> None:
     from rich.console import Console
 
-    from pyadv import evaluation, training
+    from pyadv import training
     from pyadv.attacks.processes import together
     from pyadv.attacks.progress import to_stderr
-    from pyadv.data import load
-    from pyadv.engine.checks import canonical_norm
+    from pyadv.engine import checks
     from pyadv.evaluation import document as documents
-    from pyadv.training import build
     from pyadv.training.lock import RunLock
 
     if n is not None and n < 1:
@@ -507,8 +506,82 @@ def _evaluate(
         raise ValueError(f"--image-size must be >= 1, got {image_size}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
-    budget = documents.BUDGET if suite == "all" and not full else None
-    documents.shares(suite, 1)  # refuses a suite that there is not, before any work
+    checks.choice("suite", suite, tuple(documents.SUITE_PARTS))
+    subject = _subject(target, data, image_size, network, eps, norm)
+    images = subject.images
+    settings = {"model": target, "suite": suite, "data": data or images.name, "eps": subject.eps}
+    settings |= {"norm": subject.norm, "seed": seed, "surrogate": surrogate, "full": full}
+    if image_size is not None:
+        settings["image_size"] = image_size
+    settings |= {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
+    x, y = images.read("test", slice(n))
+    model = subject.model.to(place)
+    other = None
+    if surrogate is not None:
+        their = _find_run(surrogate)
+        other = (_network(surrogate, images, {}) if their is None else their.model).to(place)
+    work = {"eps": subject.eps, "norm": subject.norm, "batch_size": bs}
+    named = {
+        "seed": seed,
+        "surrogate": other,
+        "title": f"{target} on {images.name}",
+        "command": shlex.join(["pyadv", *sys.argv[1:]]),
+        "budget": documents.BUDGET if suite == "all" and not full else None,
+    }
+    if not subject.is_run:
+        named["state_name"] = shlex.join([target, *filter(None, [network.get("model_args")])])
+    try:
+        with together(model, None, () if other is None else (other,)) as processes:
+            main = processes.rank == 0
+            display = training.Display(Console(), quiet=not main)
+            folder = processes.first(_folder(out, subject, target, settings) if main else None)
+            try:
+                with RunLock(folder, active=main):
+                    document = _measure(suite, model, x, y, work, named, folder, processes, display)
+                    if main:
+                        _write(document, folder, display, model, x, y, images.classes)
+            finally:
+                if main:
+                    documents.release(folder)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            to_stderr("pyadv: interrupted; the same command continues from here")
+        raise typer.Exit(130) from None
+
+
+@dataclass
+class _Subject:
+    """What is evaluated.
+
+    Attributes:
+        model: the network, in eval mode.
+        images: the data set.
+        norm, eps: the ball.
+        parent: the folder in which the folders of reports are.
+        is_run: whether `pyadv train` made the network.
+    """
+
+    model: Any
+    images: Any
+    norm: str
+    eps: float
+    parent: Path
+    is_run: bool
+
+
+def _subject(
+    target: str,
+    data: str | None,
+    image_size: int | None,
+    network: dict[str, Any],
+    eps: float | None,
+    norm: str | None,
+) -> _Subject:
+    """Return what the command line names: a run with its data and ball, or a network by name."""
+    from pyadv.data import load
+    from pyadv.engine.checks import canonical_norm
+    from pyadv.training import build
+
     norm = None if norm is None else canonical_norm(norm)
     run = _find_run(target)
     if network and (run is not None or target.startswith("robustbench:")):
@@ -520,84 +593,64 @@ def _evaluate(
             raise ValueError(
                 f"{target} does not come with data and a radius: give {', '.join(absent)}"
             )
-        images, norm, parent = load(data, image_size=image_size), norm or "Linf", Path()
+        images = load(data, image_size=image_size)
         model = _network(target, images, network)
+        return _Subject(model, images, norm or "Linf", eps, Path(), is_run=False)
+    config, parent = run.config, Path(target)
+    if norm is not None and norm != config.norm and eps is None:
+        raise ValueError(
+            f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
+        )
+    if data:
+        images = load(data, image_size=image_size or config.image_size)
+    elif image_size is not None:
+        raise ValueError("--image-size needs --data: the run's images have their own size")
     else:
-        config, parent = run.config, Path(target)
-        if norm is not None and norm != config.norm and eps is None:
-            raise ValueError(
-                f"--norm {norm} needs --eps: the run's {config.eps:.4g} is for {config.norm}"
-            )
-        if data:
-            images = load(data, image_size=image_size or config.image_size)
-        elif image_size is not None:
-            raise ValueError("--image-size needs --data: the run's images have their own size")
-        else:
-            images = build.data(config)
-        model = run.model
-        norm = norm or config.norm
-        eps = config.eps if eps is None else eps
-        run.check(images)
-        parent = parent if parent.is_dir() else parent.parent
-    settings = {"model": target, "suite": suite, "data": data or images.name, "eps": eps}
-    settings |= {"norm": norm, "seed": seed, "surrogate": surrogate, "full": full}
-    if image_size is not None:
-        settings["image_size"] = image_size
-    settings |= {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
-    state_name = None if run else shlex.join([target, *filter(None, [network.get("model_args")])])
-    x, y = images.read("test", slice(n))
-    model = model.to(place)
-    other = None
-    if surrogate is not None:
-        their = _find_run(surrogate)
-        other = (_network(surrogate, images, {}) if their is None else their.model).to(place)
-    with together(model, None, () if other is None else (other,)) as processes:
-        main = processes.rank == 0
-        display = training.Display(Console(), quiet=not main)
-        folder = processes.first(_folder(out, parent, target, run, settings) if main else None)
-        try:
-            with RunLock(folder, active=main):
-                counts = documents.shares(suite, len(x), budget)
-                expected = None
-                if main:
-                    common = {"eps": eps, "norm": norm, "batch_size": bs}
-                    seconds = evaluation.estimate(
-                        model, x, y, counts, processes=processes.count, **common
-                    )
-                    expected = sum(seconds.values())
-                    to_stderr(_expectation(seconds, counts, len(x)))
-                with _shown(display, suite, len(y), expected, main) as progress:
-                    document = evaluation.run_suite(
-                        suite,
-                        model,
-                        x,
-                        y,
-                        eps=eps,
-                        norm=norm,
-                        batch_size=bs,
-                        seed=seed,
-                        surrogate=other,
-                        state=folder,
-                        state_name=state_name,
-                        progress=progress,
-                        group=processes,
-                        title=f"{target} on {images.name}",
-                        command=shlex.join(["pyadv", *sys.argv[1:]]),
-                        budget=budget,
-                    )
-                if main:
-                    _write(document, folder, display, model, x, y, images.classes)
-        except KeyboardInterrupt:
-            to_stderr("pyadv: interrupted; the same command continues from here")
-            raise typer.Exit(130) from None
-        finally:
-            if main:
-                documents.release(folder)
+        images = build.data(config)
+    run.check(images)
+    eps = config.eps if eps is None else eps
+    parent = parent if parent.is_dir() else parent.parent
+    return _Subject(run.model, images, norm or config.norm, eps, parent, is_run=True)
 
 
-def _folder(
-    out: Path | None, parent: Path, target: str, run: Any, settings: dict[str, Any]
-) -> Path:
+def _measure(
+    suite: str,
+    model: Any,
+    x: Any,
+    y: Any,
+    work: dict[str, Any],
+    named: dict[str, Any],
+    folder: Path,
+    processes: Any,
+    display: Any,
+) -> Any:
+    """Run the suite and show what it does. `work` decides its time; `named` holds the other
+    settings of `run_suite`."""
+    from pyadv import evaluation
+    from pyadv.attacks.progress import to_stderr
+    from pyadv.evaluation import document as documents
+
+    main, expected = processes.rank == 0, None
+    if main:
+        counts = documents.shares(suite, len(x), named["budget"])
+        seconds = evaluation.estimate(model, x, y, counts, processes=processes.count, **work)
+        expected = sum(seconds.values())
+        to_stderr(_expectation(seconds, counts, len(x)))
+    with _shown(display, suite, len(y), expected, main) as progress:
+        return evaluation.run_suite(
+            suite,
+            model,
+            x,
+            y,
+            state=folder,
+            progress=progress,
+            group=processes,
+            **work,
+            **named,
+        )
+
+
+def _folder(out: Path | None, subject: _Subject, target: str, settings: dict[str, Any]) -> Path:
     """Return the folder of the report: `out`, which must be free, or one named after the model and
     the suite."""
     from pyadv.evaluation import document as documents
@@ -609,13 +662,13 @@ def _folder(
                 f"but {out} holds other files"
             )
         return out
-    if run is None:
+    if not subject.is_run:
         name = target.removeprefix("robustbench:").replace(":", ".")
     else:
         path = Path(target).resolve()
         name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
     suite = settings["suite"]
-    return documents.report_folder(parent / "evaluation", f"{name}-{suite}", settings)
+    return documents.report_folder(subject.parent / "evaluation", f"{name}-{suite}", settings)
 
 
 def _expectation(seconds: dict[str, float], counts: dict[str, int], n: int) -> str:
@@ -772,12 +825,9 @@ def _errors_as_messages() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError, ProcessFailed) as error:
         extra = "; pip install 'pyadv[train]'" if isinstance(error, ModuleNotFoundError) else ""
         to_stderr(f"pyadv: {error}{extra}")
-        raise typer.Exit(1) from None
-    except ProcessFailed as error:
-        to_stderr(f"pyadv: {error}")
         raise typer.Exit(1) from None
 
 

@@ -50,3 +50,25 @@ def test_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance()["commit"] == git(tmp_path, "rev-parse", "HEAD")
     monkeypatch.setenv("PATH", "")
     assert provenance()["commit"] is None
+
+
+def test_no_program_of_the_repository_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, marker = tmp_path / "theirs", tmp_path / "ran"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / "a.txt").write_text("a")
+    git(folder, "add", "a.txt")
+    git(folder, "commit", "-qm", "a")
+    git(folder, "config", "filter.evil.clean", f"touch {marker}; cat")
+    (folder / ".gitattributes").write_text("*.txt filter=evil\n")
+    (folder / "a.txt").write_text("b")
+    monkeypatch.chdir(folder)
+    assert provenance()["project_commit"].endswith("+") and not marker.exists()
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert provenance()["project_commit"] is None

@@ -10,6 +10,7 @@ from pyadv.attacks.fgsm import FGSM, MIFGSM, fgsm, mifgsm
 from pyadv.attacks.fmn import FMN, fmn
 from pyadv.attacks.pgd import PGD, FriendlyPGD, PGDPlus, pgd
 from pyadv.attacks.pgd0 import PGD0, pgd0
+from pyadv.attacks.processes import ProcessFailed
 from pyadv.attacks.sigma_zero import SigmaZero, sigma_zero
 from pyadv.attacks.square import Square, square
 from pyadv.attacks.to_uint8 import to_uint8
@@ -50,6 +51,7 @@ __all__ = [
     "PGDPlus",
     "Parity",
     "Perturbed",
+    "ProcessFailed",
     "SINIFGSM",
     "SigmaZero",
     "Square",

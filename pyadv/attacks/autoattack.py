@@ -306,11 +306,22 @@ class AutoAttack(Settable):
         return_labels: bool = False,
         state_path: str | Path | None = None,
         state_name: str | None = None,
+        group: Any = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return what the authors' package returns: x_adv for x_orig, and with `return_labels` also
-        the predicted classes. `state_path` and `state_name` are `state` and `state_name` of
-        `run`."""
-        result = self.run(x_orig, y_orig, batch_size=bs, state=state_path, state_name=state_name)
+        the predicted classes.
+
+        `state_path`, `state_name` and `group` are `state`, `state_name` and `group` of `run`. By
+        default this process works alone, as with the authors' package.
+        """
+        result = self.run(
+            x_orig,
+            y_orig,
+            batch_size=bs,
+            state=state_path,
+            state_name=state_name,
+            group=group,
+        )
         return (result.x_adv, result.prediction) if return_labels else result.x_adv
 
     def run_standard_evaluation_individual(

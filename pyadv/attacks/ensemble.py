@@ -36,7 +36,7 @@ _SAVE_EVERY = 30.0  # seconds, besides after each attack and at an interruption
 _NEAR = 1e-2  # how far logits may move between two machines, as a share of the largest, at least 1
 _TIED = 1e-3  # two logits this near to each other may change places
 _SHOWN = 3  # differences in an error message
-_SAMPLES = "the samples, which each process must get whole, without a sampler that divides them,"
+SAMPLES = "the samples, which each process must get whole, without a sampler that divides them,"
 _PROBED = 8  # samples in the forward pass that shows which counters of the model move
 
 
@@ -341,7 +341,7 @@ class Ensemble:
             raise ValueError(f"x must hold samples as before, {f.kind}, got {kind}")
         f.kind = kind
         keys = torch.cat([ops.row_hash(part).cpu() for part in x.split(self.batch_size)])
-        self._processes.compare(_SAMPLES, {"x": kind, "values of x": keys, "y": y.cpu()})
+        self._processes.compare(SAMPLES, {"x": kind, "values of x": keys, "y": y.cpu()})
         rows = f.rows(keys, y.cpu())
         if self._file is not None and len(rows):
             self._file.check_model(x, self.clean.settings.output, self._as_is)

@@ -68,11 +68,18 @@ class Processes:
         """Return the value of process 0. The values of the others are not sent."""
         if self.alone:
             return value
-        self.gather(None)  # a failure would not fit into the broadcast
         values = [value if self.rank == 0 else None]
-        with self._transport():
-            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        with _uninterrupted():  # an interruption between the two exchanges would part the processes
+            self.gather(None)  # a failure would not fit into the broadcast
+            with self._transport():
+                dist.broadcast_object_list(values, group=self._group, group_src=0)
         return values[0]
+
+    def finish(self) -> None:
+        """Wait until all processes have succeeded. Afterwards nobody listens any more."""
+        with _uninterrupted():
+            self.gather(None)
+            self._over = True
 
     def each(self, found: Iterable[T]) -> Iterator[T]:
         """Yield what all processes have found: this one's at once if it is alone, otherwise
@@ -202,7 +209,7 @@ def together(
             for one in models:
                 stack.enter_context(_as_in_first(unwrap(one), processes))
             yield processes
-        processes.gather(None)  # nobody leaves before all have succeeded
+        processes.finish()
     except BaseException as error:
         processes.tell(error)
         raise

@@ -119,8 +119,9 @@ class Document:
         """Remove the files that would let the measurement continue, once its results are safe."""
         for state in self.states:
             for file in state_files(state):
-                file.unlink()
-            (state.parent / _UNFINISHED).unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
+        for folder in {state.parent for state in self.states}:  # last: what is left can be claimed
+            (folder / _UNFINISHED).unlink(missing_ok=True)
 
     def to_markdown(self, pictures: Mapping[str, str]) -> str:
         """Return the document as Markdown; `pictures` maps captions to file names."""

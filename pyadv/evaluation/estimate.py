@@ -1,17 +1,18 @@
-"""How long a suite will take, from a few attack steps on the model and a table of its work."""
+"""How long a suite will take, from a few attack steps on the model and the work of its attacks."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyadv.attacks import PGD, Square
+from pyadv.attacks import FAB, PGD, AutoAttack, Square
+from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES
 from pyadv.passes.borrow import device_of
 
 _FIRST = 8  # samples in the first batch that is timed; later ones are twice as large
@@ -26,7 +27,7 @@ class Stage:
 
     Attributes:
         steps: steps of each attempt at a sample.
-        attempts: attempts at each sample, which run as one batch; at most one per other class.
+        attempts: attempts at each sample, which run as one batch.
         every: each correctly classified sample costs all steps; otherwise those that withstand the
             attack do, and the others few.
         gradient: its steps need gradients; otherwise forward passes alone.
@@ -41,15 +42,8 @@ class Stage:
 
 
 _FAB = 1.4  # cost of a step of FAB, which adds a forward pass and a projection
+# Parts of a suite that are more than a list of attacks.
 STAGES: dict[str, tuple[Stage, ...]] = {
-    "pgd20": (Stage(20), Stage(40)),
-    "pgdplus": (Stage(40, attempts=5),),
-    "autoattack": (
-        Stage(100),
-        Stage(100, attempts=9),
-        Stage(100, attempts=9, weight=_FAB),
-        Stage(5000, gradient=False),
-    ),
     "masking": (Stage(340, every=True), Stage(500, gradient=False)),
     "margins": (
         Stage(100, attempts=9, every=True, weight=_FAB),
@@ -57,6 +51,25 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     ),
     "curves": (Stage(188),),
 }
+
+
+def stages(part: str, eps: float, norm: str | float, classes: int) -> tuple[Stage, ...]:
+    """Return the attacks of a part of a suite on a model with so many classes."""
+    if part in STAGES:
+        most = max(classes - 1, 1)
+        return tuple(replace(s, attempts=min(s.attempts, most)) for s in STAGES[part])
+    ball = {"eps": eps, "norm": norm}
+    if part in SUITES:
+        attacks = SUITES[part](**ball)
+    else:
+        attacks = AutoAttack(None, version=AUTOATTACKS[part], **ball).members(classes)
+    return tuple(_stage(attack, classes) for attack in attacks.values())
+
+
+def _stage(attack: Any, classes: int) -> Stage:
+    weight = _FAB if isinstance(attack, FAB) else getattr(attack.settings, "eot", 1)
+    gradient = not isinstance(attack, Square)
+    return Stage(attack.settings.steps, attack.attempts(classes), gradient=gradient, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -72,18 +85,13 @@ class Cost:
         return steps * (batches * self.fixed + rows * self.per_sample)
 
 
-def work(part: str, correct: float, robust: float, classes: int) -> list[tuple[Stage, int]]:
-    """Return the stages of a part of a suite, and the rows of each: samples times attempts.
+def work(stages: Iterable[Stage], correct: float, robust: float) -> list[tuple[Stage, int]]:
+    """Return the stages, and the rows of each: samples times attempts.
 
     Args:
-        part: a key of `STAGES`.
         correct, robust: how many samples are classified correctly, and withstand a short attack.
-        classes: number of classes of the model.
     """
-    return [
-        (s, round(correct if s.every else robust) * min(s.attempts, max(classes - 1, 1)))
-        for s in STAGES[part]
-    ]
+    return [(s, round(correct if s.every else robust) * s.attempts) for s in stages]
 
 
 def estimate(
@@ -103,7 +111,7 @@ def estimate(
     Args:
         model: the model; a few steps of attacks on it are timed.
         x, y: the samples, whose first ones are attacked.
-        samples: part of the suite, a key of `STAGES` -> how many samples it gets.
+        samples: part of a suite -> how many samples it gets.
         eps, norm, batch_size: of the suite.
         processes: how many processes share the samples.
     """
@@ -125,10 +133,10 @@ def estimate(
     seconds = {}
     for part, n in samples.items():
         share = math.ceil(n / processes)
-        stages = work(part, share * correct, share * robust, clean.logits.shape[1])
+        made = stages(part, eps, norm, clean.logits.shape[1])
         seconds[part] = sum(
             costs[0 if stage.gradient else -1].of(rows, stage.steps, batch_size) * stage.weight
-            for stage, rows in stages
+            for stage, rows in work(made, share * correct, share * robust)
         )
     return seconds
 

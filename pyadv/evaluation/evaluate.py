@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pyadv._names import did_you_mean
 from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
 from pyadv.attacks.autoattack import warn_about
-from pyadv.attacks.ensemble import AttackLike, Ensemble, check_attack
+from pyadv.attacks.ensemble import SAMPLES, AttackLike, Ensemble, check_attack
 from pyadv.attacks.minimum_norm import MinimumNorm
 from pyadv.attacks.processes import together
 from pyadv.attacks.progress import Progress
@@ -330,6 +330,8 @@ def run_attacks(
         for x, labels in chunks(data, y, chunk, batch_size):
             ensemble.attack(x, labels)
         found = ensemble.findings
+        # Batches may end earlier in one process, which the chunks before cannot tell.
+        processes.compare(SAMPLES, {"number of samples": len(found.y)})
         if not len(found.y):
             raise ValueError("data must hold at least one sample, got none")
     warn_about(found)

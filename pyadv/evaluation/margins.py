@@ -286,19 +286,20 @@ class _Measurement:
         parts = zip(*self.processes.each(self.looks()), strict=True)
         rows, prediction, effective, radius, passes = (torch.cat(part) for part in parts)
         order = rows.argsort()
-        prediction, effective, radius, passes = (
-            t[order] for t in (prediction, effective, radius, passes)
-        )
-        if self.norm == "Linf":
-            radius = radius / math.sqrt(self.x[0].numel())
-        self.nearest[prediction != label] = 0.0
+        prediction, effective, passes = (t[order] for t in (prediction, effective, passes))
+        certified = None
+        if self.bound is not None:
+            certified = radius[order]
+            if self.norm == "Linf":
+                certified = certified / math.sqrt(self.x[0].numel())
+        right = prediction == label
+        self.nearest[~right] = 0.0
         distances = {name: self.nearest.clone() for name in attacks}
         x_adv = self.x.detach().cpu().clone()
         queries, gradients = torch.ones_like(label), passes
         for name, attack in attacks.items():
-            right = (prediction == label).nonzero()[:, 0]
             for rows, distance, points, forward, backward in self.processes.each(
-                self.searches(name, attack, right)
+                self.searches(name, attack, right.nonzero()[:, 0])
             ):
                 distances[name][rows] = distance
                 queries[rows] += forward
@@ -312,7 +313,7 @@ class _Measurement:
             prediction=prediction,
             effective=effective,
             distances=distances,
-            certified=None if self.bound is None else radius,
+            certified=certified,
             uncertified=uncertified,
             x_adv=x_adv,
             queries=queries,
@@ -321,13 +322,12 @@ class _Measurement:
         )
 
     def looks(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield, for each batch: its rows, predictions, effective margins, certified L2 radii,
-        backward passes."""
+        """Yield, for each batch: its rows, predictions, effective margins, certified L2 radii (none
+        without a bound), backward passes."""
         for rows, x, y in self.batches("effective", torch.arange(len(self.x), device="cpu")):
             logits, effective = logits_and_margin(self.model, x, y, self.norm, self.output)
-            radius = effective
-            if self.bound is not None:
-                radius = self.bound.certified_radius(logits, y)
+            none = effective.new_empty(0)
+            radius = none if self.bound is None else self.bound.certified_radius(logits, y)
             passes = torch.full_like(rows, logits.shape[1] - 1)
             prediction = logits.argmax(1).cpu()
             self.nearest[rows[prediction != y.cpu()]] = 0.0

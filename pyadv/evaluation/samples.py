@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pyadv.engine import checks
 
@@ -33,7 +33,7 @@ def chunks(
     """
     if isinstance(data, (Tensor, np.ndarray)):
         x = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
-        labels = y if y is None else _labels("y", y)
+        labels = y if y is None else _labels(y)
         if labels is None or x.dim() == 0 or len(x) == 0 or labels.shape != x.shape[:1]:
             n = len(x) if x.dim() else 0
             raise ValueError(
@@ -64,12 +64,12 @@ def _loaded(data: Batches | Dataset, batch_size: int) -> Iterable[Any]:
     """Return the batches of a Dataset; other data is batches already."""
     if not isinstance(data, Dataset):
         return data
-    if not isinstance(data, IterableDataset) and len(data) == 0:
-        return ()
-    try:
-        first = next(iter(data)) if isinstance(data, IterableDataset) else data[0]
-    except StopIteration:
-        return ()
+    return DataLoader(data, batch_size=batch_size, collate_fn=_collated)
+
+
+def _collated(samples: list[Any]) -> Any:
+    """Return the batch of some samples of a Dataset."""
+    first = samples[0]
     parts = list(first.values()) if isinstance(first, Mapping) else first
     images = [p for p in parts if isinstance(p, (Tensor, np.ndarray))] if _several(parts) else []
     if not images:
@@ -77,7 +77,7 @@ def _loaded(data: Batches | Dataset, batch_size: int) -> Iterable[Any]:
             "data must be a Dataset of samples (x, label) with a tensor x, got samples "
             f"{_seen(first)}; give it a transform that makes tensors, such as ToTensor"
         )
-    return DataLoader(data, batch_size=batch_size)
+    return default_collate(samples)
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -95,24 +95,22 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     pair = isinstance(batch, (tuple, list)) and len(batch) >= 2
     if not pair or not all(isinstance(part, Tensor) for part in batch[:2]):
         raise TypeError(f"data must be {_FORMS}, got batches {_seen(batch)}")
-    x, y = batch[0], _labels("y", batch[1])
+    x, y = batch[0], _labels(batch[1])
     checks.batch(x, y, None)
     return x, y
 
 
-def _labels(name: str, y: Any) -> Tensor:
+def _labels(y: Any) -> Tensor:
     """Return integer labels as an int64 tensor."""
     if isinstance(y, (list, tuple, np.ndarray)):
         try:
             y = torch.as_tensor(y)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise TypeError(
-                f"{name} must be integer labels (N,), got {_seen(y)}: {error}"
-            ) from None
+            raise TypeError(f"y must be integer labels (N,), got {_seen(y)}: {error}") from None
     if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be an int64 tensor, got {type(y).__name__}")
+        raise TypeError(f"y must be an int64 tensor, got {type(y).__name__}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"{name} must be an int64 tensor, got {y.dtype}")
+        raise TypeError(f"y must be an int64 tensor, got {y.dtype}")
     return y.long()
 
 

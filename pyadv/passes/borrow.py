@@ -158,15 +158,17 @@ _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 def is_sharded(model: Any) -> bool:
     """Return whether the processes hold parts of the model's parameters (FSDP), so that all of them
     must make every pass together."""
-    # These modules are slow to import, and who shards a model has imported them.
+    # These modules are slow to import, and who shards a model has imported them. A module of FSDP2
+    # is told by its class, because its parameters are whole between its pass and the next reshard.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     tensor = sys.modules.get("torch.distributed.tensor")
-    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
-    part = getattr(tensor, "DTensor", None)
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    wrappers = tuple(found for name in names if (found := getattr(fsdp, name, None)))
+    part = getattr(tensor, "DTensor", ())
     if not isinstance(model, nn.Module):
         return False
-    return (wrapper is not None and any(isinstance(m, wrapper) for m in model.modules())) or (
-        part is not None and any(isinstance(p, part) for p in model.parameters())
+    return any(isinstance(m, wrappers) for m in model.modules()) or any(
+        isinstance(p, part) for p in model.parameters()
     )
 
 

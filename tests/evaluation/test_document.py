@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyadv import evaluation
+from pyadv.evaluation import document as document_module
 from pyadv.evaluation import run_suite
 
 
@@ -52,6 +53,27 @@ def test_everything_is_written(problem, tmp_path: Path) -> None:
     assert set(saved["attack"]) <= {"apgd-ce", "apgd-t", "fab-t", "square"}
 
 
+def test_what_a_kill_leaves_of_the_states_can_be_claimed(tmp_path: Path, monkeypatch) -> None:
+    folder, settings = tmp_path / "report", {"suite": "all"}
+    assert document_module.claim(folder, settings)
+    states = (folder / "a.state", folder / "b.state")
+    for file in states:
+        file.touch()
+
+    def killed(state: Path) -> list[Path]:
+        if state == states[1]:
+            raise KeyboardInterrupt
+        return [state]
+
+    document = document_module.Document("", "", {}, {}, states=states)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(document_module, "state_files", killed)
+        document.remove_states()
+    assert not states[0].exists() and document_module.claim(folder, settings)
+    document.remove_states()
+    assert not list(folder.iterdir())
+
+
 def test_an_interrupted_suite_goes_on(problem, tmp_path: Path) -> None:
     net, x, y = problem
     whole = run_suite("pgdplus", net, x, y, **SETTINGS)
@@ -73,6 +95,7 @@ def test_an_interrupted_suite_goes_on(problem, tmp_path: Path) -> None:
     assert document.to_dict() == {**whole.to_dict()}
     assert len(list(tmp_path.iterdir())) == 2  # the state stays until the results are saved
     document.remove_states()
+    document.remove_states()  # another process has been faster
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="suite must be one of pgd20, .*got 'aa'"):
         run_suite("aa", net, x, y, **SETTINGS)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pyadv.attacks import progress
 from pyadv.attacks.progress import Lines, Watch, duration
 from pyadv.evaluation import check_masking, estimate, evaluate, measure_margins, run_suite
-from pyadv.evaluation.document import BUDGET, shares
-from pyadv.evaluation.estimate import STAGES, Cost, work
+from pyadv.evaluation.document import BUDGET, SUITE_PARTS, shares
+from pyadv.evaluation.estimate import Cost, Stage, stages, work
 
 EPS = 0.03
 
@@ -31,29 +31,43 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, y
 
 
-def test_the_table_of_work_is_what_the_suites_do(problem) -> None:
+@pytest.mark.parametrize("norm", ["Linf", "L1"])
+def test_the_expected_work_is_what_the_suites_do(problem, norm: str) -> None:
     """Expected gradient steps and forward passes against those that were counted."""
     net, x, y = problem
-    common = {"eps": EPS, "progress": None}
+    eps = {"Linf": EPS, "L1": 1.0}[norm]
+    common = {"eps": eps, "norm": norm, "progress": None}
     report = evaluate(net, x, y, **common)
     correct, robust = (int(row.correct.sum()) for row in (report["clean"], report.worst))
     assert 0 < robust < correct < len(x)
 
     def expected(part: str, gradient: bool) -> float:
-        stages = work(part, correct, robust, classes=4)
-        return sum(rows * s.steps for s, rows in stages if s.gradient == gradient)
+        parts = work(stages(part, eps, norm, classes=4), correct, robust)
+        return sum(rows * s.steps for s, rows in parts if s.gradient == gradient)
 
-    masking = check_masking(net, x, y, **common)
-    margins = measure_margins(net, x, y, progress=None)
+    reports = {"pgd20": report, "pgdplus": evaluate(net, x, y, attacks="pgdplus", **common)}
     counted = {
-        "pgd20": sum(row.gradients.sum() for row in report.rows),
-        "masking": masking.gradients * len(x),
-        "margins": margins.gradients.sum(),
+        name: float(sum(row.gradients.sum() for row in found.rows))
+        for name, found in reports.items()
     }
+    if norm == "Linf":
+        masking = check_masking(net, x, y, **common)
+        counted["masking"] = masking.gradients * len(x)
+        counted["margins"] = float(measure_margins(net, x, y, progress=None).gradients.sum())
+        forward = (masking.queries - masking.gradients) * len(x)
+        assert 0.5 < expected("masking", False) / forward < 2
     for part, steps in counted.items():
-        assert 0.5 < expected(part, True) / float(steps) < 2, part
-    assert 0.5 < expected("masking", False) / (masking.queries - masking.gradients) / len(x) < 2
-    assert {*shares("all", 9), "pgdplus"} == STAGES.keys()
+        assert 0.5 < expected(part, True) / steps < 2, part
+
+
+def test_every_part_of_a_suite_has_an_estimate() -> None:
+    parts = {part for suite in SUITE_PARTS for part in shares(suite, 9)}
+    found = {part: stages(part, EPS, "Linf", classes=4) for part in parts}
+    assert all(found.values())
+    members = [(s.steps, s.attempts, s.gradient) for s in found["autoattack"]]
+    assert members == [(100, 1, True), (100, 3, True), (100, 3, True), (5000, 1, False)]
+    assert {s.weight for s in stages("autoattack-rand", EPS, "Linf", classes=4)} == {20}
+    assert found["pgdplus"] == (Stage(40, attempts=5),)
 
 
 def test_an_estimate_follows_the_model_the_samples_and_the_processes(problem, monkeypatch) -> None:

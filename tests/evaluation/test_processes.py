@@ -12,23 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation import two_processes as problem
 from torch import Tensor
 
 import pyadv
-
-sys.path.insert(0, str(Path(__file__).parent))
-import two_processes as problem  # noqa: E402
 
 Found = tuple[dict[str, Any], dict[str, Any]]
 
 
 def run_two(part: str, folder: Path) -> Found:
     """Run a part in two processes; return what each found."""
-    here, root = Path(problem.__file__).parent, Path(pyadv.__file__).parents[1]
+    tests, root = Path(problem.__file__).parents[1], Path(pyadv.__file__).parents[1]
     code = (
-        f"import pathlib, two_processes as p; p.main({part!r}, {{}}, pathlib.Path({str(folder)!r}))"
+        "import pathlib; from evaluation import two_processes; "
+        f"two_processes.main({part!r}, {{}}, pathlib.Path({str(folder)!r}))"
     )
-    paths = os.pathsep.join(map(str, (here, root)))
+    paths = os.pathsep.join(map(str, (tests, root)))
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code.format(rank)],
@@ -88,6 +87,8 @@ def test_two_processes_give_the_report_of_one(found: Found, case: str) -> None:
         ("failing_model", ("process 1 (RuntimeError: this card is broken)", "RuntimeError: this")),
         ("sharded", "ValueError: group must be None or False for a model that FSDP shards"),
         ("interrupted", ("process 1 (KeyboardInterrupt)", "KeyboardInterrupt")),
+        ("interrupted_between", ("process 1 (KeyboardInterrupt)", "KeyboardInterrupt")),
+        ("fewer_batches", "ValueError: the samples, which each process must get whole"),
     ],
 )
 def test_an_error_in_one_process_ends_both(found: Found, case: str, words: Any) -> None:
@@ -102,6 +103,11 @@ def test_an_error_in_one_process_ends_both(found: Found, case: str, words: Any) 
 def test_processes_work_alone_if_told_to(found: Found) -> None:
     assert found[0]["by_itself"]["summary"]["n"] == 13
     assert found[1]["by_itself"]["summary"]["n"] == 12
+
+
+def test_official_signatures_work_alone(found: Found) -> None:
+    x_adv = [rank["shards"] for rank in found]
+    assert [len(t) for t in x_adv] == [7, 6]
 
 
 def test_buffers_are_those_of_the_first_process(found: Found) -> None:

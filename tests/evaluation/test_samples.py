@@ -41,6 +41,16 @@ class Stream(IterableDataset):
         return iter({"pixel_values": x, "label": int(y)} for x, y in zip(X, Y, strict=True))
 
 
+class OneShot(IterableDataset):
+    """A data set whose only iterator is shared by all who ask for one."""
+
+    def __init__(self) -> None:
+        self.left = iter(zip(X, Y.tolist(), strict=True))
+
+    def __iter__(self):
+        return self.left
+
+
 def dicts(y: Tensor = Y, **more: Tensor) -> list[dict[str, Any]]:
     return [{"pixel_values": X, "label": y, "path": ["a"] * 7, **more}]
 
@@ -56,6 +66,7 @@ FORMS = {
     "dataset": lambda: (TensorDataset(X, Y), None),
     "dataset of numbers": lambda: (Numbers(), None),
     "stream": lambda: (Stream(), None),
+    "stream that is read once": lambda: (OneShot(), None),
 }
 
 

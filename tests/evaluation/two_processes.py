@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pyadv.attacks import FAB, AutoAttack, DeepFool, autoattack, ensemble
 from pyadv.attacks.processes import together
+from pyadv.compat.autoattack import AutoAttack as OfficialAutoAttack
 from pyadv.evaluation import Bisection, evaluate, margins, run_suite
 
 EPS = 0.08
@@ -156,6 +159,32 @@ def interrupted(rank: int) -> Any:
     return evaluate(Net(), *samples(), **{**SETTINGS, "progress": stop})
 
 
+def interrupted_between(rank: int) -> Any:
+    """An interruption that comes while a process waits in the first of two exchanges."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with together(Net()) as processes:
+        if rank:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            time.sleep(1)
+        return processes.first("what process 0 has")
+
+
+def fewer_batches(rank: int) -> Any:
+    x, y = samples(9)
+    pairs = list(zip(x.split(3), y.split(3), strict=True))
+    return evaluate(Net(), pairs[: 3 - rank], chunk=3, **SETTINGS)
+
+
+def shards(rank: int) -> Any:
+    """A script that gives each process its part, as scripts for the authors' package do."""
+    x, y = samples()
+    attack = OfficialAutoAttack(Net(), eps=EPS, seed=0, verbose=False, version="custom")
+    attack.attacks_to_run = ["apgd-ce"]
+    attack.apgd.n_iter = 2
+    return attack.run_standard_evaluation(x[rank::2], y[rank::2], bs=4)
+
+
 def by_itself(rank: int) -> Any:
     x, y = samples()
     return of_report(evaluate(Net(rank), x[rank:], y[rank:], group=False, **SETTINGS))
@@ -178,7 +207,8 @@ def sharded(rank: int) -> Any:
 
 
 DIFFERENT = (other_samples, other_weights, other_radius, bad_argument, failing_model)
-DIFFERENT += (interrupted, by_itself, other_buffers, sharded)
+DIFFERENT += (interrupted, interrupted_between, fewer_batches, shards, by_itself, other_buffers)
+DIFFERENT += (sharded,)
 
 
 def die(after: int) -> Callable[..., None]:
