@@ -3,6 +3,7 @@ runs as it stands, on less data."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
@@ -169,3 +170,10 @@ def test_blocks_have_a_language():
     for path in [pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")]:
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
         assert all(fences[::2]) and not any(fences[1::2]), path
+
+
+def test_blocks_begin_with_their_imports():
+    for path in [pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")]:
+        for code in pages.blocks(str(path.relative_to(pages.ROOT))):
+            imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body]
+            assert imports == sorted(imports, reverse=True), f"{path}: {code}"
