@@ -4,6 +4,7 @@ runs as it stands, on less data."""
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -40,7 +41,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def little(small):
     """What makes a page quick: its data set is small."""
     return {"names": {"small": small}, "replace": {'load("fashion-mini")': "small"}}
@@ -68,6 +69,19 @@ def modules(monkeypatch, **names: dict) -> None:
         module = types.ModuleType(name.replace("__", "."))
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture(scope="module")
+def masking(little, tmp_path_factory):
+    """The tutorial on masking, run."""
+    less = {"randperm(4000)": "randperm(300)", "n = 100": "n = 8", "slice(0, 20)": "slice(0, 2)"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("masking"))
+        page = pages.run(
+            "docs/tutorials/really-robust.md", little["names"], little["replace"] | less
+        )
+        assert Path("margins.png").is_file()
+    return page
 
 
 @pytest.fixture
@@ -117,10 +131,32 @@ def test_the_tutorial_on_training(little):
     assert Path("curves.png").is_file()
 
 
-def test_the_tutorial_on_masking(little):
-    less = {"randperm(4000)": "randperm(500)", "slice(0, 20)": "slice(0, 5)"}
-    page = pages.run("docs/tutorials/really-robust.md", little["names"], little["replace"] | less)
-    assert page.margins.nearest.shape == (5,)
+def test_the_tutorial_on_masking(masking):
+    assert masking.margins.nearest.shape == (8,)
+
+
+def test_the_gallery(masking, tmp_path, monkeypatch):
+    """The gallery draws the tutorial's networks, and all attacks get the same images."""
+    monkeypatch.syspath_prepend(str(pages.ROOT / "benchmarks"))
+    gallery = importlib.import_module("gallery")
+    monkeypatch.setattr(gallery, "RADII", (0.0, 0.1))
+    drawn = {}
+    monkeypatch.setattr(gallery.plots, "accuracy_against", lambda c, path: drawn.update({path: c}))
+    # The networks of the test know too few images to show any.
+    monkeypatch.setattr(gallery.plots, "worst_examples", lambda *images: None)
+    monkeypatch.setattr(gallery, "take", lambda made, path: path.touch())
+    out = tmp_path / "out"
+    out.mkdir()
+    gallery.draw(masking, out)
+    against = drawn["eps.png"]["eps"]
+    at = [points for name, points in against.items() if name.startswith("AT")]
+    clean = (masking.robust(masking.x).argmax(1) == masking.y).float().mean().item()
+    assert len(at) == 3 and all(points[0] == (0.0, pytest.approx(clean)) for points in at)
+    assert drawn["masked.png"]["eps"]["AT: PGD-20"] == against["AT: PGD-20"]
+    page = (pages.ROOT / "docs" / "gallery.md").read_text()
+    shown = set(re.findall(r"images/gallery/(\S+)\)", page))
+    elsewhere = {"training.png", "margins.png"}  # the tutorials draw them
+    assert shown - elsewhere | {"home.png"} == {path.name for path in out.iterdir()}
 
 
 def test_the_page_on_frameworks(monkeypatch):
