@@ -29,8 +29,8 @@ def small() -> ImageData:
     return ImageData(
         data.name,
         data.classes,
-        data.train_x[:500],
-        data.train_y[:500],
+        data.train_x[:300],
+        data.train_y[:300],
         data.test_x[:24],
         data.test_y[:24],
     )
@@ -77,6 +77,7 @@ def masking(little, tmp_path_factory):
     less = {"randperm(4000)": "randperm(300)", "n = 100": "n = 8", "slice(0, 20)": "slice(0, 2)"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("masking"))
+        pages.hasten_margins(patch)
         page = pages.run(
             "docs/tutorials/really-robust.md", little["names"], little["replace"] | less
         )
