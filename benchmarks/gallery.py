@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation's gallery with the networks that two tutorials train.
 
-python benchmarks/gallery.py      # about four minutes on one core; writes docs/images/gallery/
+python benchmarks/gallery.py      # about three minutes on one core; writes docs/images/gallery/
 """
 
 from __future__ import annotations
