@@ -368,8 +368,10 @@ def draw(results: Results, path: Path) -> None:
 
     from pyadv._plot_style import BLUE, GOLD, GREEN, GREY, PURPLE, RED, plain
 
-    looks = zip((GREY, GOLD, GREEN, RED, BLUE, PURPLE, "black"), "osD^vXP", strict=True)
+    looks = zip((GREY, GOLD, GREEN, RED, BLUE, PURPLE, "black"), "osD^oXP", strict=True)
     lines = dict(zip(DRAWN, looks, strict=True))
+    # EMR + AT follows AT closely: a wide pale line and large markers show below a thin black one.
+    wide = {"lw": 5, "ms": 10, "solid_capstyle": "round", "alpha": 0.45}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     norms = {
@@ -381,8 +383,9 @@ def draw(results: Results, path: Path) -> None:
         for method, (colour, marker) in lines.items():
             x = results.curve(method, name).mean(0)
             y = results.curve(method, "margin_L2").mean(0)
-            axis.plot(x, y, f"-{marker}", color=colour, mfc="white", ms=5, lw=1.3, label=method)
-            axis.plot(x[-1:], y[-1:], marker, color=colour, ms=8)
+            style = {"lw": 1.3, "ms": 5} | (wide if method == "AT" else {})
+            axis.plot(x, y, f"-{marker}", color=colour, mfc="white", label=method, **style)
+            axis.plot(x[-1:], y[-1:], marker, color=colour, ms=1.6 * style["ms"])
         axis.set_xlabel(label)
     axes[0].set_xscale("log")
     axes[0].set_ylabel("effective margin, median, L2")

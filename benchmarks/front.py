@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Row, ratios, time_words
+from harness import Row, commit_words, ratios, time_words
 
 Found = dict[str, tuple[dict[str, Any], list[Row]]]
 
@@ -22,12 +22,15 @@ class Question:
         picture: the stem of the picture's file.
         cases: the file of rows and the case in it, where it was measured.
         note: what a reader must know to compare fairly.
+        other_work: providers that do other work than the case names: drawn in grey, and never the
+            fastest other code.
     """
 
     title: str
     picture: str
     cases: tuple[tuple[str, str], ...]
     note: str
+    other_work: tuple[str, ...] = ()
 
 
 QUESTIONS = (
@@ -51,8 +54,9 @@ QUESTIONS = (
             ("gpu_autoattack", "AutoAttack standard, ResNet-18, 512 images"),
         ),
         "`pyautoattack` is the authors' code, and the verdicts are the same. torchattacks' class "
-        "of that name runs 10 iterations of each attack where the published ensemble runs 100, so "
-        "it is another, weaker attack.",
+        "of that name (grey) runs 10 iterations of each attack where the published ensemble runs "
+        "100, so it is another, weaker attack, and the table leaves it out.",
+        other_work=("torchattacks",),
     ),
     Question(
         "How long does a training step take?",
@@ -74,7 +78,7 @@ def page(devices: list[Found], images: Path) -> list[str]:
         images: the folder of pictures.
     """
     table = [
-        '| | device | pyadv | `speed="fast"` | fastest other | its time / pyadv\'s |',
+        '| | device and commit | pyadv | `speed="fast"` | fastest other | its time / pyadv\'s |',
         "|---|---|---|---|---|---|",
     ]
     parts = []
@@ -87,9 +91,10 @@ def page(devices: list[Found], images: Path) -> list[str]:
                 here = [r for r in rows if (r.case, r.threads) == (case, threads) and r.times_us]
                 if any(r.provider == r.ours for r in here):
                     shown.append((environment["device"], here))
-                    table.append(_line(environment["device"], here))
+                    where = environment["device"] + commit_words(environment)
+                    table.append(_line(where, here, question.other_work))
         if shown:
-            picture = _draw(shown, images / f"{question.picture}.png")
+            picture = _draw(shown, question.other_work, images / f"{question.picture}.png")
             parts += [
                 f"## {question.title}\n",
                 f"![{question.title}](images/{picture})\n",
@@ -98,16 +103,16 @@ def page(devices: list[Found], images: Path) -> list[str]:
     return ["\n".join(table) + "\n", *parts] if parts else []
 
 
-def _others(rows: list[Row]) -> list[Row]:
-    """Return the rows of other code than pyadv's that does the same work for a user."""
-    return [r for r in rows if not r.yardstick and not r.provider.startswith(r.ours)]
-
-
-def _line(device: str, rows: list[Row]) -> str:
+def _line(where: str, rows: list[Row], other_work: tuple[str, ...]) -> str:
+    """Return a line of the table. The fastest other code is the fastest that does the same work."""
     ours = next(r for r in rows if r.provider == r.ours)
     fast = next((r for r in rows if r.provider == f"{r.ours} fast"), None)
-    others = [(statistics.median(ratios(r, ours)), r) for r in _others(rows)]
-    cells = [ours.case, device, f"**{time_words(ours.median_us)}**"]
+    others = [
+        (statistics.median(ratios(r, ours)), r)
+        for r in rows
+        if not (r.yardstick or r.provider.startswith(r.ours) or r.provider in other_work)
+    ]
+    cells = [ours.case, where, f"**{time_words(ours.median_us)}**"]
     cells.append(time_words(fast.median_us) if fast else "")
     if others:
         ratio, other = min(others, key=lambda pair: pair[0])
@@ -117,16 +122,14 @@ def _line(device: str, rows: list[Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _draw(shown: list[tuple[str, list[Row]]], path: Path) -> str:
+def _draw(shown: list[tuple[str, list[Row]]], other_work: tuple[str, ...], path: Path) -> str:
     """Draw a panel of bars per case, and return the file's name."""
     from matplotlib.figure import Figure
     from pictures import save
 
     from pyadv._plot_style import BLUE, GREY, RED, plain
 
-    bars = [
-        [(r, r.provider.startswith(r.ours)) for r in rows if not r.yardstick] for _, rows in shown
-    ]
+    bars = [[r for r in rows if not r.yardstick] for _, rows in shown]
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     lines = -(-len(shown) // columns)
     heights = [
@@ -137,20 +140,24 @@ def _draw(shown: list[tuple[str, list[Row]]], path: Path) -> str:
     grid = figure.add_gridspec(lines, columns, height_ratios=heights)
     for i, ((device, _), rows) in enumerate(zip(shown, bars, strict=True)):
         axes = figure.add_subplot(grid[i // columns, i % columns])
-        for y, (row, mine) in enumerate(rows):
+        for y, row in enumerate(rows):
             # Hatching tells pyadv's bars from the others in grey print.
-            look = {"color": BLUE} if mine else {"color": RED, "hatch": "//", "edgecolor": "white"}
+            look = {"color": RED, "hatch": "//", "edgecolor": "white"}
+            if row.provider.startswith(row.ours):
+                look = {"color": BLUE}
+            elif row.provider in other_work:
+                look |= {"color": GREY, "hatch": ".."}
             axes.barh(y, row.median_us / 1e6, height=0.7, **look)
             axes.text(
                 row.median_us / 1e6, y, f" {time_words(row.median_us)}", va="center", fontsize=8
             )
-        axes.set_yticks(range(len(rows)), [r.provider for r, _ in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [r.provider for r in rows], fontsize=8)
         axes.set_xticks([])
         axes.invert_yaxis()
         axes.margins(x=0.25)
         plain(axes)
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
-        axes.set_title(f"{rows[0][0].case}\n", fontsize=9)
+        axes.set_title(f"{rows[0].case}\n", fontsize=9)
         axes.text(0.5, 1.01, device, transform=axes.transAxes, ha="center", fontsize=8, color=GREY)
     return save(figure, path)

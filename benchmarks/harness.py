@@ -163,6 +163,12 @@ class Row:
         return self.bytes / self.median_us / 1e3 if self.bytes else None
 
 
+def commit_words(environment: dict[str, Any]) -> str:
+    """Return " at " and the commit that was measured, or "" where it is not known."""
+    commit = f" at {environment['commit']}" if environment["commit"] else ""
+    return commit + (", with uncommitted changes" if environment["changed"] else "")
+
+
 def time_words(us: float) -> str:
     """Return a time in the unit that suits its size."""
     for size, unit in ((1e6, "s"), (1e3, "ms")):

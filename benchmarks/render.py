@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from harness import HERE, Row, load, quartiles, ratios, time_words, use_checkout
+from harness import HERE, Row, commit_words, load, quartiles, ratios, time_words, use_checkout
 from questions import OWN_PAGES, QUESTIONS, SHOWN
 
 DOCS = HERE.parent / "docs"
@@ -22,7 +22,8 @@ _BUSY = 0.5  # load per core above which a machine counts as busy
 INTRO = """# Benchmarks
 
 The cost of pyadv against the authors' codes and other libraries, in the three questions that users
-ask first. The table names the fastest other code, also where it is faster than pyadv.
+ask first. The table names the fastest other code, also where it is faster than pyadv, and the
+commit of pyadv that was measured.
 """
 
 MORE = """## Measure it yourself
@@ -115,7 +116,7 @@ def _device(folder: str, found: dict[str, tuple[dict[str, Any], list[Row]]]) -> 
         took = f", {e['seconds']:.0f} s" if "seconds" in e else ""
         heap = f", {e['heap']} heap" if e["heap"] != environment["heap"] else ""
         network = f" The network: {e['network']}." if "network" in e else ""
-        parts.append(f"{_command(name, e)}{took}{_at(e)}{heap}{clock}.{network}\n")
+        parts.append(f"{_command(name, e)}{took}{commit_words(e)}{heap}{clock}.{network}\n")
         for picture, caption in pictures.draw(name, rows, DOCS / "images", folder):
             parts.append(f"![{caption}](images/{picture})\n")
         parts.append(text(module, rows))
@@ -128,11 +129,6 @@ def _command(name: str, e: dict[str, Any]) -> str:
     return e.get("how") or f"`python benchmarks/{asked}`"
 
 
-def _at(e: dict[str, Any]) -> str:
-    commit = f" at {e['commit']}" if e["commit"] else ""
-    return commit + (", with uncommitted changes" if e["changed"] else "")
-
-
 def _where(e: dict[str, Any]) -> str:
     versions = e.get("peers", {})
     peers = ", ".join(f"{k} {v}" for k, v in versions.items() if v) or "none"
@@ -140,7 +136,7 @@ def _where(e: dict[str, Any]) -> str:
     lines = [
         f"{e['processor']}, {e['cores']} cores (load {e['load']} at the start), "
         f"torch {e['torch']}, {_driver(e)}Python {e['python']}, "
-        f"pyadv {e['pyadv']}{_at(e)}, {e['kernels']} kernels, "
+        f"pyadv {e['pyadv']}{commit_words(e)}, {e['kernels']} kernels, "
         f"{e['heap']} heap, {e['date']}. Peers: {peers}."
     ]
     if absent:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pyadv.attacks import TargetedFAB
+from pyadv.evaluation import Bisection, margins
+
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
@@ -61,3 +64,18 @@ def run(
         exec(compile("\n" * before + code, str(ROOT / page), "exec"), vars(module))
     assert not missing, f"{page} does not contain {sorted(missing)}"
     return module
+
+
+def hasten_margins(patch: Any) -> None:
+    """Give the searches that `measure_margins` makes by default fewer steps, by means of a
+    `pytest.MonkeyPatch`."""
+    full = margins.margin_attacks
+
+    def fewer(norm: str, **settings: Any) -> dict[str, margins.NearestPoint]:
+        fab = TargetedFAB(norm=norm, steps=10, **settings)
+        bisection = Bisection(norm=norm, rounds=2, **settings)
+        attacks = {**full(norm, **settings), "FAB-T": fab, "bisection": bisection}
+        assert attacks.keys() == full(norm, **settings).keys()
+        return attacks
+
+    patch.setattr(margins, "margin_attacks", fewer)

@@ -217,7 +217,20 @@ def test_the_page_shows_a_card(harness, tmp_path, monkeypatch):
     assert "batch 128, pyadv: 1.06 of the recorded floor | 1 | <= 1.06 | 1 | met |" in page
     assert "Linf step" not in page
     first = (tmp_path / "benchmarks.md").read_text()
-    assert f"| {name} | Some card | **1 us** |  |  |  |" in first  # the floor is no other code
+    assert f"| {name} | Some card at c | **1 us** |  |  |  |" in first  # the floor is no other code
+
+
+def test_other_work_is_not_the_fastest_other_code(harness, tmp_path):
+    """torchattacks' AutoAttack runs a tenth of the iterations, so its time is no rival's."""
+    front = importlib.import_module("front")
+    case = "AutoAttack standard, SmallCNN, 100 images"
+    rows = [
+        harness.Row(case, provider, "pyadv", 1, times_us=[time])
+        for provider, time in (("pyadv", 2e6), ("torchattacks", 1e6), ("pyautoattack", 3e6))
+    ]
+    environment = {"device": "Some CPU", "commit": "c", "changed": False}
+    page = "".join(front.page([{"evaluation": (environment, rows)}], tmp_path))
+    assert f"| {case} | Some CPU at c | **2 s** |  | pyautoattack: 3 s | 1.50 |" in page
 
 
 def test_a_wrong_result_is_not_timed(harness, options):

@@ -18,7 +18,7 @@ from pyadv.evaluation.margins import Margins
 Points = Sequence[tuple[float, float]]
 
 _ATTACKS = ((RED, "--"), (GREEN, "-."), (PURPLE, ":"))  # colours and dashes
-_BINS = 40
+_BINS = 40  # at most
 _COLUMNS = 10  # examples in a picture
 
 
@@ -39,7 +39,7 @@ def margin_distributions(margins: Margins, path: str | Path) -> None:
         raise ValueError("margins must have a correctly classified sample, got none")
     columns = {name: values.double().numpy() for name, values in margins.columns.items()}
     *_, best = columns  # the nearest points; the estimate where there are no attacks
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         axes.set_xlabel(f"{margins.norm} distance")
@@ -50,8 +50,9 @@ def margin_distributions(margins: Margins, path: str | Path) -> None:
     finite = [v[np.isfinite(v)] for v in spread.values()]
     ends = [np.quantile(v, 0.95) for v in finite if len(v)]
     end = min(max(ends), 3 * ends[0]) if ends and ends[0] > 0 else 1.0  # the estimate has a tail
+    bins = min(_BINS, max(8, correct.sum() // 4))  # few samples in 40 bins make a comb
     for name, colour in zip(spread, (BLUE, GOLD), strict=False):
-        counts, edges = np.histogram(spread[name], np.linspace(0, end, _BINS + 1))
+        counts, edges = np.histogram(spread[name], np.linspace(0, end, bins + 1))
         shares, style = 100 * counts / correct.sum(), "-" if name == best else "--"
         left.stairs(shares, edges, color=colour, linestyle=style, label=_label(name))
         if name == best:
@@ -73,7 +74,8 @@ def margin_distributions(margins: Margins, path: str | Path) -> None:
         right.fill_between(radii, above["certified"], above[best], color=BLUE, alpha=0.08, lw=0)
     right.set(xscale="log", ylim=(0, 100), ylabel="% of all samples farther away")
     right.set_title("Robust accuracy at each radius")
-    right.legend(frameon=False, fontsize="small")
+    # The curves may lie anywhere in the axes.
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 

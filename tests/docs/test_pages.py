@@ -3,6 +3,8 @@ runs as it stands, on less data."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import sys
@@ -27,8 +29,8 @@ def small() -> ImageData:
     return ImageData(
         data.name,
         data.classes,
-        data.train_x[:500],
-        data.train_y[:500],
+        data.train_x[:300],
+        data.train_y[:300],
         data.test_x[:24],
         data.test_y[:24],
     )
@@ -39,7 +41,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def little(small):
     """What makes a page quick: its data set is small."""
     return {"names": {"small": small}, "replace": {'load("fashion-mini")': "small"}}
@@ -69,6 +71,20 @@ def modules(monkeypatch, **names: dict) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+@pytest.fixture(scope="module")
+def masking(little, tmp_path_factory):
+    """The tutorial on masking, run."""
+    less = {"randperm(4000)": "randperm(300)", "n = 100": "n = 8", "slice(0, 20)": "slice(0, 2)"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("masking"))
+        pages.hasten_margins(patch)
+        page = pages.run(
+            "docs/tutorials/really-robust.md", little["names"], little["replace"] | less
+        )
+        assert Path("margins.png").is_file()
+    return page
+
+
 @pytest.fixture
 def torchvision(monkeypatch):
     """torchvision.models with an untrained network, where there is no torchvision."""
@@ -84,8 +100,9 @@ def test_the_home_page_and_the_readme_have_one_program(little):
     (program,) = pages.blocks("README.md")
     assert pages.blocks("docs/index.md") == [program]
     assert len([line for line in program.splitlines() if line]) <= 18
+    assert len((pages.ROOT / "README.md").read_text().splitlines()) <= 75  # about a screen
     page = pages.run("README.md", **little)
-    assert (page.x_adv - page.x_test).abs().max() <= 0.1 + 1e-6
+    assert (page.x_adv - page.x).abs().max() <= 0.1 + 1e-6
     assert 0 <= page.report.worst.accuracy <= page.report["clean"].accuracy <= 1
 
 
@@ -116,10 +133,32 @@ def test_the_tutorial_on_training(little):
     assert Path("curves.png").is_file()
 
 
-def test_the_tutorial_on_masking(little):
-    less = {"randperm(4000)": "randperm(500)", "slice(0, 20)": "slice(0, 5)"}
-    page = pages.run("docs/tutorials/really-robust.md", little["names"], little["replace"] | less)
-    assert page.margins.nearest.shape == (5,)
+def test_the_tutorial_on_masking(masking):
+    assert masking.margins.nearest.shape == (8,)
+
+
+def test_the_gallery(masking, tmp_path, monkeypatch):
+    """The gallery draws the tutorial's networks, and all attacks get the same images."""
+    monkeypatch.syspath_prepend(str(pages.ROOT / "benchmarks"))
+    gallery = importlib.import_module("gallery")
+    monkeypatch.setattr(gallery, "RADII", (0.0, 0.1))
+    drawn = {}
+    monkeypatch.setattr(gallery.plots, "accuracy_against", lambda c, path: drawn.update({path: c}))
+    # The networks of the test know too few images to show any.
+    monkeypatch.setattr(gallery.plots, "worst_examples", lambda *images: None)
+    monkeypatch.setattr(gallery, "take", lambda made, path: path.touch())
+    out = tmp_path / "out"
+    out.mkdir()
+    gallery.draw(masking, out)
+    against = drawn["eps.png"]["eps"]
+    at = [points for name, points in against.items() if name.startswith("AT")]
+    clean = (masking.robust(masking.x).argmax(1) == masking.y).float().mean().item()
+    assert len(at) == 3 and all(points[0] == (0.0, pytest.approx(clean)) for points in at)
+    assert drawn["masked.png"]["eps"]["AT: PGD-20"] == against["AT: PGD-20"]
+    page = (pages.ROOT / "docs" / "gallery.md").read_text()
+    shown = set(re.findall(r"images/gallery/(\S+)\)", page))
+    elsewhere = {"training.png", "margins.png"}  # the tutorials draw them
+    assert shown - elsewhere | {"home.png"} == {path.name for path in out.iterdir()}
 
 
 def test_the_page_on_frameworks(monkeypatch):
@@ -169,3 +208,10 @@ def test_blocks_have_a_language():
     for path in [pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")]:
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
         assert all(fences[::2]) and not any(fences[1::2]), path
+
+
+def test_blocks_begin_with_their_imports():
+    for path in [pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")]:
+        for code in pages.blocks(str(path.relative_to(pages.ROOT))):
+            imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body]
+            assert imports == sorted(imports, reverse=True), f"{path}: {code}"

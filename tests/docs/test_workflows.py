@@ -1,4 +1,5 @@
-"""The workflows run the commands of .ci/run, on every Python that the package names."""
+"""The workflows run the commands of .ci/run, on every Python that the package names and the oldest
+PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def test_the_commands_are_those_of_the_local_run():
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     assert len(commands) > 10
+    (newest,) = jobs["tests"]["strategy"]["matrix"]["torch"]
     for command in commands:
+        command = command.replace("${{ matrix.torch }}", f"${{TORCH:-{newest}}}")
         assert " ".join(command.split()).replace(" --quiet", "") in local, command
 
 
@@ -35,6 +38,14 @@ def test_every_supported_python_is_tested():
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     assert set(jobs["tests"]["strategy"]["matrix"]["python-version"]) == named
     assert project["requires-python"] == f">={min(named, key=lambda v: int(v[2:]))}"
+
+
+def test_the_oldest_pytorch_is_tested_on_the_oldest_python():
+    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+    (oldest,) = (d.partition(">=")[2] for d in project["dependencies"] if d.startswith("torch>="))
+    python = project["requires-python"].removeprefix(">=")
+    matrix = yaml.safe_load(WORKFLOW.read_text())["jobs"]["tests"]["strategy"]["matrix"]
+    assert {"python-version": python, "torch": f"{oldest}.0"} in matrix["include"]
 
 
 def test_tools_have_one_version():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def test_margins_are_drawn_as_shares_of_all_samples(tmp_path: Path, figures: lis
     nearest = next(p for p in left.patches if p.get_label() == "nearest found")
     # three of four samples; the fourth lies beyond the axis
     assert nearest.get_data().values.sum() == pytest.approx(75)
+
+
+@pytest.mark.parametrize(("samples", "bins"), [(10, 8), (60, 15), (1000, 40)])
+def test_few_margins_have_few_bins(samples: int, bins: int, tmp_path: Path, figures: list) -> None:
+    few = margins({}, None)
+    few = dataclasses.replace(
+        few,
+        label=few.label[:1].expand(samples),
+        prediction=few.prediction[:1].expand(samples),
+        effective=torch.linspace(0.1, 0.4, samples),
+    )
+    plots.margin_distributions(few, tmp_path / "m.png")
+    (bars, *_) = figures[0].axes[0].patches
+    assert len(bars.get_data().values) == bins
 
 
 @pytest.mark.parametrize("distances", [{}, {"one": torch.tensor([math.inf] * 4 + [0.0])}])
