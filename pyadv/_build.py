@@ -389,7 +389,8 @@ class Plan:
     @property
     def seconds(self) -> int:
         """Return a rough estimate of the build's wall time, for a message to the user."""
-        work = sum(20 if source.suffix == ".cu" else 6 for source, _ in self.compile)
+        cuda = 25 * len(self.recipe.get("architectures", "").split(";"))
+        work = sum(cuda if source.suffix == ".cu" else 10 for source, _ in self.compile)
         return round(max(work / (os.cpu_count() or 1), 5))
 
 

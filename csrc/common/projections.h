@@ -74,13 +74,15 @@ PYADV_HD bool is_ordinary(double sum, int64_t n) {
 // L2 norm of f over a row. Only rows whose squares under- or overflow need a second, scaled pass.
 template <class C, class Row, class F>
 PYADV_HD Norm<C> l2_norm(const Row& row, const F& f) {
-  const double total = sum_of_squares<C>(row, f, C(1));
-  if (is_ordinary<C>(total, row.size())) return {static_cast<C>(sqrt(total)), C(1)};
-  const C largest =
-      row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(f(e)); });
-  if (!(largest > 0 && largest <= Range<C>::kLargest)) return {largest, C(1)};
-  const C scale = unit_scale(largest);
-  return {static_cast<C>(sqrt(sum_of_squares<C>(row, f, scale))), scale};
+  C scale = C(1);
+  for (bool scaled = false;; scaled = true) {
+    const double total = sum_of_squares<C>(row, f, scale);
+    if (scaled || is_ordinary<C>(total, row.size())) return {static_cast<C>(sqrt(total)), scale};
+    const C largest =
+        row.maximum([&](const Element<C>& e) PYADV_INLINE_LAMBDA { return magnitude(f(e)); });
+    if (!(largest > 0 && largest <= Range<C>::kLargest)) return {largest, C(1)};
+    scale = unit_scale(largest);
+  }
 }
 
 // The point v(element), scaled towards x by `shrink` if `outside`, then clipped to the box.
@@ -116,31 +118,31 @@ PYADV_HD C distance_to_box(const Element<C>& e, C d) {
 // clipped entries only grows, so the search ends, at the exact solution.
 template <class C, class Row, class V>
 PYADV_HD L2Clip<C, V> l2_box_clip(const Row& row, const V& v, C eps) {
-  const auto pass = [&](double t, double (&total)[3]) PYADV_INLINE_LAMBDA {
+  const double square = static_cast<double>(eps) * eps;
+  double total[3];  // squares of the free entries, squares of the clipped ones, number clipped
+  // The first pass, at t = 1, tells whether the row is inside.
+  double t = 1.0, clipped = -1.0;
+  for (bool first = true;; first = false) {
     row.template sums<3, double>(
         [&](const Element<C>& e, double (&s)[3]) PYADV_INLINE_LAMBDA {
           const C offset = v(e) - e.x;
           const double d = offset, most = distance_to_box(e, offset);
-          const bool clipped = t * magnitude(d) >= most;
-          s[0] = clipped ? 0.0 : d * d;
-          s[1] = clipped ? most * most : 0.0;
-          s[2] = clipped ? 1.0 : 0.0;
+          const bool stops = t * magnitude(d) >= most;
+          s[0] = stops ? 0.0 : d * d;
+          s[1] = stops ? most * most : 0.0;
+          s[2] = stops ? 1.0 : 0.0;
         },
         total);
-  };
-  const double square = static_cast<double>(eps) * eps;
-  double total[3];  // squares of the free entries, squares of the clipped ones, number clipped
-  pass(1.0, total);
-  if (!(total[0] + total[1] > square)) return {v, false, C(1)};
-  double t = 0.0;
-  pass(t, total);
-  for (double clipped = -1.0; total[2] > clipped; pass(t, total)) {
-    clipped = total[2];
+    if (first) {
+      if (!(total[0] + total[1] > square)) return {v, false, C(1)};
+      t = 0.0;
+      continue;
+    }
     const double next = sqrt((square - total[1]) / total[0]);
-    if (!(next > t)) break;
+    if (!(total[2] > clipped && next > t)) return {v, true, static_cast<C>(t)};
+    clipped = total[2];
     t = next;
   }
-  return {v, true, static_cast<C>(t)};
 }
 
 // The point v(element) with |v - x| reduced by `threshold` and limited to the distance to the box.
@@ -166,7 +168,8 @@ template <class C, class Row, class V>
 PYADV_HD L1Clip<C, V> l1_box_clip(const Row& row, const V& v, C eps) {
   // total[0]: |d| of the free entries plus the room of those the box clips; total[1]: number free.
   double total[2];
-  const auto pass = [&](C threshold) PYADV_INLINE_LAMBDA {
+  C threshold = 0, low = 0, high = 0;
+  for (bool bisect = false;;) {
     row.template sums<2, C>(
         [&](const Element<C>& e, C(&s)[2]) PYADV_INLINE_LAMBDA {
           const C d = v(e) - e.x, size = magnitude(d), rest = size - threshold,
@@ -176,13 +179,15 @@ PYADV_HD L1Clip<C, V> l1_box_clip(const Row& row, const V& v, C eps) {
           s[1] = free ? C(1) : C(0);
         },
         total);
-  };
-  C threshold = 0;
-  pass(threshold);
-  if (!(total[0] > eps)) return {v, threshold};
-  C low = 0, high = row.maximum([&](const Element<C>& e)
-                                    PYADV_INLINE_LAMBDA { return magnitude(v(e) - e.x); });
-  for (bool bisect = false;;) {
+    if (threshold == C(0)) {
+      if (!(total[0] > eps)) return {v, threshold};
+      high = row.maximum([&](const Element<C>& e)
+                             PYADV_INLINE_LAMBDA { return magnitude(v(e) - e.x); });
+    } else {
+      const C width = high - low;
+      (total[0] - total[1] * threshold > eps ? low : high) = threshold;
+      bisect = !bisect && high - low > width / 2;
+    }
     const C root = static_cast<C>((total[0] - eps) / total[1]);
     if (root == threshold) break;
     bisect = bisect || !(root > low && root < high);
@@ -190,10 +195,6 @@ PYADV_HD L1Clip<C, V> l1_box_clip(const Row& row, const V& v, C eps) {
     threshold = high;
     if (!(next > low && next < high)) break;  // neighbouring numbers: take the one inside the ball
     threshold = next;
-    pass(threshold);
-    const C width = high - low;
-    (total[0] - total[1] * threshold > eps ? low : high) = threshold;
-    bisect = !bisect && high - low > width / 2;
   }
   return {v, threshold};
 }

@@ -267,7 +267,8 @@ template <bool kL2, class C, class Row>
 PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& way) {
   // Rate of change from the moving entries; change, number and squared length of the stopped ones.
   double total[4];
-  const auto pass = [&](double time) PYADV_INLINE_LAMBDA {
+  double time = 0.0;
+  for (double stopped = -1.0;;) {
     way.time = static_cast<C>(time);
     row.template sums<4, C>(
         [&](const Element<C>& e, C(&s)[4]) PYADV_INLINE_LAMBDA {
@@ -279,13 +280,9 @@ PYADV_HD C find_hyperplane(const Row& row, double need, ToHyperplane<C, kL2>& wa
           s[3] = moving ? C(0) : most * most;
         },
         total);
-  };
-  double time = 0.0;
-  pass(time);
-  for (double stopped = -1.0; total[2] > stopped; pass(time)) {
-    stopped = total[2];
     const double next = (need - total[1]) / total[0];
-    if (!(next > time)) break;
+    if (!(total[2] > stopped && next > time)) break;
+    stopped = total[2];
     time = next < Range<C>::kLargest ? next : static_cast<double>(Range<C>::kLargest);
   }
   // Where the box has stopped all entries, the square of the time may be infinite.
@@ -323,17 +320,19 @@ struct BoundaryStep {
     row.template sums<1, C>([&](const Element<C>& e, C(&t)[1])
                                 PYADV_INLINE_LAMBDA { t[0] = (e.x - e.x_adv) * (e.grad * unit); },
                             change);
-    const auto find = [&](double value, bool from_x,
-                          ToHyperplane<C, kL2>& way) PYADV_INLINE_LAMBDA {
-      way = {from_x, value > 0 ? C(-1) : value < 0 ? C(1) : C(0), unit, C(0)};
+    BetweenMovedPoints<C, kL2> point{};
+    C length = 0, length_of_x = 0;
+    // The search is long, so one copy of it serves both points.
+    for (bool from_x = false;; from_x = true) {
+      point.way = point.way_of_x;
+      length = length_of_x;
+      const double value = static_cast<double>(given.value) * unit + (from_x ? change[0] : 0.0);
+      point.way_of_x = {from_x, value > 0 ? C(-1) : value < 0 ? C(1) : C(0), unit, C(0)};
       const double need = fabs(value) < Range<C>::kLargest ? fabs(value) : Range<C>::kLargest;
-      const C length = find_hyperplane(row, need, way);
-      return length > kShortest ? length : kShortest;
-    };
-    BetweenMovedPoints<C, kL2> point;
-    const double value = static_cast<double>(given.value) * unit;
-    const C length = find(value, false, point.way);
-    const C length_of_x = find(value + change[0], true, point.way_of_x);
+      const C found = find_hyperplane(row, need, point.way_of_x);
+      length_of_x = found > kShortest ? found : kShortest;
+      if (from_x) break;
+    }
     const C share = length / (length + length_of_x);
     point.overshoot = given.overshoot;
     point.share = share < given.share ? share : given.share;

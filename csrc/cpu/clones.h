@@ -28,8 +28,15 @@ __attribute__((target("avx2"))) void run_avx2(Args... args) {
   Loop::run(args...);
 }
 
+// Processors without AVX2 are old: their clones are right, small and quick to compile.
+#if defined(__clang__)
+#define PYADV_SMALL __attribute__((minsize))
+#else
+#define PYADV_SMALL __attribute__((optimize("O1")))
+#endif
+
 template <class Loop, class... Args>
-void run_baseline(Args... args) {
+PYADV_SMALL void run_baseline(Args... args) {
   Loop::run(args...);
 }
 
@@ -57,7 +64,7 @@ __attribute__((target(PYADV_AVX512))) void run_avx512(Args... args) {
 
 // `run` with an additional AVX-512 clone, for loops that arithmetic limits while the data are in
 // cache. It is a fifth faster for the Linf step of 128x3x32x32 and the losses of 1000 classes, a
-// tenth for the L2 step. Every clone costs compile time.
+// tenth for the L2 step. Every clone costs compile time, so it is not for all loops.
 template <class Loop, class... Args>
 void run_wide(Args... args) {
   has_avx512() ? run_avx512<Loop>(args...) : run<Loop>(args...);

@@ -41,7 +41,7 @@ PYADV_HD void sums(int64_t n, const Term& term, double (&total)[K]) {
 template <class C, class Value>
 PYADV_HD double sum(int64_t n, const Value& value) {
   double total[1];
-  sums<1, C>(n, [&](int64_t i, C(&t)[1]) { t[0] = value(i); }, total);
+  sums<1, C>(n, [&](int64_t i, C(&t)[1]) PYADV_INLINE_LAMBDA { t[0] = value(i); }, total);
   return total[0];
 }
 

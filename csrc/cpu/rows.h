@@ -7,6 +7,7 @@
 
 #include "cpu/elements.h"
 #include "cpu/reduce.h"
+#include "cpu/widen.h"
 
 namespace pyadv {
 namespace cpu {
@@ -69,22 +70,6 @@ struct RowLoop {
   template <class C, class Box, class Values>
   PYADV_HD static void run(const RulePointers<C>& p, int64_t n, Box box, Values values) {
     Rule::template run<C>(Row<Rule, C, Box>(p, n, box), values);
-  }
-};
-
-struct WidenLoop {
-  template <class T>
-  PYADV_HD static void run(const T* from, float* to, int64_t n) {
-    PYADV_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
-  }
-};
-
-struct NarrowLoop {
-  template <class T>
-  PYADV_HD static void run(const float* from, T* to, int64_t n) {
-    PYADV_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
   }
 };
 

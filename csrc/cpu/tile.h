@@ -25,14 +25,13 @@ struct Tile {
   int64_t first;       // index of the first row
   C z[kLanes][kRows];  // logits, later exponentials
 
-  template <class T>
   PYADV_HD void load(const Logits& logits, int64_t classes, int64_t begin, int64_t end) {
     n = static_cast<int>(classes);
     first = begin;
     count = static_cast<int>(std::min<int64_t>(kRows, end - begin));
     for (int r = 0; r < kRows; ++r) {
-      const T* row = logits.row<T>(row_of(r));
-      for (int k = 0; k < n; ++k) z[k][r] = widen(row[k]);
+      const C* row = logits.row<C>(row_of(r));
+      for (int k = 0; k < n; ++k) z[k][r] = row[k];
     }
   }
   PYADV_HD int64_t row_of(int r) const { return first + std::min(r, count - 1); }
@@ -101,13 +100,12 @@ struct Tile {
   }
 
   // Writes z times multiple, and at_index to class `index`.
-  template <class T>
-  PYADV_HD void store(T* out, const Index (&index)[kRows], const C (&multiple)[kRows],
+  PYADV_HD void store(C* out, const Index (&index)[kRows], const C (&multiple)[kRows],
                       const C (&at_index)[kRows]) const {
     for (int r = 0; r < count; ++r) {
-      T* row = out + (first + r) * n;
-      for (int k = 0; k < n; ++k) row[k] = narrow<T>(z[k][r] * multiple[r]);
-      row[index[r]] = narrow<T>(at_index[r]);
+      C* row = out + (first + r) * n;
+      for (int k = 0; k < n; ++k) row[k] = z[k][r] * multiple[r];
+      row[index[r]] = at_index[r];
     }
   }
 };

@@ -76,7 +76,7 @@ struct Team {
  private:
   template <class C, int K>
   __device__ static __forceinline__ void exchange(Top<C, K>& top) {
-#pragma unroll
+#pragma unroll 1
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
       Top<C, K> theirs;
 #pragma unroll
