@@ -103,7 +103,7 @@ class FusedConv(nn.Module):
         for other in self.takes_bias:
             theirs = folded(other.layer[0], other.norm)[1]
             if theirs is not None:
-                bias = theirs if bias is None else bias + theirs
+                bias = theirs.clone() if bias is None else bias + theirs
         if self.gives_bias:
             bias = None
         elif bias is None and self.slope is not None:
@@ -286,8 +286,9 @@ class FusedLinear(nn.Module):
 
     @torch.no_grad()
     def _permute(self) -> None:
-        images = self.weight.view(-1, *self.image)
-        renew(self, "permuted", images.permute(0, 2, 3, 1).flatten(1), self.weight.dtype)
+        columns = self.weight.view(-1, *self.image).permute(0, 2, 3, 1).flatten(1)
+        # An image of one pixel leaves the columns where they are, in the memory of the weight.
+        renew(self, "permuted", columns, self.weight.dtype, owner=self.weight)
 
     def forward(self, x: Tensor) -> Any:
         x, weight = entered(x, self.weight.dtype), self.weight

@@ -91,6 +91,20 @@ class Branches(nn.Module):
         return self.head(z.mean([2, 3]) + z.amax((2, 3)))
 
 
+class BiasOfTheShortcut(nn.Module):
+    """A sum of two convolutions, of which the one that is added has the only bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.shortcut, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        shortcut = self.shortcut(x)
+        return self.head(F.relu(self.conv(x) + shortcut).mean((2, 3)))
+
+
 NETWORKS = {
     "ResNet-18": (lambda: thin(ResNet18()), (3, 8, 8)),
     "PreActResNet-18": (lambda: thin(PreActResNet18()), (3, 8, 8)),
@@ -100,6 +114,7 @@ NETWORKS = {
     "normalised": (lambda: Normalized(blocks(BasicBlock), 0.5, (0.2, 0.3, 0.4)), (3, 16, 16)),
     "linear layers": (layers_of_all_kinds, (3, 16, 16)),
     "branches": (Branches, (3, 16, 16)),
+    "bias of the shortcut": (BiasOfTheShortcut, (3, 16, 16)),
     "odd": (Odd, (3, 16, 16)),
 }
 
@@ -259,6 +274,22 @@ def test_views_follow_the_model_at_the_same_addresses():
         for ours, theirs in zip(gradient(view, x), gradient(model, x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
         assert not torch.allclose(view(x), old)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_refreshes_do_not_write_to_weights_that_the_model_held_before(name):
+    """An exponential moving average swaps the data of parameters and puts it back later."""
+    model, x = network(name)
+    fused_view(model, x)
+    held = [(p.data, p.data.clone()) for p in model.parameters()]
+    versions = [p._version for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data * 1.01
+    view = fused_view(model, x)
+    for now, before in held:
+        assert torch.equal(now, before)
+    assert [p._version for p in model.parameters()] == versions
+    torch.testing.assert_close(view(x), model(x), rtol=1e-9, atol=1e-11)
 
 
 def tensors_of(view):
