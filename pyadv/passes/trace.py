@@ -59,7 +59,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
             if moved:
                 raise Refused("its forward pass changes its attributes", moved)
             return graph, _held(graph, model, twin, twins)
-        except Refused:
+        except (Refused, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's classes, copied
             raise Refused(f"its attributes cannot be copied ({type(error).__name__})") from None
@@ -137,6 +137,8 @@ class _Tracer(fx.Tracer):
         try:
             with self._watching_functions():
                 graph = self.trace(twin)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the user's code, run on stand-ins for tensors
             why = self.why or f"torch.fx cannot follow it ({type(error).__name__}: {error})"
             raise Refused(why.splitlines()[0]) from None

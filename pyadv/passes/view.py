@@ -64,6 +64,10 @@ _TF32 = 2**-10  # machine epsilon of the float32 products of a GPU
 _LOG = logging.getLogger("pyadv")
 
 
+class _NotFolded(Refused):
+    """Says why a view cannot copy the weights of its model."""
+
+
 class FastView:
     """A model in evaluation mode, with copies of the weights that it had at the last `refresh`.
 
@@ -104,9 +108,19 @@ class FastView:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters and statistics that the model has now, into the same memory."""
-        for part in self._parts:
-            part.refresh(self._dtype, self._layout)
+        """Copy the parameters and statistics that the model has now, into the same memory.
+
+        Raises:
+            Refused: if they cannot be copied.
+        """
+        try:
+            for part in self._parts:
+                part.refresh(self._dtype, self._layout)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:  # raised by tensor subclasses, above all
+            why = f"its weights cannot be folded ({type(error).__name__}: {error})"
+            raise _NotFolded(why) from error
 
 
 def _in_dtype_of(x: Tensor, result: Any, dtype: torch.dtype | None) -> Any:
@@ -253,8 +267,8 @@ def _new_view(
             view, why = _compared(model, x, dtype, output, drawn, fused)
             if not why:
                 return view, None
-        except _NOT_FOLDED as error:
-            why = f"{type(error).__name__}: {error}"
+        except _NotFolded as error:
+            why = str(error)
         _LOG.info("the view of %s is not fused: %s", type(model).__name__, why)
     return _compared(model, x, dtype, output, drawn, None)
 
@@ -271,25 +285,12 @@ def _compared(
     if dtype is not None:  # too much of a gradient is rounding in 16 bits to tell much of the graph
         with torch.autocast(x.device.type, enabled=False):
             own = getattr(model, "_original_forward", model)  # without Accelerate's autocast
-            view = _built(model, None, fused)
+            view = FastView(model, None, fused)
             why = _difference(view, own, x, None, output, drawn)
         if why:
             return view, why
-    view = _built(model, dtype, fused)
+    view = FastView(model, dtype, fused)
     return view, _difference(view, model, x, dtype, output, drawn)
-
-
-# Errors of weights that cannot be copied: tensor subclasses, above all.
-_NOT_FOLDED = (NotImplementedError, RuntimeError, TypeError)
-
-
-def _built(model: nn.Module, dtype: torch.dtype | None, fused: Convolutions | None) -> FastView:
-    if fused is not None:
-        return FastView(model, dtype, fused)
-    try:
-        return FastView(model, dtype)
-    except _NOT_FOLDED as error:
-        raise Refused(f"its weights cannot be folded ({type(error).__name__}: {error})") from None
 
 
 @contextlib.contextmanager
@@ -368,6 +369,8 @@ def _difference(
             with torch.set_grad_enabled(asked):
                 state = generator.get_state()
                 compared.append(tuple(_Look(m, points, output, state) for m in (view, model)))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the user's code, on fewer rows or in a form not foreseen
         return f"it fails on {len(rows)} samples ({type(error).__name__}: {error})".splitlines()[0]
     if drawn():
