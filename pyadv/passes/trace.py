@@ -64,7 +64,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         except Exception as error:  # the user's classes, copied
             raise Refused(f"its attributes cannot be copied ({type(error).__name__})") from None
         finally:  # reference cycles within fx must not keep parameters alive
-            vars(tracer).clear()
+            tracer.release()
             twins.clear()
 
 
@@ -145,6 +145,16 @@ class _Tracer(fx.Tracer):
         if self.why:  # the user's code has caught the error
             raise Refused(self.why)
         return graph
+
+    def release(self) -> None:
+        """Drop everything that refers to the model.
+
+        A thread that entered one of fx's wrappers before fx removed it may leave it only now. So
+        the attributes that wrappers read in other threads stay, and no more functions are wrapped.
+        """
+        self._autowrap_function_ids.clear()
+        for name in vars(self).keys() - {"thread", "_autowrap_function_ids"}:
+            delattr(self, name)
 
     def refuse(self, why: str) -> None:
         self.why = self.why or why

@@ -160,8 +160,8 @@ def fast_view(
     has hooks or a `forward` of the instance, branches on values, draws random numbers, changes its
     own attributes, calls an autograd.Function, or switches gradients or autocast in its forward
     pass. The logger "pyadv" says which, at level INFO. Such a model is read again when what
-    `footprint` sees of it changes. Other threads may run models meanwhile, compiled ones excepted,
-    but must not draw random numbers.
+    `footprint` sees of it changes. One thread at a time makes or refreshes a view. Other threads
+    may run models meanwhile, except compiled ones, but must not draw random numbers.
 
     What is compared: a new view with the model on 8 samples of x; after each refresh on 2, in
     logits at every refresh and in input gradients once for every 128 samples attacked. On a GPU,
