@@ -64,6 +64,17 @@ _TF32 = 2**-10  # machine epsilon of the float32 products of a GPU
 _LOG = logging.getLogger("pyadv")
 
 
+@dataclass
+class _Inputs:
+    """What a comparison depends on besides the model and the samples."""
+
+    shape: torch.Size  # of a sample
+    dtype: torch.dtype
+    device: torch.device
+    autocast: torch.dtype | None
+    output: list[Any]
+
+
 class _NotFolded(Refused):
     """Says why a view cannot copy the weights of its model."""
 
@@ -90,8 +101,7 @@ class FastView:
         self.comparisons = 0
         self.attacked = 0  # samples, since input gradients were compared last
         self.made_for: list[Any] = []  # the model's footprint
-        self.device: torch.device | None = None
-        self.agreed: list[Any] = []  # the kind of input for which it was last compared
+        self.agreed: _Inputs | None = None  # the inputs for which it was last compared
         widths = [p.out_channels for p in self._parts if isinstance(p, WeightedLayer)]
         wide = max(widths, default=0) >= WIDE
         self._layout = torch.channels_last if wide else torch.contiguous_format
@@ -137,7 +147,7 @@ class _Refusal:
     why: str
     moved: frozenset[tuple[int, str]]  # attributes that its forward pass changes: not compared
     model: list[Any]
-    inputs: list[Any]
+    inputs: _Inputs
 
 
 _Known = weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, Any]]
@@ -211,13 +221,13 @@ def fast_view(
     if dtype is None and kind in CONVOLUTIONS and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)  # in which the model computes, too
     known, refused = _views.setdefault(model, {}), _refused.setdefault(model, {})
-    inputs = _kind_of_input(x, output)
+    inputs = _inputs(x, output)
     refusal = refused.get(dtype)
     if refusal and refusal.inputs == inputs and refusal.model == _seen(model, refusal.moved):
         return model  # reading it again would take long
     view = known.get(dtype)
     now = _seen(model)
-    trusted = view is not None and view.made_for == now and view.device == x.device
+    trusted = view is not None and view.made_for == now and view.agreed.device == x.device
     with gradients_on(), kept_generators(x.device) as drawn:
         try:
             why = None
@@ -244,7 +254,7 @@ def fast_view(
         refused[dtype] = _Refusal(why, moved, _seen(model, moved), inputs)
         _LOG.info("%s is attacked as it is, without a fast view: %s", type(model).__name__, why)
         return model
-    view.made_for, view.agreed, view.device = now, inputs, x.device
+    view.made_for, view.agreed = now, inputs
     known[dtype] = view
     return view
 
@@ -305,11 +315,10 @@ def attacked(
         yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
 
 
-def _kind_of_input(x: Tensor, output: Output) -> list[Any]:
-    """Return what else a comparison depends on, besides the model and the samples."""
+def _inputs(x: Tensor, output: Output) -> _Inputs:
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return [x.shape[1:], x.dtype, x.device, autocast, *_marks(contents(output), set())]
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return _Inputs(x.shape[1:], x.dtype, x.device, autocast, _marks(contents(output), set()))
 
 
 def _seen(model: nn.Module, without: frozenset[tuple[int, str]] = frozenset()) -> list[Any]:

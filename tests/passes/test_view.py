@@ -544,6 +544,16 @@ def test_threads_build_views_side_by_side():
     assert nn.Linear(2, 3)(torch.rand(4, 2)).shape == (4, 3)
 
 
+@pytest.mark.parametrize(
+    "window", [(3, 1, 1), (3, 2, 1), ((5, 2), (2, 3), (4, 0)), (3, 1, (2, 3), 2), (1, 2)], ids=str
+)
+def test_the_shape_of_a_convolution_is_known_beforehand(window):
+    layer = nn.Conv2d(3, 5, *window)
+    for size in ((9, 8), (12, 7)):
+        x = torch.rand(2, 3, *size)
+        assert layers.output_shape(x, layer) == layer(x).shape
+
+
 class Rounded(torch.autograd.Function):
     """Rounding to a coarse grid, with the gradient of the identity."""
 
