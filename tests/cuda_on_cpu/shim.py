@@ -52,6 +52,7 @@ def plan() -> _build.Plan:
         cpu,
         library="cuda_on_cpu",
         file="_ops_cuda_on_cpu.so",
+        recipe=cuda.recipe,
         compile=tuple(commands([path for path, _ in cuda.compile], host)),
         link=(*cpu.link, *SANITIZE, *LINK),
     )
@@ -86,11 +87,19 @@ def environment() -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the command and environment of a pytest run on the CPU build of the CUDA kernels."""
-    library = build(plan())
+    """Return the command and environment of a pytest run on the CPU build of the CUDA kernels.
+
+    A run of a part of the cases chooses them by the hash of the kernels' sources, among others.
+    """
+    kernels = plan()
+    library = build(kernels)
     return (
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        {**environment(), "PYADV_TEST_CUDA_ON_CPU": str(library)},
+        {
+            **environment(),
+            "PYADV_TEST_CUDA_ON_CPU": str(library),
+            "PYADV_TEST_KEY": kernels.recipe["sources"],
+        },
     )
 
 
