@@ -88,7 +88,7 @@ def kernels(quick: bool) -> Iterator[Kernel]:
     for dtype, large in FEATURES.items():  # channels-last, as between two convolutions
         for shape in [(3, 3, 7, 5), (2, 8, 4, 4)] if quick else [large]:
             for op in ("affine_relu", "affine_relu_backward"):
-                yield Kernel("Convolution", op, shape, dtype, 4, 0.9)
+                yield Kernel("Activation", op, shape, dtype, 4, 0.9)
     if not quick:  # rows that fit the shared memory of one block
         for op, group, moved in (("l2_step", "Steps", 4), ("l2_project", "Projections", 3)):
             yield Kernel(group, op, (8192, 3, 32, 32), torch.float32, moved, 0.9)
@@ -187,7 +187,7 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 def calls(kernel: Kernel, device: torch.device) -> Calls:
     """Return the op and its reference on the same tensors."""
-    makers = {"Steps": _step, "Losses": _loss, "Rows": _rows, "Convolution": _features}
+    makers = {"Steps": _step, "Losses": _loss, "Rows": _rows, "Activation": _features}
     torch.manual_seed(0)
     ours, theirs = makers.get(kernel.group, _plain)(kernel, device)
     return torch.no_grad()(ours), torch.no_grad()(theirs)

@@ -27,6 +27,7 @@ class Device {
 }  // namespace backend
 }  // namespace pyadv
 
+#include "glue/activation.h"
 #include "glue/convolution.h"
 #include "glue/geometry.h"
 #include "glue/losses.h"
@@ -35,7 +36,6 @@ class Device {
 #include "glue/projections.h"
 #include "glue/steps.h"
 #include "glue/weights.h"
-#include "glue/winograd.h"
 
 STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_steps(m);
@@ -45,6 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CPU, m) {
   pyadv::register_weights(m);
   pyadv::register_norms(m);
   pyadv::register_noise(m);
+  pyadv::register_activation(m);
   pyadv::register_convolution(m);
-  pyadv::register_winograd(m);
 }

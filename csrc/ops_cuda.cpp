@@ -61,7 +61,7 @@ class Device {
 }  // namespace backend
 }  // namespace pyadv
 
-#include "glue/convolution.h"
+#include "glue/activation.h"
 #include "glue/geometry.h"
 #include "glue/losses.h"
 #include "glue/noise.h"
@@ -82,5 +82,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyadv, CUDA, m) {
   pyadv::register_weights(m);
   pyadv::register_norms(m);
   pyadv::register_noise(m);
-  pyadv::register_convolution(m);
+  pyadv::register_activation(m);
 }

@@ -55,12 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With PYADV_TEST_ONE_IN=n, keep the first case of each test function and one in n of the
-    others, which the hash of their names chooses."""
+    others. The hash of their names and of PYADV_TEST_KEY chooses them."""
     one_in = int(os.environ.get("PYADV_TEST_ONE_IN", 1))
+    key = os.environ.get("PYADV_TEST_KEY", "")
     functions, kept, left_out = set(), [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
-        chosen = function not in functions or zlib.crc32(item.nodeid.encode()) % one_in == 0
+        drawn = zlib.crc32(f"{key}{item.nodeid}".encode()) % one_in == 0
+        chosen = function not in functions or drawn
         functions.add(function)
         (kept if chosen else left_out).append(item)
     if left_out:

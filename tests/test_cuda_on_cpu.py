@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cuda_on_cpu import shim
@@ -91,6 +93,40 @@ def test_simulator_catches(mistakes: Path, name: str, said: str) -> None:
     )
     output = done.stdout + done.stderr
     assert re.search("^right$" if said == "right" else said, output), output
+
+
+def test_each_version_of_the_kernels_is_tested_on_other_cases(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+
+    def cases() -> list[str]:
+        names = [f"test_steps.py::test_{i % 3}[{i}]" for i in range(300)]
+        items = [SimpleNamespace(nodeid=name) for name in names]
+        conftest._thin_out(config, items)
+        return [item.nodeid for item in items]
+
+    file = str(shim.REPOSITORY / "tests" / "conftest.py")
+    conftest = next(
+        plugin
+        for plugin in pytestconfig.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", None) == file
+    )
+    monkeypatch.setenv("PYADV_TEST_ONE_IN", "5")
+    copy = shutil.copytree(_build.source_root(), tmp_path / "csrc")
+    monkeypatch.setattr(_build, "source_root", lambda: copy)
+    drawn = []
+    for change in ("", "", "// another kernel\n"):
+        with (copy / "cuda" / "norms.cu").open("a") as source:
+            source.write(change)
+        monkeypatch.setenv("PYADV_TEST_KEY", shim.plan().recipe["sources"])
+        drawn.append(cases())
+        assert 30 <= len(drawn[-1]) <= 100
+        assert {name.partition("[")[0] for name in drawn[-1]} == {
+            f"test_steps.py::test_{i}" for i in range(3)
+        }
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0]} & {*drawn[2]}) < len(drawn[0]) / 2
 
 
 # The files whose kernels have another form on cards without clusters.

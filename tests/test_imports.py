@@ -117,3 +117,23 @@ def test_only_integrations_import_what_they_are_for():
             assert not used or names(module)[0] == "integrations", f"{module} imports {used}"
             seen |= used
     assert {"lightning", "huggingface_hub", "torchmetrics"} <= seen  # the test sees imports
+
+
+def test_a_family_of_ops_has_one_name_on_every_layer():
+    root = ROOT.parent
+    families = {path.stem for path in (root / "csrc" / "cpu").glob("*.cpp")}
+    assert {"steps", "activation", "convolution"} <= families
+    for layer, beside in (
+        ("csrc/common/{}.h", {"exp", "macros", "math", "rules", "types"}),
+        ("csrc/glue/{}.h", {"rules", "tensors"}),
+        ("pyadv/reference/{}.py", {"__init__", "hyperplane"}),
+        ("pyadv/ops/{}.py", {"__init__", "arguments", "norm_product", "registry"}),
+        ("tests/ops/test_{}.py", {"arguments", "compile"}),
+        ("docs/ops/{}.md", {"index"}),
+    ):
+        before, after = layer.split("{}")
+        found = {str(p.relative_to(root)) for p in root.glob(layer.format("*"))}
+        names = {path.removeprefix(before).removesuffix(after) for path in found}
+        assert names == families | beside, layer
+    cuda = {path.stem for path in (root / "csrc" / "cuda").glob("*.cu")}
+    assert cuda == families - {"convolution"}  # a GPU has its own libraries for that

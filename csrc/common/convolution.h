@@ -1,5 +1,4 @@
-// What a convolution network computes beside its multiplications: Winograd's convolution of 3x3
-// windows, and affine maps with a ReLU. Formulas: pyadv/reference/convolution.py.
+// Winograd's convolution of 3x3 windows. Formulas: pyadv/reference/convolution.py.
 //
 // An output tile of 4x4 pixels is A^T [sum over channels of U * (B^T d B)] A, where d are the input
 // pixels that it depends on and U = G w G^T is the transformed kernel. The products are taken at
@@ -62,39 +61,5 @@ struct WinogradArgs {
   int64_t padding;                   // pixels by which the first tile's input lies outside
   int64_t tiles_down, tiles_across;  // per image
 };
-
-// y = relu((x + added) * scale + shift) on dense tensors of one layout. scale and shift have one
-// value per channel. A null pointer stands for an absent tensor. `sum` receives x + added.
-struct AffineReluArgs {
-  DType dtype;
-  const void* x;
-  const void* added;
-  Param scale, shift;
-  double slope;  // of the ReLU below zero
-  void* out;
-  void* sum;
-  int64_t total;
-};
-
-// The gradient of x: (grad + other) * relu'(y) * scale + added.
-struct AffineReluBackwardArgs {
-  DType dtype;
-  const void* y;
-  const void* grad;
-  const void* other;
-  const void* added;
-  Param scale;
-  double slope;
-  void* out;
-  int64_t total;
-};
-
-// Multiplies v by the slope where `sign` is not positive. A NaN in `sign` counts as positive, as in
-// PyTorch. With slope 0 the result is 0 also where v is infinite.
-template <class C>
-PYADV_HD C below_zero(C sign, C v, C slope) {
-  if (!(sign <= C(0))) return v;
-  return slope == C(0) ? C(0) : v * slope;
-}
 
 }  // namespace pyadv

@@ -1,6 +1,7 @@
 // CPU kernels. Each one computes the items [begin, end); the caller splits the range among threads.
 #pragma once
 
+#include "common/activation.h"
 #include "common/convolution.h"
 #include "common/geometry.h"
 #include "common/losses.h"
@@ -50,12 +51,13 @@ void keyed_uniform(const NoiseArgs& args, int64_t begin, int64_t end);  // items
 void keyed_normal(const NoiseArgs& args, int64_t begin, int64_t end);   // items: Philox blocks
 void row_hash(const HashArgs& args, int64_t begin, int64_t end);        // items: rows
 
-// items: panels x input channels
-void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end);
-void winograd(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
 // items: elements
 void affine_relu(const AffineReluArgs& args, int64_t begin, int64_t end);
 void affine_relu_backward(const AffineReluBackwardArgs& args, int64_t begin, int64_t end);
+
+// items: panels x input channels
+void winograd_weight(const WinogradWeightArgs& args, int64_t begin, int64_t end);
+void winograd(const WinogradArgs& args, int64_t begin, int64_t end);  // items: tiles
 
 }  // namespace cpu
 }  // namespace pyadv

@@ -2,7 +2,7 @@
 // includes nothing of CUDA, so that the host compiler can compile the tensor glue.
 #pragma once
 
-#include "common/convolution.h"
+#include "common/activation.h"
 #include "common/geometry.h"
 #include "common/losses.h"
 #include "common/noise.h"

@@ -1,12 +1,7 @@
 """Fused ops. `pyadv.reference` holds a plain PyTorch function of the same name for each of them."""
 
-from pyadv.ops.convolution import (
-    affine_relu,
-    affine_relu_backward,
-    winograd_conv2d,
-    winograd_conv2d_input,
-    winograd_weight,
-)
+from pyadv.ops.activation import affine_relu, affine_relu_backward
+from pyadv.ops.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.ops.geometry import track
 from pyadv.ops.losses import (
     attack_loss,

@@ -80,6 +80,12 @@ def check_rows(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) 
     check_device(op, name, t, like)
 
 
+def check_bool(op: str, name: str, value: bool) -> None:
+    """Raise TypeError unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
 def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:

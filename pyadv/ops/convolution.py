@@ -1,11 +1,6 @@
-"""What convolution networks compute beside their multiplications, and Winograd's convolution.
+"""Winograd convolution with 3x3 windows.
 
-`affine_relu` and `affine_relu_backward` do in one pass what lies between two convolutions: the sum
-of a residual connection, BatchNorm in evaluation mode, bias, ReLU, and their gradient, together
-with the sum of the gradients of two readers.
-
-Winograd convolution with 3x3 windows: a quarter of the multiplications, at stride 2 0.56 of
-them.
+It takes a quarter of the multiplications of a direct convolution, at stride 2 0.56 of them.
 
 `winograd_weight` transforms the weight once, to four times its size, for any number of calls. An
 output tile of 4x4 pixels takes 36 products of the transformed input and the transformed weight per
@@ -25,12 +20,11 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
-from pyadv.ops.arguments import check_device, check_floating, check_like, check_strided
-from pyadv.ops.registry import like_first, register
+from pyadv.ops.arguments import check_bool, check_device, check_strided
+from pyadv.ops.registry import register
 from pyadv.reference.convolution import (
     PANEL,
     SLOTS,
-    _affine_relu,
     output_size,
     transposed_padding,
     winograd,
@@ -75,140 +69,6 @@ _winograd = register(
 )
 
 
-def _fake_affine_relu(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    added: Tensor | None,
-    slope: float,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x) if keep_sum else x.new_empty(0)
-
-
-def _backward_by_reference(
-    y: Tensor,
-    grad: Tensor,
-    other: Tensor | None,
-    added: Tensor | None,
-    scale: Tensor | None,
-    slope: float,
-) -> Tensor:
-    return reference.affine_relu_backward(y, grad, other, added=added, scale=scale, slope=slope)
-
-
-_affine_relu_op = register(
-    "affine_relu(Tensor x, Tensor? scale, Tensor? shift, Tensor? added, float slope, "
-    "bool keep_sum) -> (Tensor, Tensor)",
-    _affine_relu,
-    _fake_affine_relu,
-)
-_affine_relu_backward_op = register(
-    "affine_relu_backward(Tensor y, Tensor grad, Tensor? other, Tensor? added, Tensor? scale, "
-    "float slope) -> Tensor",
-    _backward_by_reference,
-    like_first,
-)
-
-
-def affine_relu(
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    slope: float = 0.0,
-    keep_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return relu((x + added) * scale + shift) in one pass: BatchNorm in evaluation mode, or a
-    bias, between a residual sum and a ReLU.
-
-    The result has no gradient; `affine_relu_backward` computes that of x and `added`. The sum is
-    rounded to the dtype of x, as by PyTorch; the rest is computed in float32 (float64 for float64)
-    and rounded once.
-
-    Args:
-        x: (B, C, ...) floating, in any layout.
-        scale, shift: (C,) of dtype float32 (float64 if x is), or None for 1 and 0.
-        added: like x; added before scale and shift.
-        slope: the slope below zero, >= 0: of LeakyReLU; 0 is ReLU.
-        keep_sum: whether x + added is returned, too.
-
-    Returns:
-        y, or (y, x + added); in the layout of x.
-
-    Raises:
-        TypeError: not floating tensors of one dtype. ValueError: other shapes or devices, a slope
-            that is negative or not finite, or `keep_sum` without `added`.
-    """
-    op = "affine_relu"
-    check_like(op, "x", x, **({} if added is None else {"added": added}))
-    _check_channels(op, x, scale=scale, shift=shift)
-    _check_slope(op, slope)
-    _check_bool(op, "keep_sum", keep_sum)
-    if keep_sum and added is None:
-        raise ValueError(f"{op}: keep_sum needs added, got None: the sum would be x itself")
-    y, total = _affine_relu_op(x, scale, shift, added, slope, keep_sum)
-    return (y, total) if keep_sum else y
-
-
-def affine_relu_backward(
-    y: Tensor,
-    grad: Tensor,
-    other: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    scale: Tensor | None = None,
-    slope: float = 0.0,
-) -> Tensor:
-    """Return (grad + other) * relu'(y) * scale + added: the gradient before a ReLU whose result y
-    has two readers.
-
-    By default this is (grad + other) * (y > 0), and where y is NaN grad + other. It is computed in
-    float32 (float64 for float64) and rounded once. The result has no gradient.
-
-    Args:
-        y: (B, C, ...) floating, in any layout: the result of `affine_relu`, or of a ReLU.
-        grad, other: like y: gradients of y.
-        added: like y: the gradient of (x + added) from elsewhere.
-        scale, slope: as in `affine_relu`.
-
-    Returns:
-        The gradient of x, in the layout of y.
-
-    Raises:
-        TypeError, ValueError: as `affine_relu`.
-    """
-    op = "affine_relu_backward"
-    given = {k: t for k, t in (("other", other), ("added", added)) if t is not None}
-    check_like(op, "y", y, grad=grad, **given)
-    _check_channels(op, y, scale=scale)
-    _check_slope(op, slope)
-    return _affine_relu_backward_op(y, grad, other, added, scale, slope)
-
-
-def _check_channels(op: str, x: Tensor, **given: Tensor | None) -> None:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, t in given.items():
-        if t is None:
-            continue
-        check_floating(op, **{name: t})
-        if x.dim() < 2:
-            raise ValueError(f"{op}: {name} needs channels, dimension 1, got {list(x.shape)}")
-        if t.shape != x.shape[1:2]:
-            raise ValueError(f"{op}: {name} must have shape [{x.shape[1]}], got {list(t.shape)}")
-        if t.dtype != wide:
-            raise TypeError(f"{op}: {name} must be {wide} for {x.dtype}, got {t.dtype}")
-        check_device(op, name, t, x)
-
-
-def _check_slope(op: str, slope: float) -> None:
-    if isinstance(slope, bool) or not isinstance(slope, (int, float)):
-        raise TypeError(f"{op}: slope must be a float, got {type(slope).__name__}")
-    if not 0 <= slope < float("inf"):
-        raise ValueError(f"{op}: slope must be finite and >= 0, got {slope}")
-
-
 def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -> Tensor:
     """Return the weight as `winograd_conv2d` takes it: U = G w G^T, computed in float64 and rounded
     once.
@@ -231,7 +91,7 @@ def winograd_weight(weight: Tensor, transposed: bool = False, stride: int = 1) -
     _check_stride(op, stride)
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"{op}: weight must have shape [N, C, 3, 3], got {list(weight.shape)}")
-    _check_bool(op, "transposed", transposed)
+    check_bool(op, "transposed", transposed)
     return _winograd_weight(weight.detach(), transposed, stride)
 
 
@@ -281,7 +141,7 @@ def winograd_conv2d(
         )
     if bias is not None:
         _check_shape(op, "bias", bias, (outputs,), x)
-    _check_bool(op, "relu", relu)
+    check_bool(op, "relu", relu)
     size = output_size(x.shape[2:], padding, stride)
     if added is not None:
         _check_shape(op, "added", added, (x.shape[0], outputs, *size), x)
@@ -369,11 +229,6 @@ def _check_padding(op: str, padding: int, stride: int) -> None:
     _check_int(op, "padding", padding)
     if stride == 2 and padding != 1:
         raise ValueError(f"{op}: at stride 2 padding must be 1, got {padding}")
-
-
-def _check_bool(op: str, name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
 
 
 def _check_int(op: str, name: str, value: int) -> None:

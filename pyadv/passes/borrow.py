@@ -7,6 +7,7 @@ import functools
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from types import MethodType, SimpleNamespace
@@ -186,11 +187,15 @@ def host_generators() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), own
 
 
+_generators_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     """Put the states of all generators back at the end.
 
-    Gives a function that returns whether one of them has moved since the beginning.
+    Gives a function that returns whether one of them has moved since the beginning. The generators
+    belong to the process, so one thread at a time is in this context: none sees another's draws.
     """
     on_device = device.type == "cuda"
 
@@ -198,14 +203,15 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
         cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if on_device else None
         return *host_generators(), cuda
 
-    before = states()
-    python, legacy = random.getstate(), np.random.get_state(legacy=False)
-    with torch.random.fork_rng([device] if on_device else []):
-        try:
-            yield lambda: states() != before
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
+    with _generators_lock:
+        before = states()
+        python, legacy = random.getstate(), np.random.get_state(legacy=False)
+        with torch.random.fork_rng([device] if on_device else []):
+            try:
+                yield lambda: states() != before
+            finally:
+                random.setstate(python)
+                np.random.set_state(legacy)
 
 
 def check_output(output: Output) -> None:

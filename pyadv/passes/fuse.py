@@ -26,10 +26,9 @@ from pyadv.passes.fused import (
     FusedConv,
     FusedLinear,
     entered,
-    is_plain,
     pooled,
 )
-from pyadv.passes.layers import NORM_AFTER, WeightedLayer, takes
+from pyadv.passes.layers import NORM_AFTER, WeightedLayer, is_plain, takes
 from pyadv.passes.rewrite import Network, between, is_relu, is_sum, renamed
 
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation mode

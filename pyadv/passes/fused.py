@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyadv import ops
-from pyadv.passes.layers import affine_of, folded, renew, scale_and_shift
+from pyadv.passes.layers import affine_of, folded, output_shape, renew, scale_and_shift
 
 _LOG = logging.getLogger("pyadv")
 _LAST = torch.channels_last
@@ -63,15 +63,6 @@ STAND_IN = Convolutions(_plain_relu, _plain_add_relu)
 CONVOLUTIONS: dict[str, Convolutions] = {} if torch.version.hip else {"cuda": CUDNN}
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Return whether `FusedConv` can replace the layer."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
-
-
 class FusedConv(nn.Module):
     """A two-dimensional convolution with what follows it: BatchNorm, a residual sum, a ReLU.
 
@@ -103,12 +94,13 @@ class FusedConv(nn.Module):
         for other in self.takes_bias:
             theirs = folded(other.layer[0], other.norm)[1]
             if theirs is not None:
-                bias = theirs if bias is None else bias + theirs
+                bias = theirs.clone() if bias is None else bias + theirs
         if self.gives_bias:
             bias = None
         elif bias is None and self.slope is not None:
             bias = weight.new_zeros(self.out_channels)  # cuDNN's function would make it each time
         renew(self, "bias", bias, self.weight.dtype, owner=layer.bias)
+        # The bias as `ops.affine_relu` takes it. Converting it at each step would be one more call.
         renew(self, "shift", bias, _wide(self.weight.dtype), owner=layer.bias)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Any:
@@ -116,17 +108,11 @@ class FusedConv(nn.Module):
         if added is None:
             return _Conv.apply(x, None, self)
         added = entered(added, self.weight.dtype)
-        if added.shape != self._shape(x):  # is broadcast
+        if added.shape != output_shape(x, self.layer[0]):  # is broadcast
             y = F.conv2d(x, self.weight, self.bias, *self.window) + added
             y = F.leaky_relu(y, self.slope)
             return (y,) * self.readers if self.readers > 1 else y
         return _Conv.apply(x, added, self)
-
-    def _shape(self, x: Tensor) -> tuple[int, ...]:
-        stride, padding, dilation, _ = self.window
-        sides = zip(x.shape[2:], self.weight.shape[2:], stride, padding, dilation, strict=True)
-        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
-        return (x.shape[0], self.out_channels, *size)
 
     def computed(self, x: Tensor, added: Tensor | None) -> Tensor:
         """Return the layer's result, in one call where the device's library has it."""
@@ -286,8 +272,9 @@ class FusedLinear(nn.Module):
 
     @torch.no_grad()
     def _permute(self) -> None:
-        images = self.weight.view(-1, *self.image)
-        renew(self, "permuted", images.permute(0, 2, 3, 1).flatten(1), self.weight.dtype)
+        columns = self.weight.view(-1, *self.image).permute(0, 2, 3, 1).flatten(1)
+        # An image of one pixel leaves the columns where they are, in the memory of the weight.
+        renew(self, "permuted", columns, self.weight.dtype, owner=self.weight)
 
     def forward(self, x: Tensor) -> Any:
         x, weight = entered(x, self.weight.dtype), self.weight

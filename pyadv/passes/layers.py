@@ -47,17 +47,11 @@ class WeightedLayer(nn.Module):
         self.source: tuple[WeightedLayer, ...] = ()
         self.convolves = not isinstance(layer, nn.Linear)
         self.out_channels = layer.weight.shape[0] if layer.weight.dim() == 4 else 0
-        # Padding "same" is a string, and padding modes other than "zeros" pad in a pass before.
-        plain = (
-            type(layer) is nn.Conv2d
-            and layer.groups == 1
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-        )
-        self.narrow = plain and is_narrow(layer.weight, layer.groups)
+        self.narrow = is_plain(layer) and is_narrow(layer.weight, layer.groups)
         paddings, least = WINOGRAD.get(getattr(layer, "stride", None), ((), 0))
         self.winograd = (
-            plain
+            is_plain(layer)
+            and layer.groups == 1
             and (layer.kernel_size, layer.dilation) == ((3, 3), (1, 1))
             and layer.padding in [(p, p) for p in paddings]
             and min(layer.in_channels, layer.out_channels) >= least
@@ -89,7 +83,7 @@ class WeightedLayer(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         (layer,) = self.layer
-        if self.has_points and _has_tiles(x, layer) and _fits(added, x, layer):
+        if self.has_points and _has_tiles(x, added, layer):
             return WinogradConv.apply(x, added, self, layer.padding[0], layer.stride[0])
         if self.source and self.source[0].has_points:
             x = torch.relu(x)  # the source's values are rectified already, its gradient is not
@@ -204,26 +198,36 @@ def narrow_input_gradient(
     return torch.cat(images)
 
 
-def _output_size(x: Tensor, layer: nn.Conv2d) -> list[int]:
-    windows = zip(x.shape[2:], layer.padding, layer.stride, strict=True)
-    return [(n + 2 * padding - 3) // stride + 1 for n, padding, stride in windows]
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether the layer is a two-dimensional convolution that pads with zeros, by numbers.
 
-
-def _has_tiles(x: Tensor, layer: nn.Conv2d) -> bool:
-    """Return whether Winograd's convolution takes x and has enough output pixels to pay."""
+    Padding "same" is a string, and padding modes other than "zeros" pad in a pass before.
+    """
     return (
-        x.dim() == 4
-        and min(_output_size(x, layer)) >= WINOGRAD_SIDE
-        and not torch.is_autocast_enabled(x.device.type)
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
     )
 
 
-def _fits(added: Any, x: Tensor, layer: nn.Conv2d) -> bool:
-    """Return whether `added` can be added without broadcasting or conversion."""
-    if added is None:
-        return True
-    shape = (x.shape[0], layer.out_channels, *_output_size(x, layer))
-    return isinstance(added, Tensor) and added.shape == shape and added.dtype == x.dtype
+def output_shape(x: Tensor, layer: nn.Conv2d) -> tuple[int, ...]:
+    """Return the shape of what a plain convolution computes of images x (B, C, H, W)."""
+    windows = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    sides = zip(x.shape[2:], *windows, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+    return (x.shape[0], layer.out_channels, *size)
+
+
+def _has_tiles(x: Tensor, added: Any, layer: nn.Conv2d) -> bool:
+    """Return whether Winograd's convolution takes x, has enough output pixels to pay, and can add
+    `added` without broadcasting or conversion."""
+    if x.dim() != 4 or torch.is_autocast_enabled(x.device.type):
+        return False
+    shape = output_shape(x, layer)
+    fits = added is None or (
+        isinstance(added, Tensor) and added.shape == shape and added.dtype == x.dtype
+    )
+    return fits and min(shape[2:]) >= WINOGRAD_SIDE
 
 
 class WinogradConv(torch.autograd.Function):

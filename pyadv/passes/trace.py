@@ -59,12 +59,12 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
             if moved:
                 raise Refused("its forward pass changes its attributes", moved)
             return graph, _held(graph, model, twin, twins)
-        except Refused:
+        except (Refused, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's classes, copied
             raise Refused(f"its attributes cannot be copied ({type(error).__name__})") from None
         finally:  # reference cycles within fx must not keep parameters alive
-            vars(tracer).clear()
+            tracer.release()
             twins.clear()
 
 
@@ -137,12 +137,24 @@ class _Tracer(fx.Tracer):
         try:
             with self._watching_functions():
                 graph = self.trace(twin)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the user's code, run on stand-ins for tensors
             why = self.why or f"torch.fx cannot follow it ({type(error).__name__}: {error})"
             raise Refused(why.splitlines()[0]) from None
         if self.why:  # the user's code has caught the error
             raise Refused(self.why)
         return graph
+
+    def release(self) -> None:
+        """Drop everything that refers to the model.
+
+        A thread that entered one of fx's wrappers before fx removed it may leave it only now. So
+        the attributes that wrappers read in other threads stay, and no more functions are wrapped.
+        """
+        self._autowrap_function_ids.clear()
+        for name in vars(self).keys() - {"thread", "_autowrap_function_ids"}:
+            delattr(self, name)
 
     def refuse(self, why: str) -> None:
         self.why = self.why or why

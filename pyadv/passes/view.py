@@ -64,6 +64,21 @@ _TF32 = 2**-10  # machine epsilon of the float32 products of a GPU
 _LOG = logging.getLogger("pyadv")
 
 
+@dataclass
+class _Inputs:
+    """What a comparison depends on besides the model and the samples."""
+
+    shape: torch.Size  # of a sample
+    dtype: torch.dtype
+    device: torch.device
+    autocast: torch.dtype | None
+    output: list[Any]
+
+
+class _NotFolded(Refused):
+    """Says why a view cannot copy the weights of its model."""
+
+
 class FastView:
     """A model in evaluation mode, with copies of the weights that it had at the last `refresh`.
 
@@ -86,8 +101,7 @@ class FastView:
         self.comparisons = 0
         self.attacked = 0  # samples, since input gradients were compared last
         self.made_for: list[Any] = []  # the model's footprint
-        self.device: torch.device | None = None
-        self.agreed: list[Any] = []  # the kind of input for which it was last compared
+        self.agreed: _Inputs | None = None  # the inputs for which it was last compared
         widths = [p.out_channels for p in self._parts if isinstance(p, WeightedLayer)]
         wide = max(widths, default=0) >= WIDE
         self._layout = torch.channels_last if wide else torch.contiguous_format
@@ -104,9 +118,19 @@ class FastView:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters and statistics that the model has now, into the same memory."""
-        for part in self._parts:
-            part.refresh(self._dtype, self._layout)
+        """Copy the parameters and statistics that the model has now, into the same memory.
+
+        Raises:
+            Refused: if they cannot be copied.
+        """
+        try:
+            for part in self._parts:
+                part.refresh(self._dtype, self._layout)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:  # raised by tensor subclasses, above all
+            why = f"its weights cannot be folded ({type(error).__name__}: {error})"
+            raise _NotFolded(why) from error
 
 
 def _in_dtype_of(x: Tensor, result: Any, dtype: torch.dtype | None) -> Any:
@@ -123,7 +147,7 @@ class _Refusal:
     why: str
     moved: frozenset[tuple[int, str]]  # attributes that its forward pass changes: not compared
     model: list[Any]
-    inputs: list[Any]
+    inputs: _Inputs
 
 
 _Known = weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, Any]]
@@ -146,8 +170,8 @@ def fast_view(
     has hooks or a `forward` of the instance, branches on values, draws random numbers, changes its
     own attributes, calls an autograd.Function, or switches gradients or autocast in its forward
     pass. The logger "pyadv" says which, at level INFO. Such a model is read again when what
-    `footprint` sees of it changes. Other threads may run models meanwhile, compiled ones excepted,
-    but must not draw random numbers.
+    `footprint` sees of it changes. One thread at a time makes or refreshes a view. Other threads
+    may run models meanwhile, except compiled ones, but must not draw random numbers.
 
     What is compared: a new view with the model on 8 samples of x; after each refresh on 2, in
     logits at every refresh and in input gradients once for every 128 samples attacked. On a GPU,
@@ -197,13 +221,13 @@ def fast_view(
     if dtype is None and kind in CONVOLUTIONS and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)  # in which the model computes, too
     known, refused = _views.setdefault(model, {}), _refused.setdefault(model, {})
-    inputs = _kind_of_input(x, output)
+    inputs = _inputs(x, output)
     refusal = refused.get(dtype)
     if refusal and refusal.inputs == inputs and refusal.model == _seen(model, refusal.moved):
         return model  # reading it again would take long
     view = known.get(dtype)
     now = _seen(model)
-    trusted = view is not None and view.made_for == now and view.device == x.device
+    trusted = view is not None and view.made_for == now and view.agreed.device == x.device
     with gradients_on(), kept_generators(x.device) as drawn:
         try:
             why = None
@@ -230,7 +254,7 @@ def fast_view(
         refused[dtype] = _Refusal(why, moved, _seen(model, moved), inputs)
         _LOG.info("%s is attacked as it is, without a fast view: %s", type(model).__name__, why)
         return model
-    view.made_for, view.agreed, view.device = now, inputs, x.device
+    view.made_for, view.agreed = now, inputs
     known[dtype] = view
     return view
 
@@ -253,8 +277,8 @@ def _new_view(
             view, why = _compared(model, x, dtype, output, drawn, fused)
             if not why:
                 return view, None
-        except _NOT_FOLDED as error:
-            why = f"{type(error).__name__}: {error}"
+        except _NotFolded as error:
+            why = str(error)
         _LOG.info("the view of %s is not fused: %s", type(model).__name__, why)
     return _compared(model, x, dtype, output, drawn, None)
 
@@ -271,25 +295,12 @@ def _compared(
     if dtype is not None:  # too much of a gradient is rounding in 16 bits to tell much of the graph
         with torch.autocast(x.device.type, enabled=False):
             own = getattr(model, "_original_forward", model)  # without Accelerate's autocast
-            view = _built(model, None, fused)
+            view = FastView(model, None, fused)
             why = _difference(view, own, x, None, output, drawn)
         if why:
             return view, why
-    view = _built(model, dtype, fused)
+    view = FastView(model, dtype, fused)
     return view, _difference(view, model, x, dtype, output, drawn)
-
-
-# Errors of weights that cannot be copied: tensor subclasses, above all.
-_NOT_FOLDED = (NotImplementedError, RuntimeError, TypeError)
-
-
-def _built(model: nn.Module, dtype: torch.dtype | None, fused: Convolutions | None) -> FastView:
-    if fused is not None:
-        return FastView(model, dtype, fused)
-    try:
-        return FastView(model, dtype)
-    except _NOT_FOLDED as error:
-        raise Refused(f"its weights cannot be folded ({type(error).__name__}: {error})") from None
 
 
 @contextlib.contextmanager
@@ -304,11 +315,10 @@ def attacked(
         yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
 
 
-def _kind_of_input(x: Tensor, output: Output) -> list[Any]:
-    """Return what else a comparison depends on, besides the model and the samples."""
+def _inputs(x: Tensor, output: Output) -> _Inputs:
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return [x.shape[1:], x.dtype, x.device, autocast, *_marks(contents(output), set())]
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return _Inputs(x.shape[1:], x.dtype, x.device, autocast, _marks(contents(output), set()))
 
 
 def _seen(model: nn.Module, without: frozenset[tuple[int, str]] = frozenset()) -> list[Any]:
@@ -368,6 +378,8 @@ def _difference(
             with torch.set_grad_enabled(asked):
                 state = generator.get_state()
                 compared.append(tuple(_Look(m, points, output, state) for m in (view, model)))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the user's code, on fewer rows or in a form not foreseen
         return f"it fails on {len(rows)} samples ({type(error).__name__}: {error})".splitlines()[0]
     if drawn():

@@ -1,12 +1,7 @@
 """The specification of `pyadv.ops`: plain PyTorch functions of the same names."""
 
-from pyadv.reference.convolution import (
-    affine_relu,
-    affine_relu_backward,
-    winograd_conv2d,
-    winograd_conv2d_input,
-    winograd_weight,
-)
+from pyadv.reference.activation import affine_relu, affine_relu_backward
+from pyadv.reference.convolution import winograd_conv2d, winograd_conv2d_input, winograd_weight
 from pyadv.reference.geometry import track
 from pyadv.reference.losses import (
     attack_loss,

@@ -1,4 +1,4 @@
-"""Winograd convolution with 3x3 windows, and affine maps with a ReLU, in plain PyTorch.
+"""Winograd convolution with 3x3 windows, in plain PyTorch.
 
 The ops of the same names in `pyadv.ops` take the same arguments, and the tests compare their
 kernels with these functions.
@@ -19,8 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from pyadv.tensors import finish, widen
 
 PANEL = 32  # output channels that the kernel computes together
 SLOTS = 36  # transformed weights of a pair of channels
@@ -177,63 +175,3 @@ def winograd(
     if mask is not None:
         y = torch.where(mask <= 0, 0.0, y)
     return y.contiguous(memory_format=torch.channels_last)
-
-
-def affine_relu(
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    slope: float = 0.0,
-    keep_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return relu((x + added) * scale + shift), and x + added if `keep_sum`. See
-    `ops.affine_relu`."""
-    y, total = _affine_relu(x, scale, shift, added, slope, keep_sum)
-    return (y, total) if keep_sum else y
-
-
-def affine_relu_backward(
-    y: Tensor,
-    grad: Tensor,
-    other: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    scale: Tensor | None = None,
-    slope: float = 0.0,
-) -> Tensor:
-    """Return (grad + other) * relu'(y) * scale + added. See `ops.affine_relu_backward`."""
-    g = widen(grad) if other is None else widen(grad) + widen(other)
-    g = _below_zero(y, g, slope)
-    if scale is not None:
-        g = g * _channels(scale, y)
-    if added is not None:
-        g = g + widen(added)
-    return finish(g, y, None)
-
-
-def _affine_relu(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    added: Tensor | None,
-    slope: float,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor]:
-    total = x if added is None else x + added
-    v = widen(total)
-    if scale is not None:
-        v = v * _channels(scale, x)
-    if shift is not None:
-        v = v + _channels(shift, x)
-    kept = finish(total, x, None) if keep_sum else x.new_empty(0)
-    return finish(_below_zero(v, v, slope), x, None), kept
-
-
-def _below_zero(sign: Tensor, v: Tensor, slope: float) -> Tensor:
-    return torch.where(sign <= 0, v * slope if slope else 0.0, v)
-
-
-def _channels(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *(1,) * (x.dim() - 2))

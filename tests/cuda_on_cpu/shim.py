@@ -19,9 +19,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 WORK = REPOSITORY / "build" / "cuda_on_cpu"
 
-# The checks of UBSan that kernels can break. All of them would take half as long again to compile.
-_CHECKS = "address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
-SANITIZE = ("-O1", "-g1", f"-fsanitize={_CHECKS}", "-fno-sanitize-recover=undefined")
+SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Compiles as plain C++, with the replacements included first. Each __shared__ variable gets its own
 # section.
 AS_CPP = (
@@ -52,6 +50,7 @@ def plan() -> _build.Plan:
         cpu,
         library="cuda_on_cpu",
         file="_ops_cuda_on_cpu.so",
+        recipe=cuda.recipe,
         compile=tuple(commands([path for path, _ in cuda.compile], host)),
         link=(*cpu.link, *SANITIZE, *LINK),
     )
@@ -86,11 +85,19 @@ def environment() -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the command and environment of a pytest run on the CPU build of the CUDA kernels."""
-    library = build(plan())
+    """Return the command and environment of a pytest run on the CPU build of the CUDA kernels.
+
+    A run of a part of the cases chooses them by the hash of the kernels' sources, among others.
+    """
+    kernels = plan()
+    library = build(kernels)
     return (
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        {**environment(), "PYADV_TEST_CUDA_ON_CPU": str(library)},
+        {
+            **environment(),
+            "PYADV_TEST_CUDA_ON_CPU": str(library),
+            "PYADV_TEST_KEY": kernels.recipe["sources"],
+        },
     )
 
 

@@ -17,7 +17,8 @@ from pyadv import ops
 from pyadv.attacks import PGD, fast_view
 from pyadv.models import Normalized, PreActResNet18, ResNet18, SmallCNN, WideResNet
 from pyadv.models.resnet import BasicBlock
-from pyadv.passes import fused
+from pyadv.passes import fused, layers
+from pyadv.passes import view as views
 from pyadv.passes.view import FastView
 from tests.fuzz.architectures import ARCHITECTURES
 from tests.fuzz.test_architectures import built
@@ -91,6 +92,20 @@ class Branches(nn.Module):
         return self.head(z.mean([2, 3]) + z.amax((2, 3)))
 
 
+class BiasOfTheShortcut(nn.Module):
+    """A sum of two convolutions, of which the one that is added has the only bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.shortcut, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        shortcut = self.shortcut(x)
+        return self.head(F.relu(self.conv(x) + shortcut).mean((2, 3)))
+
+
 NETWORKS = {
     "ResNet-18": (lambda: thin(ResNet18()), (3, 8, 8)),
     "PreActResNet-18": (lambda: thin(PreActResNet18()), (3, 8, 8)),
@@ -100,6 +115,7 @@ NETWORKS = {
     "normalised": (lambda: Normalized(blocks(BasicBlock), 0.5, (0.2, 0.3, 0.4)), (3, 16, 16)),
     "linear layers": (layers_of_all_kinds, (3, 16, 16)),
     "branches": (Branches, (3, 16, 16)),
+    "bias of the shortcut": (BiasOfTheShortcut, (3, 16, 16)),
     "odd": (Odd, (3, 16, 16)),
 }
 
@@ -261,6 +277,22 @@ def test_views_follow_the_model_at_the_same_addresses():
         assert not torch.allclose(view(x), old)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_refreshes_do_not_write_to_weights_that_the_model_held_before(name):
+    """An exponential moving average swaps the data of parameters and puts it back later."""
+    model, x = network(name)
+    fused_view(model, x)
+    held = [(p.data, p.data.clone()) for p in model.parameters()]
+    versions = [p._version for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data * 1.01
+    view = fused_view(model, x)
+    for now, before in held:
+        assert torch.equal(now, before)
+    assert [p._version for p in model.parameters()] == versions
+    torch.testing.assert_close(view(x), model(x), rtol=1e-9, atol=1e-11)
+
+
 def tensors_of(view):
     held = [t for p in view._parts for t in vars(p).values() if isinstance(t, torch.Tensor)]
     return [t for t in held if t.numel()]
@@ -284,12 +316,56 @@ def test_what_cudnn_cannot_fuse_is_computed_apart(monkeypatch, caplog):
     assert calls["failed"] == 17
 
 
+def full(*args, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class NeedsMemory(nn.Module):
+    """A network that asks for more memory than there is: while it is read, or when it is copied."""
+
+    def __init__(self, copied):
+        super().__init__()
+        self.body, self.copied = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), copied
+        self.extra = torch.zeros(3)
+
+    def forward(self, x):
+        return self.body(x) if self.copied else full()
+
+
+@pytest.mark.parametrize("fused_form", [True, False])
+@pytest.mark.parametrize("where", ["reading", "copying", "folding", "comparing"])
+def test_a_lack_of_memory_is_not_taken_for_a_model_without_a_view(where, fused_form, monkeypatch):
+    if not fused_form:
+        monkeypatch.delitem(fused.CONVOLUTIONS, "cpu")
+    model, x = NeedsMemory(copied=where != "reading").eval(), torch.rand(4, 3, 2, 2)
+    if where == "copying":
+        monkeypatch.setattr(torch.Tensor, "clone", full)
+    elif where == "folding":
+        monkeypatch.setattr(fused if fused_form else layers, "renew", full)
+    elif where == "comparing":
+        monkeypatch.setattr(views, "_Look", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast_view(model, x)
+    monkeypatch.undo()
+    if where != "reading":
+        assert isinstance(fast_view(model, x), FastView)
+
+
+def test_a_broken_graph_is_not_taken_for_weights_that_cannot_be_folded(monkeypatch):
+    """fx finds a mistake of the rewriting, which must not end as a slower view."""
+    model, x = network("SmallCNN", torch.float32)
+
+    def broken(graph):
+        raise RuntimeError("Argument 'x' of Node 'y' was used before it has been defined")
+
+    monkeypatch.setattr(torch.fx.Graph, "lint", broken)
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        fast_view(model, x)
+
+
 def test_a_lack_of_memory_is_not_taken_for_a_lack_of_kernels(monkeypatch):
     model, x = network("SmallCNN", torch.float32)
     view = fused_view(model, x)
-
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
     for part in view._parts[:2]:
         part.convolutions = fused.Convolutions(full, full)

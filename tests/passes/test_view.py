@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -543,6 +544,16 @@ def test_threads_build_views_side_by_side():
     assert nn.Linear(2, 3)(torch.rand(4, 2)).shape == (4, 3)
 
 
+@pytest.mark.parametrize(
+    "window", [(3, 1, 1), (3, 2, 1), ((5, 2), (2, 3), (4, 0)), (3, 1, (2, 3), 2), (1, 2)], ids=str
+)
+def test_the_shape_of_a_convolution_is_known_beforehand(window):
+    layer = nn.Conv2d(3, 5, *window)
+    for size in ((9, 8), (12, 7)):
+        x = torch.rand(2, 3, *size)
+        assert layers.output_shape(x, layer) == layer(x).shape
+
+
 class Rounded(torch.autograd.Function):
     """Rounding to a coarse grid, with the gradient of the identity."""
 
@@ -553,6 +564,65 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad
+
+
+def in_thread(work):
+    """Return what `work` returns when another thread calls it."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(60)
+
+
+def test_a_thread_may_leave_the_wrappers_of_fx_after_the_trace():
+    """A thread that called a module, read an attribute or applied a Function while fx had replaced
+    these may run fx's replacement to the end when the trace is over."""
+    kept, layer, x = [], nn.Linear(3, 2), torch.rand(4, 3)
+
+    def forward(self, x):
+        found = nn.Module.__call__, nn.Module.__getattr__, torch.autograd.Function.apply.__func__
+        kept.append(found)
+        return self.inside(x)
+
+    trace(Wrapped(forward).eval())
+    ((call, getattr_, apply),) = kept
+    assert call is not nn.Module.__call__ and getattr_ is not nn.Module.__getattr__
+    expected = layer(x)
+    assert torch.equal(in_thread(lambda: call(layer, x)), expected)
+    assert in_thread(lambda: getattr_(layer, "weight")) is layer.weight
+    assert torch.equal(in_thread(lambda: apply(Rounded, x)), torch.round(8 * x) / 8)
+
+
+def test_a_thread_does_not_see_the_draws_of_another(monkeypatch):
+    """While one thread compares a view with its model, another asks for a view of a network that
+    draws random numbers, and has drawn but not put the generator back."""
+    x, drawn, finished = inputs(), threading.Event(), threading.Event()
+    threads, look = [], views._Look
+    random_model = Wrapped(lambda self, x: self.inside(x + draw())).eval()
+    found = {}
+
+    def draw():
+        number = torch.rand((), dtype=x.dtype)
+        drawn.set()
+        finished.wait(10)
+        return number
+
+    def other():
+        found["random"] = fast_view(random_model, x)
+
+    def slow_look(*args):
+        if not threads:
+            threads.append(threading.Thread(target=other))
+            threads[0].start()
+            drawn.wait(0.5)
+        return look(*args)
+
+    monkeypatch.setattr(views, "_Look", slow_look)
+    state = torch.get_rng_state()
+    view = fast_view(settled(ConvNet()), x)
+    finished.set()
+    threads[0].join()
+    assert isinstance(view, FastView)
+    assert found["random"] is random_model and drawn.is_set()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("speed", ["fast", "bfloat16"])

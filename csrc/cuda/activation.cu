@@ -1,4 +1,4 @@
-#include "common/convolution.h"
+#include "common/activation.h"
 
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
