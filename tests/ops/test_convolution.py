@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import LAYOUTS, assert_same_bits, normal
+from instruction_sets import HAS
 
 from pyadv import _build, ops, reference
 from pyadv.reference.convolution import winograd as winograd_op
@@ -235,8 +236,6 @@ def test_refuses_bad_arguments(device):
         ops.winograd_conv2d_input(grad, turned, (2, 3, 5, 6), 1, mask=grad)
 
 
-# features that the processor is made to report
-_LESSER = {"AVX2": "(n[3] != '5')", "128 bits": "(n[0] == 0)"}
 _CALL = """
 #include "cpu/kernels.h"
 extern "C" __attribute__((visibility("default"))) void call(
@@ -256,10 +255,10 @@ extern "C" __attribute__((visibility("default"))) void call(
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="about the kernels for x86")
-@pytest.mark.parametrize("have", _LESSER.values(), ids=_LESSER)
+@pytest.mark.parametrize("have", HAS.values(), ids=HAS)
 def test_lesser_instruction_sets(have, tmp_path):
-    """Kernels for processors without AVX-512 are right. No other test runs them on one that has
-    it."""
+    """Kernels for processors without AVX-512 are right. tests/instruction_sets.py runs the other
+    families' on a processor that has it."""
     compiler, csrc = _build.find_compiler(), _build.source_root()
     if compiler is None:
         pytest.skip("no C++ compiler")
