@@ -47,12 +47,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--site", type=Path, help="folder of libraries to compare with")
     options = parser.parse_args(given)
-    unknown = set(options.questions) - {*QUESTIONS, *OWN_PAGES, *GPU_QUESTIONS}
+    unknown = sorted(set(options.questions) - {*QUESTIONS, *OWN_PAGES, *GPU_QUESTIONS})
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu adds up the time of all threads, so it needs --threads 1")
     if unknown:
-        known = ", ".join((*QUESTIONS, *OWN_PAGES))
-        parser.error(f"questions are {known}; got {', '.join(sorted(unknown))}")
+        known = (*QUESTIONS, *OWN_PAGES)
+        meant = _meant(unknown[0], known)
+        parser.error(f"questions are {', '.join(known)}; got {', '.join(unknown)}{meant}")
     return options
 
 
@@ -101,8 +102,19 @@ def _against(wanted: str, versions: dict[str, str | None]) -> tuple[str, ...]:
     names = tuple(wanted.split(","))
     missing = [name for name in names if name not in there]
     if missing:
-        sys.exit(f"--against: cannot import {', '.join(missing)}; can import {', '.join(there)}")
+        meant = _meant(missing[0], (*versions, "peers", "none"))
+        sys.exit(
+            f"--against: cannot import {', '.join(missing)}; "
+            f"can import {', '.join(there) or 'no other library'}{meant}"
+        )
     return names
+
+
+def _meant(name: str, known: tuple[str, ...]) -> str:
+    harness.use_checkout()
+    from pyadv._names import did_you_mean
+
+    return did_you_mean(name, known)
 
 
 def _threads(given: argparse.Namespace, device, wanted) -> list[int]:

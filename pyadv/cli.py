@@ -779,7 +779,8 @@ def bench(
     questions: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, attacks, fast, training, evaluation, startup, scaling, anatomy \\[all].",
+            help="ops, attacks, fast, training, evaluation, startup, scaling, anatomy \\[all]; "
+            "or strength.",
             show_default=False,
         ),
     ] = None,

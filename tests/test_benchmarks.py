@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -326,3 +327,19 @@ def test_strength_of_fast_views_in_both_forms(options):
         assert fast_view(model.eval(), x).fused
     view._views.clear()
     assert not fast_view(model, x).fused
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["atacks"], "questions are ops, .*; got atacks; did you mean 'attacks'"),
+        (["ops", "--against", "foolbx"], "cannot import foolbx; .*did you mean 'foolbox'"),
+    ],
+)
+def test_misspelt_names_are_told_the_nearest(given, said):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "run.py", *given, "--quick", "--out", "never-made"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and re.search(said, done.stderr), done.stderr

@@ -165,17 +165,22 @@ def values(x: Tensor, sizes: dict[str, float | Tensor], lo: Any, hi: Any) -> Non
         )
 
 
-def logits(z: Tensor, y: Tensor) -> None:
-    """Raise an error if the first logits of an attack do not fit the labels, or if a row has no
-    answer: NaN, +inf, or all -inf. A class at -inf is only out of play."""
+def label_range(y: Tensor, classes: int) -> None:
+    """Raise an error if a label is no class of the model."""
     if y.numel() == 0:
         return
     low, high = map(int, y.aminmax())
-    if low < 0 or high >= z.shape[1]:
+    if low < 0 or high >= classes:
         raise ValueError(
-            f"attack: y must hold labels 0..{z.shape[1] - 1} (the model has {z.shape[1]} classes), "
+            f"attack: y must hold labels 0..{classes - 1} (the model has {classes} classes), "
             f"got values from {low} to {high}"
         )
+
+
+def logits(z: Tensor, y: Tensor) -> None:
+    """Raise an error if the first logits of an attack do not fit the labels, or if a row has no
+    answer: NaN, +inf, or all -inf. A class at -inf is only out of play."""
+    label_range(y, z.shape[1])
     bad = int((~has_answer(z)).sum())
     if bad:
         raise ValueError(

@@ -62,8 +62,8 @@ def judge(task: Task, found: Perturbed) -> AttackResult:
     """Return the verdict of `task.model` on `found.x_adv`, by one forward pass."""
     s, model = task.settings, task.model
     logits = predict(model, found.x_adv, s)
-    if not s.steps:  # no step has looked at logits before
-        check_first(logits, task.y, s.checks_values(task.x), differentiate=False)
+    if not s.steps and s.checks_values(task.x):  # no step has looked at the labels
+        checks.label_range(task.y, logits.shape[1])
     reference = predict(model, task.x, s) if s.loss.needs_reference_logits else None
     with torch.inference_mode(False), torch.no_grad():
         target = None if task.target is None else owned(task.target)

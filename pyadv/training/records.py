@@ -14,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
 from pyadv import _state
+from pyadv._names import did_you_mean
 
 _NOT_TRACKED = ("epoch", "seconds")
 
@@ -32,7 +33,8 @@ def trackers(log_with: str | None, folder: Path | None) -> list[str]:
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in known:
-            raise ValueError(f"log_with must be none or of {', '.join(known)}, got {name!r}")
+            meant = did_you_mean(name, (*known, "none"))
+            raise ValueError(f"log_with must be none or of {', '.join(known)}, got {name!r}{meant}")
         if name not in installed or (name == "tensorboard" and not _has_tensorboard()):
             raise ImportError(f"log_with {name!r} is not installed: pip install {name}")
     if names and folder is None:

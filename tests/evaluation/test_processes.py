@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation import two_processes as problem
+import two_processes as problem
 from torch import Tensor
 
 import pyadv
@@ -22,9 +22,9 @@ Found = tuple[dict[str, Any], dict[str, Any]]
 
 def run_two(part: str, folder: Path) -> Found:
     """Run a part in two processes; return what each found."""
-    tests, root = Path(problem.__file__).parents[1], Path(pyadv.__file__).parents[1]
+    tests, root = Path(problem.__file__).parent, Path(pyadv.__file__).parents[1]
     code = (
-        "import pathlib; from evaluation import two_processes; "
+        "import pathlib, two_processes; "
         f"two_processes.main({part!r}, {{}}, pathlib.Path({str(folder)!r}))"
     )
     paths = os.pathsep.join(map(str, (tests, root)))

@@ -330,6 +330,8 @@ def test_trackers_get_the_numbers_of_each_epoch(
 def test_trackers_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="log_with must be none or of .*wandb, got 'paper'"):
         trackers("paper", tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'tensorboard'"):
+        trackers("tensorbord", tmp_path)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(ImportError, match="pip install wandb"):
         trackers("wandb", tmp_path)
