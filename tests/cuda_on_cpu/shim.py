@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 WORK = REPOSITORY / "build" / "cuda_on_cpu"
 
-SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZE = ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Compiles as plain C++, with the replacements included first. Each __shared__ variable gets its own
 # section.
 AS_CPP = (
