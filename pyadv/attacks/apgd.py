@@ -70,6 +70,8 @@ class APGD(Attack):
             logits.
     """
 
+    settings: GradientSettings
+
     loss = Setting("settings.loss.loss")
     best = Setting("settings.best")
     eot = Setting("settings.eot")
@@ -144,7 +146,7 @@ class APGD(Attack):
             return super()._search(task)
         s = task.settings
         early = min(math.ceil(0.3 * s.steps), s.steps // 2)
-        found = None
+        found: Perturbed | None = None
         for factor, steps in ((3, early), (2, early), (1, s.steps - 2 * early)):
             radius = factor * s.eps
             stage = replace(s, eps=radius, alpha=radius, steps=steps)
@@ -156,13 +158,14 @@ class APGD(Attack):
                 if leaves_by_rounding(begin.dtype):
                     round_inward_(begin, task.x, radius, "L1")
                 stage = replace(stage, start=lambda _, begin=begin: begin)
-            before, found = found, super()._search(replace(task, settings=stage))
-            if before is not None:
-                found.kappa += before.kappa
-                found.steps += before.steps
-                found.queries += before.queries
-                found.gradients += before.gradients
-        return found
+            latest = super()._search(replace(task, settings=stage))
+            if found is not None:
+                latest.kappa += found.kappa
+                latest.steps += found.steps
+                latest.queries += found.queries
+                latest.gradients += found.gradients
+            found = latest
+        return latest
 
 
 class TargetedAPGD(APGD):

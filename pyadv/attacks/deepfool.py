@@ -25,7 +25,7 @@ from pyadv.engine.norms import DUAL
 from pyadv.engine.results import Perturbed
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
-from pyadv.engine.task import Model, Task
+from pyadv.engine.task import Model, Task, memory
 from pyadv.passes.borrow import owned
 from pyadv.tensors import clip_to_box, flatten, per_row, row_norm, row_sum, widen
 
@@ -138,8 +138,8 @@ class BoundaryRule(StepRule):
     overshoot: float
     least: float  # length of a step
     rivals: int
-    classes: Tensor | None = None  # (B, rivals)
-    total: Tensor | None = None  # of the steps
+    classes: Tensor = memory()  # (B, rivals)
+    total: Tensor = memory()  # of the steps
 
     def begin(self, state: State) -> BoundaryRule:
         return replace(self, total=torch.zeros_like(widen(state.x)))
@@ -176,9 +176,9 @@ class NormalRule(BoundaryRule):
     """The rule of "super" DeepFool. A sample is `inside` a run of DeepFool that began at `outer`,
     or at `outer` itself; it leaves when it fools the model there."""
 
-    outer: Tensor | None = None
-    inside: Tensor | None = None  # (B,) bool
-    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+    outer: Tensor = memory()
+    inside: Tensor = memory()  # (B,) bool
+    point: Tensor = memory()  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> NormalRule:
         x_adv, inside = widen(state.x_adv), torch.zeros_like(state.active)

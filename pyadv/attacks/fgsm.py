@@ -55,6 +55,7 @@ class MIFGSM(PGD):
     Source: Dong et al., "Boosting Adversarial Attacks with Momentum" (CVPR 2018), algorithm 1.
     """
 
+    _rule = Setting("settings.rule")
     decay = Setting("settings.rule.decay")
 
     def __init__(

@@ -26,7 +26,7 @@ from pyadv.engine.attack import functional
 from pyadv.engine.norms import DUAL, distance
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
-from pyadv.engine.task import Model
+from pyadv.engine.task import Model, memory
 from pyadv.menus import ANY_NORMS, AnyNorm
 from pyadv.tensors import broadcastable, clip_to_box, flatten, largest, row_norm, widen
 
@@ -113,11 +113,11 @@ class BallRule(ClassRule):
     first_gamma: float
     last_gamma: float
     first_alpha: float
-    alpha: Tensor | None = None  # the step size of this step
-    gamma: Tensor | None = None
-    radius: Tensor | None = None
-    most: Tensor | None = None  # (B,) the radius that reaches the whole box
-    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+    alpha: Tensor = memory()  # the step size of this step
+    gamma: Tensor = memory()
+    radius: Tensor = memory()
+    most: Tensor = memory()  # (B,) the radius that reaches the whole box
+    point: Tensor = memory()  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> BallRule:
         s = state.settings

@@ -19,7 +19,7 @@ from pyadv.engine.norms import DUAL, ORDER, distance
 from pyadv.engine.results import MinimumNormResult
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings, memory
 from pyadv.menus import AnyNorm, Auto, LossName, Scale, Speed
 from pyadv.passes.borrow import Output
 from pyadv.tensors import broadcastable, clip_to_box, per_row, row_norm, row_sum, widen
@@ -74,8 +74,9 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
 def box_width(lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> float:
     """Return the factor for settings that were published for the box [0, 1]: hi - lo, or 1 if a
     bound is no finite number."""
-    bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
-    return float(abs(hi - lo)) if bounded and math.isfinite(hi - lo) else 1.0
+    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and math.isfinite(hi - lo):
+        return float(abs(hi - lo))
+    return 1.0
 
 
 def reach(x: Tensor, norm: AnyNorm, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
@@ -109,9 +110,9 @@ class ClassRule(StepRule):
 
     classes: ClassChoice
     _: KW_ONLY
-    follow: Tensor | None = None  # (B,) the classes
-    value: Tensor | None = None  # (B,) z_c - z_y at the current iterate
-    best: Tensor | None = None  # (B,) minus the smallest distance before this iterate
+    follow: Tensor = memory()  # (B,) the classes
+    value: Tensor = memory()  # (B,) z_c - z_y at the current iterate
+    best: Tensor = memory()  # (B,) minus the smallest distance before this iterate
 
     def kind(self, k: int, steps: int) -> str:
         if self.classes == "nearest" and (k == 0 or (steps >= _TWICE and k == steps // 2)):
@@ -228,6 +229,8 @@ class NearestIterate(MinimumNorm):
         eps, lo, hi, compact, output, validate, speed: as in `FAB`.
         targeted: y is the class to reach.
     """
+
+    settings: LoopSettings
 
     def __init__(
         self,

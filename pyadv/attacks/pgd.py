@@ -98,6 +98,8 @@ class PGD(Attack):
             logits; the message names the argument, the rule and what was seen.
     """
 
+    settings: GradientSettings
+
     alpha = Setting("settings.alpha")
     loss = Setting("settings.loss.loss")
     best = Setting("settings.best")

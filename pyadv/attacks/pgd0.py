@@ -16,9 +16,10 @@ from pyadv.engine.attack import Attack, Plan, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import StepRule
+from pyadv.engine.settable import Setting
 from pyadv.engine.starts import AnyStart, GeneratorNoise, Noise, StartFunction
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, memory
 from pyadv.menus import BESTS, AnyNorm, Auto, Best, LossName, Speed
 from pyadv.passes.borrow import Output
 from pyadv.tensors import clip_to_box, flatten, keep_inactive, largest, per_row, widen
@@ -63,6 +64,10 @@ class PGD0(Attack):
     Source: PGD_0 of that paper: a step along the gradient, then the projection onto the L0 ball
     inside the box. Start, step length and default loss are ours.
     """
+
+    settings: LoopSettings
+
+    _rule = Setting("settings.rule")
 
     def __init__(
         self,
@@ -115,11 +120,11 @@ class PGD0(Attack):
 
     def _search_words(self) -> list[str]:
         s = self.settings
-        of = ["pixels"] if s.rule.pixels else []
+        of = ["pixels"] if self._rule.pixels else []
         return [*of, f"{s.steps} steps", f"loss {show(s.loss.loss)}"]
 
     def _plan(self, task: Task) -> Plan:
-        if self.settings.rule.pixels and task.x.dim() != 4:
+        if self._rule.pixels and task.x.dim() != 4:
             got = list(task.x.shape)
             raise ValueError(f"pixels=True needs images (B, C, H, W), got x of shape {got}")
         return super()._plan(task)
@@ -131,7 +136,7 @@ class SparsestRule(StepRule):
 
     alpha: float
     pixels: bool
-    count: Tensor | None = None  # (B,)
+    count: Tensor = memory()  # (B,)
 
     def begin(self, state: State) -> SparsestRule:
         return replace(self, count=_counts(state.settings.eps, state.x))

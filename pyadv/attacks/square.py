@@ -19,7 +19,7 @@ from pyadv.engine.rules import StepRule
 from pyadv.engine.settable import Setting
 from pyadv.engine.starts import PROJECT, Noise
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, radius
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, memory, radius
 from pyadv.menus import AnyNorm, Auto, Norm, Speed
 from pyadv.ops.steps import square_stepper
 from pyadv.passes.borrow import Output
@@ -60,6 +60,8 @@ class Square(Attack):
         ValueError, TypeError: at construction for settings, at the call for x, y and the model's
             logits; x must be images (B, C, H, W).
     """
+
+    settings: LoopSettings
 
     queries = Setting("settings.steps")
     draws = Setting("settings.start")
@@ -123,7 +125,7 @@ class SquareRule(StepRule):
     often the squares have shrunk."""
 
     p: float
-    number: Tensor | None = None  # of the proposal, which the draws depend on
+    number: Tensor = memory()  # of the proposal, which the draws depend on
 
     by_gradient = False
 
@@ -152,7 +154,7 @@ class SquareRule(StepRule):
         else:
             side = max(side, 3)
             new = self._move_mass(state, draws, min(side + (side + 1) % 2, h, w))
-            state.x_adv.copy_(torch.where(active.view(b, 1, 1, 1), new, state.x_adv))
+            state.x_adv.copy_(torch.where(state.active.view(b, 1, 1, 1), new, state.x_adv))
 
     @staticmethod
     def _move_mass(state: State, draws: _Keyed | _Official, side: int) -> Tensor:

@@ -240,7 +240,7 @@ class Attack(Settable):
 
     def _settled(self, changes: dict[str, Any] | None) -> None:
         """Warn of a step size that the caller has chosen and that cannot cross half of the ball."""
-        s, given = self.settings, self._arguments[1]
+        s, given = self.settings, vars(self)["_arguments"][1]
         if not isinstance(s, GradientSettings) or given.get("alpha") is None:
             return
         if changes is not None and not _SIZES_OF_STEPS & changes.keys():
@@ -279,7 +279,8 @@ class Attack(Settable):
     @property
     def _by_verdict(self) -> bool:
         """Whether the search stops, or picks its result, by what the model answers."""
-        return self.settings.best in ("fooled", "nearest")
+        s = self.settings
+        return isinstance(s, LoopSettings) and s.best in ("fooled", "nearest")
 
     def _find(self, task: Task) -> Perturbed:
         """Search on the network that `speed` chooses. Samples that have fooled the view and not the

@@ -79,7 +79,7 @@ class Loss:
         target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (B,), its gradient (B, C), and (B,) bool: the samples not fooled yet."""
-        if self.by_autograd:
+        if callable(self.loss) or self.by_autograd:
             values, grad, correct = self._differentiate(logits, y, reference_logits, target)
         else:
             values, grad, correct = ops.attack_loss(
@@ -123,7 +123,7 @@ class Loss:
             return self.loss(logits, y)
         if self.loss == "ce":  # as the official codes write it, including the rounding of 1 - p_y
             return F.cross_entropy(logits, y, reduction="none")
-        if self.loss == "kl":
+        if self.loss == "kl" and reference_logits is not None:
             q = reference_logits.softmax(1)
             # A class without probability adds 0 to the divergence, also where log p is -inf.
             log_p = logits.log_softmax(1).masked_fill(q == 0, 0.0)

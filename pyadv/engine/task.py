@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 
+from pyadv.engine import starts
 from pyadv.engine.losses import Loss
-from pyadv.engine.starts import AnyStart, Noise, start
+from pyadv.engine.starts import AnyStart, Noise
 from pyadv.menus import AnyBest, AnyNorm, Auto, BatchNormMode, Speed
 from pyadv.passes.borrow import Output
 
@@ -20,11 +21,21 @@ Model = Callable[..., Any]
 FloatOrTensor = float | Tensor
 
 
+def memory() -> Any:
+    """Return the default of a dataclass field that is filled after construction, by `begin` of a
+    step rule or by the loop, and only read from then on. It is None until then."""
+    return field(default=None)
+
+
 # The default step size, in eps: the length of all steps together, and the bounds of one step.
 _WAY: dict[AnyNorm, float] = {"Linf": 2.5, "L2": 5.0, "L1": 10.0}
 _LEAST, _MOST = 0.1, 1.0
 
 
+@overload
+def radius(eps: float | None, norm: AnyNorm, default: float = ...) -> float: ...
+@overload
+def radius(eps: FloatOrTensor | None, norm: AnyNorm, default: float = ...) -> FloatOrTensor: ...
 def radius(eps: FloatOrTensor | None, norm: AnyNorm, default: float = 8 / 255) -> FloatOrTensor:
     """Return eps, or for None the default, which is a radius in Linf. Raise ValueError for None in
     another norm."""
@@ -68,7 +79,7 @@ class Settings:
     compact: Auto = "auto"
     output: Output = None
     validate: Auto = "auto"
-    start_from: Callable[..., Tensor] = start
+    start_from: Callable[..., Tensor] = starts.start
     bn: BatchNormMode = "eval"
     update_stats: bool = False
     speed: Speed = "exact"
@@ -145,7 +156,7 @@ class Task:
     noise: Noise
     target: Tensor | None = None
     group: Tensor | None = None
-    first: Tensor | None = None
+    first: Tensor = memory()
 
     def select(self, kept: Tensor) -> Task:
         """Return the task of the rows `kept` (indices), which then stand alone: without groups."""
