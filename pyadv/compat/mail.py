@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from pyadv import ops
 from pyadv.compat._official import training_attack
+from pyadv.menus import LossName
 from pyadv.objectives import MAIL
 
 __all__ = ["PM", "mail_loss", "weight_assign"]
@@ -56,7 +57,7 @@ def mail_loss(
     base = next((name for name in ("mart", "trades", "at") if name in method), None)
     if base is None:
         raise RuntimeError(f"invalid method name: {method!r} has none of mart, trades, at in it")
-    loss = "kl" if "trades" in method else "ce"
+    loss: LossName = "kl" if "trades" in method else "ce"
     attack = training_attack(loss, epsilon, step_size, perturb_steps, distance)
     model.train()
     optimizer.zero_grad()

@@ -201,7 +201,9 @@ class Attack(metaclass=_Closed):
 
     def _normalise_network(self) -> None:
         used = self._normalization
-        network = Normalized(self.model, used["mean"].flatten(), used["std"].flatten())
+        model: Any = self.model  # any callable will do
+        mean, std = (used[k].flatten().tolist() for k in ("mean", "std"))
+        network = Normalized(model, mean, std)
         for name in ("mean", "std"):  # not network.to(...), which would move the model
             setattr(network, name, getattr(network, name).to(self.device or "cpu"))
         self._network = network
@@ -256,7 +258,13 @@ class Attack(metaclass=_Closed):
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
         """Treat labels as the classes to reach, from now on."""
-        self._set_mode_targeted("targeted(label)", lambda inputs, labels: labels, quiet)
+
+        def given(inputs: Tensor, labels: Tensor | None) -> Tensor:
+            if labels is None:
+                raise TypeError(f"{self.attack} needs labels, got None")
+            return labels
+
+        self._set_mode_targeted("targeted(label)", given, quiet)
 
     def _set_mode_targeted(self, mode: str, function: TargetMap, quiet: bool) -> None:
         if "targeted" not in self.supported_mode:

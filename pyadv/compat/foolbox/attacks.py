@@ -255,7 +255,8 @@ class L1ProjectedGradientDescentAttack(_Descent):
 class LinfBasicIterativeAttack(_Descent):
     """PGD in Linf from the inputs."""
 
-    norm, rel_stepsize, steps, random_start = "Linf", 0.2, 10, False
+    norm: AnyNorm = "Linf"
+    rel_stepsize, steps, random_start = 0.2, 10, False
 
 
 class L2BasicIterativeAttack(LinfBasicIterativeAttack):
@@ -273,7 +274,7 @@ class L1BasicIterativeAttack(LinfBasicIterativeAttack):
 class LinfFastGradientAttack(_Descent):
     """One step of size epsilon in Linf: FGSM."""
 
-    norm = "Linf"
+    norm: AnyNorm = "Linf"
 
     def __init__(self, *, random_start: bool = False):
         super().__init__(rel_stepsize=1.0, steps=1, random_start=random_start)
@@ -437,7 +438,7 @@ class LInfFMNAttack(_Minimum):
         max_stepsize: the first step size; pyadv's default for the norm by default.
     """
 
-    norm = "Linf"
+    norm: AnyNorm = "Linf"
 
     def __init__(self, *, steps: int = 100, max_stepsize: float | None = None, gamma: float = 0.05):
         self.steps, self.max_stepsize, self.gamma = steps, max_stepsize, gamma
