@@ -20,7 +20,7 @@ from pyadv.passes.borrow import (
     unwrap,
 )
 from pyadv.passes.tangent import TangentSweep
-from pyadv.tensors import per_row, row_norm
+from pyadv.tensors import per_row, row_norm, total
 
 DERIVATIVES = ("tangent", "double", "difference")
 
@@ -132,17 +132,18 @@ class EMR:
                 logits = logits_at(x)
             cotangents = self._cotangents(logits.detach(), step.y)
             twice = self.derivative != "difference"
-            gradients = []
+            gradients: list[Tensor] = []
             for i, c in enumerate(cotangents):
                 retain = twice or i + 1 < len(cotangents)
                 gradients += torch.autograd.grad(
                     logits, x, c, retain_graph=retain, create_graph=twice
                 )
-            penalties = sum(ops.row_square_sum(g) for g in gradients)
+            penalties = total(ops.row_square_sum(g) for g in gradients)
             if not twice:
                 with torch.autocast(x.device.type, enabled=False):  # too coarse for a difference
                     along = [self._difference(logits_at, x.detach(), g) for g in gradients]
-                    twin = 2 * sum((c * d).sum(1) for c, d in zip(cotangents, along, strict=True))
+                    terms = zip(cotangents, along, strict=True)
+                    twin = 2 * total((c * d).sum(1) for c, d in terms)
                 penalties = penalties + (twin - twin.detach())
         return penalties
 
@@ -165,8 +166,8 @@ class EMR:
         q = ops.softmax_cotangent(others, self.temperature)
         if self.samples is None:
             return [q[:, j : j + 1].sqrt() * (eye[y] - eye[j]) for j in range(classes)]
-        drawn = torch.multinomial(q.float(), self.samples, replacement=True)
-        return [(eye[y] - eye[j]) / self.samples**0.5 for j in drawn.unbind(1)]
+        picked = torch.multinomial(q.float(), self.samples, replacement=True)
+        return [(eye[y] - eye[j]) / self.samples**0.5 for j in picked.unbind(1)]
 
     def _difference(self, logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
         """Return J g (B, C) by a central difference: one forward pass of 2 B samples."""

@@ -20,6 +20,7 @@ from pyadv.objectives.terms import (
     Mean,
     Scaled,
     Sum,
+    Term,
     clean_cross_entropy,
     cross_entropy,
     trades_kl,
@@ -168,11 +169,12 @@ class MAIL(Objective):
     ):
         checks.choice("base", base, ("at", "trades", "mart"))
         attack = _kl_attack(attack, any_attack) if base == "trades" else _needed(attack)
-        base_term, added = {
+        parts: dict[str, tuple[Term, tuple[Term, ...]]] = {
             "at": (cross_entropy, ()),
             "trades": (Scaled(trades_kl, beta), (Mean(clean_cross_entropy),)),
             "mart": (MARTBCE(), (Mean(MARTKL(), beta),)),
-        }[base]
+        }
+        base_term, added = parts[base]
         clean_first = base != "at" or margin != "adv"
         weighting = MAILWeights(margin, slope, bias, normalize, begin_epoch)
         super().__init__(attack, base_term, weighting, tau=tau, clean_first=clean_first)
@@ -237,11 +239,12 @@ class GAIRTRADES(Objective):
     ):
         checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
         kl = Scaled(trades_kl, beta)
-        base, added = {
+        parts: dict[str, tuple[Term, tuple[Term, ...]]] = {
             "kl": (kl, (Mean(clean_cross_entropy),)),
             "ce": (clean_cross_entropy, (Mean(kl),)),
             "both": (Sum(clean_cross_entropy, kl), ()),
-        }[weight_on]
+        }
+        base, added = parts[weight_on]
         weighting = GAIRATWeights(lam, kind, begin_epoch)
         super().__init__(_kl_attack(attack), base, weighting, tau=tau, clean_first=True)
         self.regularisers = added
@@ -319,6 +322,8 @@ class _MixedKL:
         step.need("logits_adv")
         if lam > self.PLAIN:
             return beta * trades_kl(step)
+        if step.kappa is None:
+            raise TypeError("this objective needs an attack, got None")
         logits_margin = step.forward(step.perturb(self.margin_attack).x_adv)
         steps = self.attack.settings.steps
         w = ops.gairat_weights(step.kappa, steps, lam, normalize="none", slope=steps / 2)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
+from pyadv.engine.attack import Attack
 from pyadv.objectives.step import Schedule, Step, at_epoch
 
 
@@ -42,14 +43,19 @@ class GAIRATWeights:
         self.int_half = int_half
 
     def values(self, step: Step) -> Tensor | None:
-        if step.attack is None:
-            raise TypeError("GAIRATWeights needs an attack: weights depend on its kappa")
+        _attack_of(step)
         return None if step.epoch < self.begin_epoch else step.kappa
 
     def weights(self, values: Tensor, step: Step) -> Tensor:
         lam = at_epoch(self.lam, step.epoch)
-        steps = step.attack.settings.steps
+        steps = _attack_of(step).settings.steps
         return ops.gairat_weights(values, steps, lam, self.kind, int_half=self.int_half)
+
+
+def _attack_of(step: Step) -> Attack:
+    if step.attack is None:
+        raise TypeError("GAIRATWeights needs an attack: weights depend on its kappa")
+    return step.attack
 
 
 class MAILWeights:
@@ -102,9 +108,9 @@ def _gathered(values: Tensor, group: Any) -> tuple[Tensor, int]:
     """Return the values of all processes in order of rank, and the index of the first of ours."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     size = torch.tensor([len(values)], device=values.device)
-    sizes = [torch.empty_like(size) for _ in range(world)]
-    dist.all_gather(sizes, size, group=group)
-    sizes = [int(s) for s in sizes]
+    gathered = [torch.empty_like(size) for _ in range(world)]
+    dist.all_gather(gathered, size, group=group)
+    sizes = [int(s) for s in gathered]
     padded = values.new_zeros(max(sizes))  # all_gather needs equal shapes
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world)]
