@@ -101,8 +101,12 @@ def parameter(
     broadcast to x. Values of tensors are not checked, because reading them would wait for the
     device.
     """
-    known = not torch.compiler.is_compiling() and type(value) is float and value in _scalars
-    if known and (value >= 0 or not nonnegative):  # a compiled graph must not depend on the cache
+    if (
+        not torch.compiler.is_compiling()  # a compiled graph must not depend on the cache
+        and type(value) is float
+        and value in _scalars
+        and (value >= 0 or not nonnegative)
+    ):
         return scalar(value, x)
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool or value.is_quantized:
@@ -269,7 +273,8 @@ def _is_expanded(t: Tensor) -> bool:
 
 
 def _overlaps(a: Tensor, b: Tensor, same_allowed: bool) -> bool:
-    if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():
+    alias = torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]  # not in PyTorch's stubs
+    if not alias or not a.numel() or not b.numel():
         return False
     first_a, first_b = a.data_ptr(), b.data_ptr()
     if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():

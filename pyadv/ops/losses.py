@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ def _differentiable(
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
             unit, ctx.unit = ctx.unit, ()
+            grads: Sequence[Tensor | None]
             if unit and not torch.is_grad_enabled():
                 rows = grad.unsqueeze(1)
                 needed = ctx.needs_input_grad

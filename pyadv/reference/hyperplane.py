@@ -11,7 +11,6 @@ Attack" (ICML 2020), equation 4 and appendix B.
 from __future__ import annotations
 
 import math
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -121,7 +120,8 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
     length, t = torch.zeros_like(room), torch.zeros_like(need)
     before = torch.full_like(need, torch.inf)
     most = torch.finfo(room.dtype).max  # an infinite t times a slope of 0 would be NaN
-    for k in count():
+    k = 0
+    while True:
         # On a CPU, `where` on whole rows would be slower than all the arithmetic here.
         free = (knot - t).sign_().clamp_(min=0)
         speed = free.mul_(rate).sum(-1, keepdim=True)
@@ -132,6 +132,7 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
         t = (t + torch.where(unsettled & (speed > 0), left / speed, 0.0)).clamp_(max=most)
         length = torch.minimum(t * slope if l2 else t, room)
         before = speed
+        k += 1
 
 
 def _greedy(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:

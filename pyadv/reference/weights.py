@@ -48,11 +48,13 @@ def probabilistic_margin(
 ) -> Tensor:
     """Return p_y minus the largest other probability, or minus q_y. See
     `ops.probabilistic_margin`."""
-    p, other = _softmax(logits), None if logits_adv is None else _softmax(logits_adv)
+    p = other = _softmax(logits)
+    if kind != "nat":
+        if logits_adv is None:
+            raise ValueError(f"probabilistic_margin: kind={kind!r} needs logits_adv")
+        other = _softmax(logits_adv)
     if kind == "adv":
         p = other
-    if kind in ("nat", "adv"):
-        other = p
     known = (y >= 0) & (y < p.shape[1])
     index = y.where(known, 0)[:, None]
     if kind != "dif_conf":
