@@ -10,6 +10,14 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
+from pyadv.menus import (
+    DERIVATIVES,
+    PENALTIES,
+    REDUCTIONS,
+    Derivative,
+    PenaltyName,
+    Reduction,
+)
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.passes.borrow import (
     borrowed,
@@ -21,8 +29,6 @@ from pyadv.passes.borrow import (
 )
 from pyadv.passes.tangent import TangentSweep
 from pyadv.tensors import per_row, row_norm, total
-
-DERIVATIVES = ("tangent", "double", "difference")
 
 
 class EMR:
@@ -79,16 +85,16 @@ class EMR:
         lam: Schedule,
         temperature: float = 1.0,
         center: bool = False,
-        reduction: str = "mean",
-        of: str = "softmax",
+        reduction: Reduction = "mean",
+        of: PenaltyName = "softmax",
         samples: int | None = None,
-        derivative: str = "tangent",
+        derivative: Derivative = "tangent",
         radius: float | None = None,
     ):
         if not callable(lam):
             checks.size("lam", lam)
-        checks.choice("reduction", reduction, ("mean", "official"))
-        checks.choice("of", of, ("softmax", "pairwise", "jacobian"))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("of", of, PENALTIES)
         checks.choice("derivative", derivative, DERIVATIVES)
         temperature = _positive("temperature", temperature)
         if samples is not None:

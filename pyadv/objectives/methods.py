@@ -12,6 +12,15 @@ from pyadv import ops
 from pyadv.attacks import FriendlyPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack
+from pyadv.menus import (
+    WEIGHTED_BASES,
+    WEIGHTED_TERMS,
+    KappaWeightName,
+    MarginName,
+    MarginNormalize,
+    WeightedBase,
+    WeightedTerm,
+)
 from pyadv.objectives.objective import Objective, ascends_kl
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.objectives.terms import (
@@ -157,19 +166,19 @@ class MAIL(Objective):
     def __init__(
         self,
         attack: Attack,
-        base: str = "at",
-        margin: str = "adv",
+        base: WeightedBase = "at",
+        margin: MarginName = "adv",
         slope: float = 10.0,
         bias: float = -0.5,
         beta: Schedule = 5.0,
-        normalize: str = "mean",
+        normalize: MarginNormalize = "mean",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
         any_attack: bool = False,
     ):
-        checks.choice("base", base, ("at", "trades", "mart"))
+        checks.choice("base", base, WEIGHTED_BASES)
         attack = _kl_attack(attack, any_attack) if base == "trades" else _needed(attack)
-        parts: dict[str, tuple[Term, tuple[Term, ...]]] = {
+        parts: dict[WeightedBase, tuple[Term, tuple[Term, ...]]] = {
             "at": (cross_entropy, ()),
             "trades": (Scaled(trades_kl, beta), (Mean(clean_cross_entropy),)),
             "mart": (MARTBCE(), (Mean(MARTKL(), beta),)),
@@ -207,7 +216,7 @@ class GAIRAT(Objective):
         self,
         attack: Attack,
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         int_half: bool = False,
         tau: Schedule | None = None,
@@ -231,15 +240,15 @@ class GAIRTRADES(Objective):
         self,
         attack: Attack,
         beta: Schedule = 6.0,
-        weight_on: str = "kl",
+        weight_on: WeightedTerm = "kl",
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
     ):
-        checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
+        checks.choice("weight_on", weight_on, WEIGHTED_TERMS)
         kl = Scaled(trades_kl, beta)
-        parts: dict[str, tuple[Term, tuple[Term, ...]]] = {
+        parts: dict[WeightedTerm, tuple[Term, tuple[Term, ...]]] = {
             "kl": (kl, (Mean(clean_cross_entropy),)),
             "ce": (clean_cross_entropy, (Mean(kl),)),
             "both": (Sum(clean_cross_entropy, kl), ()),
@@ -264,7 +273,7 @@ class GAIRMART(MART):
         attack: Attack,
         beta: Schedule = 5.0,
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
     ):

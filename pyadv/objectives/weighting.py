@@ -17,6 +17,7 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack
+from pyadv.menus import MARGIN_NORMALIZES, MARGINS, KappaWeightName, MarginName, MarginNormalize
 from pyadv.objectives.step import Schedule, Step, at_epoch
 
 
@@ -35,7 +36,11 @@ class GAIRATWeights:
     samples weigh the same. See `ops.gairat_weights`."""
 
     def __init__(
-        self, lam: Schedule = -1.0, kind: str = "tanh", begin_epoch: int = 1, int_half: bool = False
+        self,
+        lam: Schedule = -1.0,
+        kind: KappaWeightName = "tanh",
+        begin_epoch: int = 1,
+        int_half: bool = False,
     ):
         self.lam = lam
         self.kind = kind
@@ -64,14 +69,14 @@ class MAILWeights:
 
     def __init__(
         self,
-        margin: str = "adv",
+        margin: MarginName = "adv",
         slope: float = 10.0,
         bias: float = -0.5,
-        normalize: str = "mean",
+        normalize: MarginNormalize = "mean",
         begin_epoch: int = 1,
     ):
-        checks.choice("margin", margin, ("nat", "adv", "dif", "dif_conf"))
-        checks.choice("normalize", normalize, ("mean", "x3", "none"))
+        checks.choice("margin", margin, MARGINS)
+        checks.choice("normalize", normalize, MARGIN_NORMALIZES)
         self.margin = margin
         self.slope = slope
         self.bias = bias

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Choice = TypeVar("Choice", bound=str)
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _scalars: dict[float, Tensor] = {}
@@ -86,10 +88,11 @@ def check_bool(op: str, name: str, value: bool) -> None:
         raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
 
 
-def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the strings in `choices`."""
+def check_choice(op: str, name: str, value: Any, choices: tuple[Choice, ...]) -> Choice:
+    """Return the value. Raise ValueError unless it is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
 def parameter(

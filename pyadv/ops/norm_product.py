@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyadv.menus import CONV_MATRICES, WEIGHT_NORMS, ConvMatrix, WeightNorm
 from pyadv.ops.arguments import check_choice
 from pyadv.ops.norms import norms
 from pyadv.reference.norms import log_product
@@ -63,15 +64,15 @@ class NormProduct(nn.Module):
         self,
         model: nn.Module,
         input_shape: Sequence[int],
-        kind: str = "frobenius",
-        conv: str = "reshape",
+        kind: WeightNorm = "frobenius",
+        conv: ConvMatrix = "reshape",
         iters: int = 1,
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"NormProduct: model must be a Module, got {type(model).__name__}")
-        check_choice("NormProduct", "kind", kind, ("frobenius", "spectral"))
-        check_choice("NormProduct", "conv", conv, ("reshape", "bound", "operator"))
+        check_choice("NormProduct", "kind", kind, WEIGHT_NORMS)
+        check_choice("NormProduct", "conv", conv, CONV_MATRICES)
         if iters < 0:
             raise ValueError(f"NormProduct: iters must be >= 0, got {iters}")
         self.kind, self.conv, self.iters = kind, conv, iters

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from pyadv.menus import BatchNormMode
+
 Output = Callable[[Any], Tensor] | str | int | None
 
 
@@ -293,7 +295,7 @@ def evaluating(model: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def borrowed(
-    model: Callable[..., Any], bn: str = "eval", update_stats: bool = False
+    model: Callable[..., Any], bn: BatchNormMode = "eval", update_stats: bool = False
 ) -> Iterator[None]:
     """Set the modes an attack needs, and give every sub-module its own mode back at the end.
 

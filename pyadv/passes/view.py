@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pyadv.menus import BatchNormMode, Speed
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -55,7 +56,8 @@ from pyadv.passes.record import convolution_precision
 from pyadv.passes.rewrite import Part, rewrite
 from pyadv.passes.trace import Refused, trace
 
-SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
+# The arithmetic of the view.
+_DTYPES: dict[Speed, torch.dtype | None] = {"fast": None, "bfloat16": torch.bfloat16}
 WIDE = 64  # output channels from which channels-last order pays
 
 _ROWS_AT_FIRST = 8  # samples on which a new view is compared with the model
@@ -333,14 +335,14 @@ def _compared(
 
 @contextlib.contextmanager
 def attacked(
-    model: Callable[..., Any], x: Tensor, speed: str, bn: str, output: Output
+    model: Callable[..., Any], x: Tensor, speed: Speed, bn: BatchNormMode, output: Output
 ) -> Iterator[Callable[..., Any]]:
     """Give what stands for the model during an attack: the model itself, or its view."""
     if speed == "exact" or bn != "eval":
         yield model
         return
     with torch.inference_mode(False), borrowed(unwrap(model)):
-        yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
+        yield fast_view(model, x, dtype=_DTYPES[speed], output=output)
 
 
 def _inputs(x: Tensor, output: Output) -> _Inputs:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyadv.menus import AttackLossName, Scale
 from pyadv.tensors import per_row, widen
 
 # Constants of the official MART code.
@@ -45,7 +46,7 @@ def is_correct(logits: Tensor, y: Tensor) -> Tensor:
 def attack_loss_value(
     logits: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackLossName,
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
@@ -75,10 +76,10 @@ def _given(loss: str, name: str, value: Tensor | None) -> Tensor:
 def attack_loss(
     logits: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackLossName,
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
-    scale: str = "unit",
+    scale: Scale = "unit",
 ) -> AttackLoss:
     """Return value, gradient and correctness of each row. See `ops.attack_loss`."""
     z, classes = widen(logits), logits.shape[1]
