@@ -40,3 +40,31 @@ AnyBest: TypeAlias = Best | Literal["nearest"]  # which searches for minimum nor
 
 Auto: TypeAlias = Literal["auto"] | bool  # `compact`, `validate` and `graph`
 AUTO: tuple[Auto, ...] = ("auto", True, False)
+
+# Instance weights: GAIRAT's functions of kappa, MAIL's margins, and how weights are normalised.
+KappaWeightName: TypeAlias = Literal["tanh", "sigmoid", "discrete"]
+KAPPA_WEIGHTS: tuple[KappaWeightName, ...] = get_args(KappaWeightName)
+KappaNormalize: TypeAlias = Literal["mean", "sum", "none"]
+KAPPA_NORMALIZES: tuple[KappaNormalize, ...] = get_args(KappaNormalize)
+MarginName: TypeAlias = Literal["nat", "adv", "dif", "dif_conf"]
+MARGINS: tuple[MarginName, ...] = get_args(MarginName)
+MarginNormalize: TypeAlias = Literal["mean", "x3", "none"]
+MARGIN_NORMALIZES: tuple[MarginNormalize, ...] = get_args(MarginNormalize)
+
+# Norms of weights, and the matrices that stand for a convolution.
+WeightNorm: TypeAlias = Literal["frobenius", "spectral"]
+WEIGHT_NORMS: tuple[WeightNorm, ...] = get_args(WeightNorm)
+ConvMatrix: TypeAlias = Literal["reshape", "bound", "operator"]
+CONV_MATRICES: tuple[ConvMatrix, ...] = get_args(ConvMatrix)
+
+# Arguments of MAIL, GAIRTRADES and EMR.
+WeightedBase: TypeAlias = Literal["at", "trades", "mart"]
+WEIGHTED_BASES: tuple[WeightedBase, ...] = get_args(WeightedBase)
+WeightedTerm: TypeAlias = Literal["kl", "ce", "both"]
+WEIGHTED_TERMS: tuple[WeightedTerm, ...] = get_args(WeightedTerm)
+Reduction: TypeAlias = Literal["mean", "official"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+PenaltyName: TypeAlias = Literal["softmax", "pairwise", "jacobian"]
+PENALTIES: tuple[PenaltyName, ...] = get_args(PenaltyName)
+Derivative: TypeAlias = Literal["tangent", "double", "difference"]
+DERIVATIVES: tuple[Derivative, ...] = get_args(Derivative)

@@ -16,7 +16,8 @@ from pyadv.compat._official import choose, linf_attack, normal_start, uniform_st
 from pyadv.compat.fat import LOSSES, early_stopped
 from pyadv.engine.losses import LossFunction
 from pyadv.engine.starts import Start
-from pyadv.menus import LossName
+from pyadv.menus import KAPPA_WEIGHTS, LossName
+from pyadv.ops.arguments import check_choice
 from pyadv.passes.borrow import device_of
 
 
@@ -26,7 +27,8 @@ def GAIR(num_steps: int, Kappa: Tensor, Lambda: float, func: str) -> Tensor:
     Args:
         func: "Tanh", "Sigmoid" or "Discrete".
     """
-    return ops.gairat_weights(Kappa.long(), num_steps, Lambda, func.lower(), int_half=True)
+    kind = check_choice("gairat_weights", "kind", func.lower(), KAPPA_WEIGHTS)
+    return ops.gairat_weights(Kappa.long(), num_steps, Lambda, kind, int_half=True)
 
 
 def cwloss(output: Tensor, target: Tensor, confidence: float = 50) -> Tensor:

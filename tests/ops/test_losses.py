@@ -107,6 +107,12 @@ def test_exact_gradient_is_the_derivative_of_the_value(loss, shape, device):
     torch.testing.assert_close(ours.grad_logits, grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss, name", [("kl", "reference_logits"), ("ce_targeted", "target")])
+def test_the_reference_names_what_a_loss_needs(loss, name):
+    with pytest.raises(ValueError, match=f"attack_loss_value: loss '{loss}' needs {name}"):
+        reference.attack_loss_value(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), loss)
+
+
 @pytest.mark.parametrize("loss, shape", attack_cases(((5, 7),)))
 def test_unit_scale_is_a_positive_multiple_of_the_gradient(loss, shape, device):
     z = normal(shape, torch.float64, 0, device, scale=3)
