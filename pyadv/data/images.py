@@ -42,7 +42,8 @@ class ImageData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return tuple(self.train_x.shape[1:])
+        _, channels, height, width = self.train_x.shape
+        return channels, height, width
 
     def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return the ids of the training images kept, and of the `n` held out.
