@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Plan, functional, show
@@ -17,8 +17,9 @@ from pyadv.engine.results import Perturbed
 from pyadv.engine.rounding import leaves_by_rounding, round_inward_
 from pyadv.engine.rules import HalvingRule, SparseRule
 from pyadv.engine.settable import Setting
-from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Start, start_on_sphere
+from pyadv.engine.starts import PROJECT, SphereStart, start_on_sphere
 from pyadv.engine.task import FloatOrTensor, GradientSettings, Model, Task, radius
+from pyadv.menus import SPHERE_STARTS, Auto, GradMode, LossName, Norm, Speed
 from pyadv.passes.borrow import Output
 
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
@@ -78,13 +79,13 @@ class APGD(Attack):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         steps: int = 100,
-        loss: str | LossFunction = "ce",
-        start: Start = "keyed",
+        loss: LossName | LossFunction = "ce",
+        start: SphereStart = "keyed",
         restarts: int = 1,
-        best: str = "fooled",
+        best: Literal["fooled", "loss"] = "fooled",
         targeted: bool = False,
         rho: float = 0.75,
         eot: int = 1,
@@ -94,12 +95,12 @@ class APGD(Attack):
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        grad_mode: str = "fused",
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        graph: bool | str = "auto",
+        grad_mode: GradMode = "fused",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        graph: Auto = "auto",
     ):
         norm = checks.canonical_norm(norm)
         eps = radius(eps, norm)

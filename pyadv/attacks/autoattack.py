@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -25,9 +25,11 @@ from pyadv.engine.attack import Attack, Model, show
 from pyadv.engine.results import passes_line, samples_line
 from pyadv.engine.settable import Settable
 from pyadv.engine.task import FloatOrTensor, radius
+from pyadv.menus import AnyNorm, Auto, Norm, Speed
 from pyadv.passes.borrow import Output
 
-VERSIONS = {
+Version: TypeAlias = Literal["standard", "plus", "rand", "custom"]
+VERSIONS: dict[Version, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
@@ -81,7 +83,7 @@ class Member:
     p: float = 0.8
 
 
-def plan(version: str, norm: str) -> dict[str, Member]:
+def plan(version: Version, norm: AnyNorm) -> dict[str, Member]:
     """Return the settings of the members; those for L1 come from "Mind the Box" (ICML 2021)."""
     plus, rand = version == "plus", version == "rand"
     l1 = norm == "L1" and not plus and not rand
@@ -182,17 +184,17 @@ class AutoAttack(Settable):
         self,
         model: Model,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: float | None = None,
-        version: str = "standard",
+        version: Version = "standard",
         attacks: Sequence[str] | Mapping[str, AttackLike] | AttackLike | None = None,
         seed: int | None = None,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         compact: bool = True,
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
         progress: Progress | str | None = "auto",
         parity: Parity | None = None,
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks.minimum_norm import ClassRule, NearestIterate, class_choice, rounded
+from pyadv.attacks.minimum_norm import ClassChoice, ClassRule, NearestIterate, class_choice, rounded
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.norms import distance
@@ -78,7 +78,7 @@ class CW(NearestIterate):
         lr: float = 0.01,
         c: float = 0.001,
         abort_early: bool = True,
-        classes: str = "nearest",
+        classes: ClassChoice = "nearest",
         targeted: bool = False,
         **settings: Any,
     ):

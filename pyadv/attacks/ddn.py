@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks.minimum_norm import (
+    ClassChoice,
     ClassRule,
     NearestIterate,
     annealed,
@@ -68,7 +69,7 @@ class DDN(NearestIterate):
         gamma: float = 0.05,
         alpha: float | None = None,
         start_radius: float | None = None,
-        classes: str = "nearest",
+        classes: ClassChoice = "nearest",
         targeted: bool = False,
         **settings: Any,
     ):

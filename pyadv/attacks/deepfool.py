@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from pyadv.engine.task import Model, Task
 from pyadv.passes.borrow import owned
 from pyadv.tensors import clip_to_box, flatten, per_row, row_norm, row_sum, widen
 
+BoundaryNorm: TypeAlias = Literal["Linf", "L2"]
+NORMS: tuple[BoundaryNorm, ...] = get_args(BoundaryNorm)
+Variant: TypeAlias = Literal["plain", "super"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _LEAST = 1e-4
 _SMALL = 1e-6
 _BISECTIONS = 10
@@ -73,15 +77,15 @@ class DeepFool(NearestIterate):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "L2",
-        variant: str = "plain",
+        norm: BoundaryNorm | float = "L2",
+        variant: Variant = "plain",
         steps: int | None = None,
         overshoot: float = 0.02,
         classes: int = 10,
         **settings: Any,
     ):
-        norm = checks.canonical_norm(norm, ("Linf", "L2"))
-        checks.choice("variant", variant, ("plain", "super"))
+        norm = checks.canonical_norm(norm, NORMS)
+        checks.choice("variant", variant, VARIANTS)
         checks.size("overshoot", overshoot, tensor=False)
         checks.count("classes", classes, 2)
         if variant == "super" and norm != "L2":

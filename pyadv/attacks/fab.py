@@ -24,6 +24,7 @@ from pyadv.engine.results import Perturbed
 from pyadv.engine.starts import Noise, start_on_sphere
 from pyadv.engine.state import PerSample
 from pyadv.engine.task import FloatOrTensor, Model, Settings, Task
+from pyadv.menus import Auto, Norm, Speed
 from pyadv.passes.borrow import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.tensors import broadcastable, per_row, widen
@@ -82,7 +83,7 @@ class FAB(MinimumNorm):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         steps: int = 100,
         restarts: int = 1,
@@ -93,10 +94,10 @@ class FAB(MinimumNorm):
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
     ):
         norm = checks.canonical_norm(norm)
         if early_stop and eps is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from pyadv.engine.attack import Attack, Plan, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import StepRule
-from pyadv.engine.starts import GeneratorNoise, Noise, Start
+from pyadv.engine.starts import AnyStart, GeneratorNoise, Noise, StartFunction
 from pyadv.engine.state import State
-from pyadv.engine.task import BESTS, FloatOrTensor, LoopSettings, Model, Task
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task
+from pyadv.menus import BESTS, AnyNorm, Auto, Best, LossName, Speed
 from pyadv.passes.borrow import Output
 from pyadv.tensors import clip_to_box, flatten, keep_inactive, largest, per_row, widen
 
-STARTS = ("keyed", "none")
+StartName: TypeAlias = Literal["keyed", "none"]
+STARTS: tuple[StartName, ...] = get_args(StartName)
 
 
 class PGD0(Attack):
@@ -69,19 +72,19 @@ class PGD0(Attack):
         pixels: bool = False,
         alpha: float = 10.0,
         steps: int = 100,
-        loss: str | LossFunction = "margin",
-        start: Start = "keyed",
+        loss: LossName | LossFunction = "margin",
+        start: StartName | StartFunction = "keyed",
         restarts: int = 1,
-        best: str = "fooled",
+        best: Best = "fooled",
         targeted: bool = False,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        graph: bool | str = "auto",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        graph: Auto = "auto",
     ):
         _check_count(eps)
         checks.size("alpha", alpha, tensor=False)
@@ -169,8 +172,8 @@ class _Start:
 
     def __call__(
         self,
-        kind: Start,
-        norm: str,
+        kind: AnyStart,
+        norm: AnyNorm,
         x: Tensor,
         eps: FloatOrTensor,
         lo: FloatOrTensor | None,

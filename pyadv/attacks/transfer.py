@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from pyadv.engine.task import Model
 from pyadv.passes.borrow import pick_logits
 from pyadv.tensors import broadcastable, compute_dtype, per_row, widen
 
-KERNELS = ("gaussian", "linear", "uniform")
+Kernel: TypeAlias = Literal["gaussian", "linear", "uniform"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 _NEIGHBOUR, _RESIZE, _MIX = range(3)  # kinds of noise
 
 
@@ -46,7 +47,7 @@ class TransferRule(MomentumRule):
     diversity: float = 0.0
     resize: float = 0.9
     kernel: int = 0
-    kernel_shape: str = "gaussian"
+    kernel_shape: Kernel = "gaussian"
     kernel_sigmas: float = 3.0
     scales: int = 1
     images: _Shared | None = None
@@ -259,7 +260,7 @@ class TransferFGSM(MIFGSM):
         diversity: float = 0.0,
         resize: float = 0.9,
         kernel: int = 0,
-        kernel_shape: str = "gaussian",
+        kernel_shape: Kernel = "gaussian",
         kernel_sigmas: float = 3.0,
         scales: int = 1,
         images: Tensor | None = None,

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 
 from pyadv.engine.results import Perturbed
 from pyadv.engine.task import Task
+from pyadv.menus import Auto
 from pyadv.passes import record
 from pyadv.passes.borrow import footprint, has_hooks, host_generators, same_footprint, tensors
 from pyadv.passes.record import Recorder
 from pyadv.passes.view import FastView
 from pyadv.tensors import compute_dtype
-
-GRAPHS = ("auto", True, False)
 
 _KEPT = 8  # kinds of calls that an attack remembers for each model, the last used ones
 _MOST_PASSES = 200  # forward passes of the longest graph that "auto" records
@@ -161,7 +160,7 @@ class Graphs:
     starts without recordings.
     """
 
-    def __init__(self, mode: bool | str = "auto"):
+    def __init__(self, mode: Auto = "auto"):
         self.mode = mode
         self.recorded = self.replayed = 0
         self.why: str | None = None

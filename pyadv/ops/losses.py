@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
+from pyadv.menus import ATTACK_LOSSES
 from pyadv.ops.arguments import check_choice, check_device, check_floating, check_like, check_rows
 from pyadv.ops.registry import refuse_double_backward, register
 from pyadv.reference import losses as _reference
-from pyadv.reference.losses import ATTACK_LOSSES, AttackLoss, RowStats
+from pyadv.reference.losses import AttackLoss, RowStats
 from pyadv.tensors import compute_dtype
 
 _LEAST_CLASSES = {"dlr": 3, "dlr_targeted": 4}

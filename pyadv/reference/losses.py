@@ -14,11 +14,6 @@ from torch import Tensor
 
 from pyadv.tensors import per_row, widen
 
-ATTACK_LOSSES = (
-    *("ce", "margin", "dlr", "kl", "slm"),
-    *("ce_targeted", "margin_targeted", "dlr_targeted"),
-)
-
 # Constants of the official MART code.
 _MART_ONE, _MART_TINY, _MART_WEIGHT_ONE = 1.0001, 1e-12, 1.0000001
 

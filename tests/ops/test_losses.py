@@ -18,7 +18,7 @@ from inputs import (
 )
 
 from pyadv import ops, reference
-from pyadv.reference.losses import ATTACK_LOSSES
+from pyadv.menus import ATTACK_LOSSES
 
 CLASSES_NEEDED = {"dlr": 3, "dlr_targeted": 4}
 # Rows long enough for a block of threads on CUDA, beside those that a warp takes.
