@@ -20,7 +20,7 @@ from torch import Tensor
 from pyadv import _imports
 from pyadv._names import did_you_mean
 from pyadv.data import single
-from pyadv.data.images import ImageData, numbered, to_images
+from pyadv.data.images import ImageData, Layout, numbered, to_images
 from pyadv.data.streams import Images, placed
 
 FASHION_CLASSES = (
@@ -52,7 +52,7 @@ _OPENERS: dict[str, _Opener] = {".gz": gzip.open, ".xz": lzma.open}
 def load(
     source: str | Path = "fashion-mini",
     *,
-    layout: str | None = None,
+    layout: Layout | None = None,
     image_size: int | None = None,
     stream: bool | None = None,
     workers: int | None = None,
@@ -120,7 +120,7 @@ def load(
     return placed(dataclasses.replace(data, workers=workers), stream, whole_images)
 
 
-def _whole(name: str, path: Path, layout: str | None) -> Callable[[], ImageData] | None:
+def _whole(name: str, path: Path, layout: Layout | None) -> Callable[[], ImageData] | None:
     """Return the reader of a data set that is read whole, None for any other."""
     if name in EMBEDDED:
         folder = Path(__file__).parent / name.replace("-", "_")
@@ -250,7 +250,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read, it may be damaged: {why}") from error
 
 
-def _read_npz(path: Path, layout: str | None) -> ImageData:
+def _read_npz(path: Path, layout: Layout | None) -> ImageData:
     with _reading(path), np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array without a name; write it with numpy.savez")
@@ -278,7 +278,7 @@ def _read_npz(path: Path, layout: str | None) -> ImageData:
     return ImageData(name, classes, *splits[0], *splits[1])
 
 
-def _pixels(path: Path, x: np.ndarray, layout: str | None) -> Tensor:
+def _pixels(path: Path, x: np.ndarray, layout: Layout | None) -> Tensor:
     if x.dtype.kind not in "uif":
         raise ValueError(f"x of {path.name} must be uint8 or floating in [0, 1], got {x.dtype}")
     x = x.astype(x.dtype.newbyteorder("="), copy=False)  # torch knows the machine's byte order only

@@ -34,7 +34,7 @@ from pyadv.engine import checks
 from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
 from pyadv.evaluation.escaping import code, markdown
-from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate
+from pyadv.evaluation.evaluate import evaluate, is_suite
 from pyadv.evaluation.margins import Margins, measure_margins
 from pyadv.evaluation.masking import check_masking
 from pyadv.evaluation.masking_report import MaskingReport
@@ -320,7 +320,7 @@ def run_suite(
             "group": processes,
         }
         few = {part: (x[:k], y[:k]) for part, k in counts.items()}
-        reports = {
+        reports: dict[str, Report] = {
             name: evaluate(
                 model,
                 *few[name],
@@ -331,7 +331,7 @@ def run_suite(
                 **common,
             )
             for name in parts
-            if name in SUITES | AUTOATTACKS
+            if is_suite(name)
         }
         curves = accuracy_curves(
             model,

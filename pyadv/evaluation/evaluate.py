@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeGuard
+from typing import Any, Literal, TypeAlias, TypedDict, TypeGuard
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ def _pgd_plus(eps: float, norm: Norm | float, **common: Any) -> dict[str, Attack
     return {"PGD+": PGDPlus(eps=eps, norm=norm, **common)}
 
 
+Suite: TypeAlias = Literal["pgd20", "pgdplus", "autoattack", "autoattack-plus", "autoattack-rand"]
 SUITES: dict[str, Callable[..., Mapping[str, AttackLike]]] = {
     "pgd20": standard_attacks,
     "pgdplus": _pgd_plus,
@@ -97,6 +98,11 @@ AUTOATTACKS: dict[str, Version] = {
 }
 
 
+def is_suite(name: str) -> TypeGuard[Suite]:
+    """Return whether `evaluate` knows attacks by this name."""
+    return name in SUITES | AUTOATTACKS
+
+
 def evaluate(
     model: Callable[..., Any],
     data: Tensor | np.ndarray | Batches | Dataset[Any],
@@ -104,7 +110,7 @@ def evaluate(
     *,
     eps: float,
     norm: Norm | float = "Linf",
-    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
+    attacks: Suite | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
     batch_size: int = 500,
     seed: int | None = 0,
     lo: FloatOrTensor | None = 0.0,
@@ -187,7 +193,7 @@ def evaluate(
 
 def _chosen(
     model: Callable[..., Any],
-    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike,
+    attacks: Suite | Mapping[str, AttackLike] | AutoAttack | AttackLike,
     eps: float,
     norm: Norm | float,
     seed: int | None,
@@ -199,7 +205,7 @@ def _chosen(
     eps = _one_radius(eps)
     where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)
     if isinstance(attacks, str):
-        if attacks not in SUITES | AUTOATTACKS:
+        if not is_suite(attacks):
             known = ", ".join(SUITES | AUTOATTACKS)
             raise ValueError(
                 f"attacks must be one of {known}, or attacks by name, got {attacks!r}"
