@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pyadv import models
 from pyadv._names import did_you_mean
 from pyadv.data import Images, Plan, load, transformed_batches
+from pyadv.menus import Derivative
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
@@ -146,7 +147,7 @@ def device(name: str | None) -> torch.device:
 
 
 def objective(
-    config: Resolved, model: nn.Module, data: Images | Loaders, derivative: str | None = None
+    config: Resolved, model: nn.Module, data: Images | Loaders, derivative: Derivative | None = None
 ) -> Objective:
     """Return the objective of a resolved `config`: its method and the terms added to it.
 
@@ -169,7 +170,7 @@ def objective(
     return result
 
 
-def emr_derivative(model: nn.Module, data: Images | Loaders) -> str:
+def emr_derivative(model: nn.Module, data: Images | Loaders) -> Derivative:
     """Return the form of EMR that the network allows: "tangent", which needs second derivatives, or
     "difference".
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyadv.attacks import PGD, FriendlyPGD
-from pyadv.menus import Speed
+from pyadv.menus import Speed, WeightedBase
 from pyadv.objectives import (
     AT,
     FAT,
@@ -118,7 +118,7 @@ def _gair_rst(attack: PGD, s: Settings, tau: Tau) -> Objective:
     return GAIRRST(attack, margin_attack, s["beta"], lam)
 
 
-def _mail(base: str) -> Callable[[PGD, Settings, Tau], Objective]:
+def _mail(base: WeightedBase) -> Callable[[PGD, Settings, Tau], Objective]:
     return lambda attack, s, tau: MAIL(
         attack,
         base,
