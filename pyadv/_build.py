@@ -416,7 +416,9 @@ def plan_cuda(csrc: Path, torch: Torch) -> Plan:
     command, problem = _compiler()
     names = architectures()
     home = find_cuda()
-    nvcc, version, runtime = (), "none", ()
+    nvcc: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()
+    version = "none"
     if home is None:
         problem = "no CUDA toolkit (nvcc and libcudart) found: install one, or set CUDA_HOME"
     else:
@@ -465,7 +467,7 @@ def plan_module(csrc: Path, work: Path, plans: Iterable[Plan]) -> Plan:
     command, problem = _compiler()
     includes = [sysconfig.get_path("include")]
     pybind11 = importlib.util.find_spec("pybind11")
-    if pybind11 is not None:
+    if pybind11 is not None and pybind11.origin is not None:
         includes.append(str(Path(pybind11.origin).parent / "include"))
     else:
         problem = problem or "compiling ahead needs pybind11: pip install pybind11 ninja"
@@ -636,7 +638,7 @@ def _run(
                 _end(process)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, and everything it has started: by SIGTERM, then
     SIGKILL."""
     with contextlib.suppress(ProcessLookupError):

@@ -27,7 +27,7 @@ from pyadv import _build
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is compiled
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual form of an optional module
 
 PATIENCE = 5.0  # seconds of waiting for another builder before saying so
 FORGET = 24 * 3600.0  # seconds after which a remembered failure no longer counts
@@ -71,21 +71,27 @@ def roots() -> tuple[list[Path], list[Refusal]]:
     """
     found: list[Path] = []
     refused: list[Refusal] = []
-    for setting, folder in _named():
-        if not isinstance(folder, Refusal):
-            try:
-                # A link above the cache is followed once, here, so that it cannot change later.
-                folder = folder.parent.resolve() / folder.name
-            except (RuntimeError, OSError) as error:  # a loop of links
-                folder = Refusal(setting, str(error), _OWN)
-        refusal = folder if isinstance(folder, Refusal) else _refusal(setting, folder)
-        if refusal is not None:
-            refused.append(replace(refusal, preferred=not found))
+    for setting, named in _named():
+        folder = _judged(setting, named)
+        if isinstance(folder, Refusal):
+            refused.append(replace(folder, preferred=not found))
         elif setting.startswith("PYADV_CACHE_DIR"):
             return [folder], []
         else:
             found.append(folder)
     return found, refused
+
+
+def _judged(setting: str, named: Path | Refusal) -> Path | Refusal:
+    """Return the folder with the links above it followed, or why it is not used."""
+    if isinstance(named, Refusal):
+        return named
+    try:
+        # A link above the cache is followed once, here, so that it cannot change later.
+        folder = named.parent.resolve() / named.name
+    except (RuntimeError, OSError) as error:  # a loop of links
+        return Refusal(setting, str(error), _OWN)
+    return _refusal(setting, folder) or folder
 
 
 def _named() -> Iterator[tuple[str, Path | Refusal]]:
@@ -102,8 +108,9 @@ def _named() -> Iterator[tuple[str, Path | Refusal]]:
         yield f"XDG_CACHE_HOME={home}", Path(home) / "pyadv"
     else:
         with contextlib.suppress(RuntimeError):  # a user without a home
-            if (home := Path.home()).is_absolute():
-                yield str(home / ".cache" / "pyadv"), home / ".cache" / "pyadv"
+            own = Path.home() / ".cache" / "pyadv"
+            if own.is_absolute():
+                yield str(own), own
     if hasattr(os, "geteuid"):
         with contextlib.suppress(OSError):  # a machine without such a folder
             shared = Path(tempfile.gettempdir()).absolute() / f"pyadv-{os.geteuid()}"

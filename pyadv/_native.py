@@ -240,7 +240,7 @@ def _kernels(plan: _build.Plan, force: bool, absent: str | None) -> Kernels:
             torch.ops.load_library(found.path)
         except OSError:
             # Another process may just have replaced the entry by one that it built anew.
-            if last or found.path.exists():
+            if last or found.path is None or found.path.exists():
                 raise
             continue
         _loaded[plan.library] = found

@@ -19,7 +19,7 @@ class DiskFull(OSError):
     """A file does not fit: the disk, the user's quota or the limit on file sizes is exhausted."""
 
     def __str__(self) -> str:
-        return self.strerror
+        return self.strerror or ""
 
 
 def write(path: Path, fill: Callable[[Any], None]) -> None:
@@ -45,9 +45,9 @@ def write(path: Path, fill: Callable[[Any], None]) -> None:
                     raise file.error
                 os.fsync(raw.fileno())
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno is None or error.errno not in _FULL:
                     raise
-                raise _disk_full(error, path, file.size) from error
+                raise _disk_full(error.errno, path, file.size) from error
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -62,7 +62,8 @@ class _Counted:
     """
 
     def __init__(self, raw: Any) -> None:
-        self.raw, self.size, self.error = raw, 0, None
+        self.raw, self.size = raw, 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
@@ -79,12 +80,12 @@ class _Counted:
         """Do nothing: no byte waits in a buffer."""
 
 
-def _disk_full(error: OSError, path: Path, size: int) -> DiskFull:
+def _disk_full(code: int, path: Path, size: int) -> DiskFull:
     free = shutil.disk_usage(path.parent).free
     kept = "; the file of before is unchanged" if path.exists() else ""
     return DiskFull(
-        error.errno,
-        f"cannot write {path}: {os.strerror(error.errno).lower()}; it needs {_bytes(size)} and "
+        code,
+        f"cannot write {path}: {os.strerror(code).lower()}; it needs {_bytes(size)} and "
         f"{_bytes(free)} are free in {path.parent}{kept}",
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+import operator
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def row_norm(t: Tensor, order: float) -> Tensor:
 def row_sum(t: Tensor) -> Tensor:
     """Return the sum of each row, (B,), as `reduce_rows`."""
     return reduce_rows(t, torch.sum)
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the terms, of which there is at least one, from the first to the last."""
+    return reduce(operator.add, terms)
 
 
 def broadcastable(value: float | Tensor, like: Tensor) -> Tensor:

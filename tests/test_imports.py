@@ -13,9 +13,9 @@ import pyadv
 ROOT = Path(pyadv.__file__).parent
 
 # Each package imports from those before it and from itself. Modules of one tuple may import each
-# other. `tensors` and the private modules directly in pyadv/ are below everything.
+# other. `tensors`, `menus` and the private modules directly in pyadv/ are below everything.
 LAYERS = (
-    ("tensors",),
+    ("tensors", "menus"),
     ("reference",),
     ("ops",),
     ("passes",),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Plan, functional, show
@@ -17,8 +17,9 @@ from pyadv.engine.results import Perturbed
 from pyadv.engine.rounding import leaves_by_rounding, round_inward_
 from pyadv.engine.rules import HalvingRule, SparseRule
 from pyadv.engine.settable import Setting
-from pyadv.engine.starts import PROJECT, SPHERE_STARTS, Start, start_on_sphere
+from pyadv.engine.starts import PROJECT, SphereStart, start_on_sphere
 from pyadv.engine.task import FloatOrTensor, GradientSettings, Model, Task, radius
+from pyadv.menus import SPHERE_STARTS, Auto, GradMode, LossName, Norm, Speed
 from pyadv.passes.borrow import Output
 
 _DLR_TARGETED_CLASSES = 4  # that the loss compares
@@ -69,6 +70,8 @@ class APGD(Attack):
             logits.
     """
 
+    settings: GradientSettings
+
     loss = Setting("settings.loss.loss")
     best = Setting("settings.best")
     eot = Setting("settings.eot")
@@ -78,13 +81,13 @@ class APGD(Attack):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         steps: int = 100,
-        loss: str | LossFunction = "ce",
-        start: Start = "keyed",
+        loss: LossName | LossFunction = "ce",
+        start: SphereStart = "keyed",
         restarts: int = 1,
-        best: str = "fooled",
+        best: Literal["fooled", "loss"] = "fooled",
         targeted: bool = False,
         rho: float = 0.75,
         eot: int = 1,
@@ -94,12 +97,12 @@ class APGD(Attack):
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        grad_mode: str = "fused",
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        graph: bool | str = "auto",
+        grad_mode: GradMode = "fused",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        graph: Auto = "auto",
     ):
         norm = checks.canonical_norm(norm)
         eps = radius(eps, norm)
@@ -143,7 +146,7 @@ class APGD(Attack):
             return super()._search(task)
         s = task.settings
         early = min(math.ceil(0.3 * s.steps), s.steps // 2)
-        found = None
+        found: Perturbed | None = None
         for factor, steps in ((3, early), (2, early), (1, s.steps - 2 * early)):
             radius = factor * s.eps
             stage = replace(s, eps=radius, alpha=radius, steps=steps)
@@ -155,13 +158,14 @@ class APGD(Attack):
                 if leaves_by_rounding(begin.dtype):
                     round_inward_(begin, task.x, radius, "L1")
                 stage = replace(stage, start=lambda _, begin=begin: begin)
-            before, found = found, super()._search(replace(task, settings=stage))
-            if before is not None:
-                found.kappa += before.kappa
-                found.steps += before.steps
-                found.queries += before.queries
-                found.gradients += before.gradients
-        return found
+            latest = super()._search(replace(task, settings=stage))
+            if found is not None:
+                latest.kappa += found.kappa
+                latest.steps += found.steps
+                latest.queries += found.queries
+                latest.gradients += found.gradients
+            found = latest
+        return latest
 
 
 class TargetedAPGD(APGD):

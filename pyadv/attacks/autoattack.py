@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -19,15 +19,17 @@ from pyadv.attacks.fab import FAB, TargetedFAB
 from pyadv.attacks.pgd import PGD
 from pyadv.attacks.processes import ALONE, Processes, together
 from pyadv.attacks.progress import Progress
-from pyadv.attacks.square import Square
+from pyadv.attacks.square import Draws, Square
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model, show
 from pyadv.engine.results import passes_line, samples_line
 from pyadv.engine.settable import Settable
 from pyadv.engine.task import FloatOrTensor, radius
+from pyadv.menus import AnyNorm, Auto, Norm, Speed
 from pyadv.passes.borrow import Output
 
-VERSIONS = {
+Version: TypeAlias = Literal["standard", "plus", "rand", "custom"]
+VERSIONS: dict[Version, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
@@ -81,7 +83,7 @@ class Member:
     p: float = 0.8
 
 
-def plan(version: str, norm: str) -> dict[str, Member]:
+def plan(version: Version, norm: AnyNorm) -> dict[str, Member]:
     """Return the settings of the members; those for L1 come from "Mind the Box" (ICML 2021)."""
     plus, rand = version == "plus", version == "rand"
     l1 = norm == "L1" and not plus and not rand
@@ -182,18 +184,18 @@ class AutoAttack(Settable):
         self,
         model: Model,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: float | None = None,
-        version: str = "standard",
+        version: Version = "standard",
         attacks: Sequence[str] | Mapping[str, AttackLike] | AttackLike | None = None,
         seed: int | None = None,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         compact: bool = True,
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        progress: Progress | str | None = "auto",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        progress: Progress | Literal["auto"] | None = "auto",
         parity: Parity | None = None,
     ):
         checks.choice("version", version, (*VERSIONS, "custom"))
@@ -210,7 +212,7 @@ class AutoAttack(Settable):
         if self.parity.reseed and seed is None:
             raise ValueError("parity.reseed needs a seed")
         self.progress = progress
-        common = {"lo": lo, "hi": hi, "output": output, "validate": validate}
+        common: dict[str, Any] = {"lo": lo, "hi": hi, "output": output, "validate": validate}
         common |= {"norm": self.norm, "eps": eps, "seed": seed}
         self._clean = self._as_is(PGD(steps=0, start="none", **common))
         common["speed"] = speed
@@ -218,7 +220,8 @@ class AutoAttack(Settable):
         if isinstance(attacks, str):
             attacks = (attacks,)
         elif hasattr(attacks, "run"):
-            attacks = {type(attacks).__name__: attacks}
+            one: Any = attacks  # `check_attack` looks at it below
+            attacks = {type(one).__name__: one}
         self._own = dict(attacks) if isinstance(attacks, Mapping) else None
         if not isinstance(attacks, (Sequence, Mapping, type(None))):
             raise TypeError(
@@ -294,9 +297,16 @@ class AutoAttack(Settable):
         x_adv = x.clone()
         if len(rows):
             x_adv[rows.to(x.device)] = examples.to(x.device)
-        tables = found.standing, found.prediction, found.broken_by, found.queries, found.gradients
-        moved = (t.to(x.device) for t in tables)
-        return EnsembleResult(x_adv, *moved, found.names, tuple(ensemble.notes))
+        return EnsembleResult(
+            x_adv,
+            correct=found.standing.to(x.device),
+            prediction=found.prediction.to(x.device),
+            broken_by=found.broken_by.to(x.device),
+            queries=found.queries.to(x.device),
+            gradients=found.gradients.to(x.device),
+            names=found.names,
+            notes=tuple(ensemble.notes),
+        )
 
     def run_standard_evaluation(
         self,
@@ -383,6 +393,7 @@ class AutoAttack(Settable):
             "eot": m.eot,
             "rho": m.rho,
         }
+        attack: Attack
         if name == "apgd-ce":
             attack = APGD(**gradient)
         elif name == "apgd-dlr":
@@ -396,7 +407,7 @@ class AutoAttack(Settable):
         elif name == "fab-t":
             attack = TargetedFAB(**searched, targets=m.targets, early_stop=True)
         else:
-            draws = "official" if parity.reseed else "keyed"
+            draws: Draws = "official" if parity.reseed else "keyed"
             attack = Square(**common, queries=m.steps, p=m.p, draws=draws)
         return self._as_is(attack)
 

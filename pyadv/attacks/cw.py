@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyadv.attacks.minimum_norm import ClassRule, NearestIterate, class_choice, rounded
+from pyadv.attacks.minimum_norm import ClassChoice, ClassRule, NearestIterate, class_choice, rounded
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.norms import distance
 from pyadv.engine.rules import kept
 from pyadv.engine.settable import Setting
 from pyadv.engine.state import State
-from pyadv.engine.task import Model, Settings
+from pyadv.engine.task import Model, Settings, memory
 from pyadv.tensors import broadcastable, clip_to_box, flatten, per_row, widen
 
 _INSIDE = 0.99  # the first |tanh(w)| of entries on a bound, where tanh is flat
@@ -66,6 +66,7 @@ class CW(NearestIterate):
     starts at x itself, and such entries reach 99.5 % of the box).
     """
 
+    _rule = Setting("settings.rule")
     steps = Setting("settings.rule.steps")  # steps of each search
 
     def __init__(
@@ -78,7 +79,7 @@ class CW(NearestIterate):
         lr: float = 0.01,
         c: float = 0.001,
         abort_early: bool = True,
-        classes: str = "nearest",
+        classes: ClassChoice = "nearest",
         targeted: bool = False,
         **settings: Any,
     ):
@@ -98,7 +99,7 @@ class CW(NearestIterate):
         )
 
     def _search_words(self) -> list[str]:
-        rule, confidence = self.settings.rule, self.settings.loss.confidence
+        rule, confidence = self._rule, self.settings.loss.confidence
         words = [f"{rule.searches} searches of {rule.steps} steps"]
         return [*words, f"confidence {confidence:g}"] if confidence else words
 
@@ -113,23 +114,23 @@ class SearchRule(ClassRule):
     lr: float
     first_c: float
     abort_early: bool
-    c: Tensor | None = None
-    lower: Tensor | None = None
-    upper: Tensor | None = None
-    done: Tensor | None = None  # finished searches
-    age: Tensor | None = None  # steps taken in this search
-    found: Tensor | None = None  # whether this search has fooled the model
-    before: Tensor | None = None  # the objective at the last check
-    width: Tensor | None = None  # (B,) width of the box
-    loss: Tensor | None = None
-    loss_at_x: Tensor | None = None
-    grad_at_x: Tensor | None = None
-    place: Tensor | None = None  # tanh(w), or x_adv - x if a bound is missing
-    place_of_x: Tensor | None = None
-    mean: Tensor | None = None  # Adam's running means of the gradient and of its square
-    square: Tensor | None = None
-    decay1: Tensor | None = None  # the powers of beta1 and beta2
-    decay2: Tensor | None = None
+    c: Tensor = memory()
+    lower: Tensor = memory()
+    upper: Tensor = memory()
+    done: Tensor = memory()  # finished searches
+    age: Tensor = memory()  # steps taken in this search
+    found: Tensor = memory()  # whether this search has fooled the model
+    before: Tensor = memory()  # the objective at the last check
+    width: Tensor = memory()  # (B,) width of the box
+    loss: Tensor = memory()
+    loss_at_x: Tensor = memory()
+    grad_at_x: Tensor = memory()
+    place: Tensor = memory()  # tanh(w), or x_adv - x if a bound is missing
+    place_of_x: Tensor = memory()
+    mean: Tensor = memory()  # Adam's running means of the gradient and of its square
+    square: Tensor = memory()
+    decay1: Tensor = memory()  # the powers of beta1 and beta2
+    decay2: Tensor = memory()
 
     def begin(self, state: State) -> SearchRule:
         x, s = widen(state.x), state.settings
@@ -254,7 +255,7 @@ def _tanh_of_sum(tanh: Tensor, step: Tensor) -> Tensor:
     return ((tanh + part) / (1 + tanh * part)).clamp(-_MOST, _MOST)
 
 
-def _half_width(s: Settings, like: Tensor) -> Tensor:
+def _half_width(s: Any, like: Tensor) -> Tensor:
     return (broadcastable(s.hi, like) - broadcastable(s.lo, like)) / 2
 
 

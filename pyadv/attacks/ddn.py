@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks.minimum_norm import (
+    ClassChoice,
     ClassRule,
     NearestIterate,
     annealed,
@@ -23,7 +24,7 @@ from pyadv.attacks.minimum_norm import (
 from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.state import State
-from pyadv.engine.task import Model
+from pyadv.engine.task import Model, memory
 from pyadv.tensors import widen
 
 _LAST_ALPHA = 0.01  # a share of the first step size
@@ -68,7 +69,7 @@ class DDN(NearestIterate):
         gamma: float = 0.05,
         alpha: float | None = None,
         start_radius: float | None = None,
-        classes: str = "nearest",
+        classes: ClassChoice = "nearest",
         targeted: bool = False,
         **settings: Any,
     ):
@@ -97,10 +98,10 @@ class SphereRule(ClassRule):
     gamma: float
     start_radius: float
     first_alpha: float
-    alpha: Tensor | None = None  # the step size of this step
-    radius: Tensor | None = None
-    most: Tensor | None = None  # (B,) the radius that reaches the whole box
-    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+    alpha: Tensor = memory()  # the step size of this step
+    radius: Tensor = memory()
+    most: Tensor = memory()  # (B,) the radius that reaches the whole box
+    point: Tensor = memory()  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> SphereRule:
         most = reach(state.x, "L2", state.settings.lo, state.settings.hi)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -25,10 +25,14 @@ from pyadv.engine.norms import DUAL
 from pyadv.engine.results import Perturbed
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
-from pyadv.engine.task import Model, Task
+from pyadv.engine.task import Model, Task, memory
 from pyadv.passes.borrow import owned
 from pyadv.tensors import clip_to_box, flatten, per_row, row_norm, row_sum, widen
 
+BoundaryNorm: TypeAlias = Literal["Linf", "L2"]
+NORMS: tuple[BoundaryNorm, ...] = get_args(BoundaryNorm)
+Variant: TypeAlias = Literal["plain", "super"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _LEAST = 1e-4
 _SMALL = 1e-6
 _BISECTIONS = 10
@@ -73,15 +77,15 @@ class DeepFool(NearestIterate):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "L2",
-        variant: str = "plain",
+        norm: BoundaryNorm | float = "L2",
+        variant: Variant = "plain",
         steps: int | None = None,
         overshoot: float = 0.02,
         classes: int = 10,
         **settings: Any,
     ):
-        norm = checks.canonical_norm(norm, ("Linf", "L2"))
-        checks.choice("variant", variant, ("plain", "super"))
+        norm = checks.canonical_norm(norm, NORMS)
+        checks.choice("variant", variant, VARIANTS)
         checks.size("overshoot", overshoot, tensor=False)
         checks.count("classes", classes, 2)
         if variant == "super" and norm != "L2":
@@ -134,8 +138,8 @@ class BoundaryRule(StepRule):
     overshoot: float
     least: float  # length of a step
     rivals: int
-    classes: Tensor | None = None  # (B, rivals)
-    total: Tensor | None = None  # of the steps
+    classes: Tensor = memory()  # (B, rivals)
+    total: Tensor = memory()  # of the steps
 
     def begin(self, state: State) -> BoundaryRule:
         return replace(self, total=torch.zeros_like(widen(state.x)))
@@ -172,9 +176,9 @@ class NormalRule(BoundaryRule):
     """The rule of "super" DeepFool. A sample is `inside` a run of DeepFool that began at `outer`,
     or at `outer` itself; it leaves when it fools the model there."""
 
-    outer: Tensor | None = None
-    inside: Tensor | None = None  # (B,) bool
-    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+    outer: Tensor = memory()
+    inside: Tensor = memory()  # (B,) bool
+    point: Tensor = memory()  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> NormalRule:
         x_adv, inside = widen(state.x_adv), torch.zeros_like(state.active)

@@ -21,6 +21,7 @@ from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
 from pyadv.engine.results import AttackResult
+from pyadv.menus import BatchNormMode
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -88,8 +89,10 @@ class Findings:
         kind: dtype and shape of a sample; empty before the first one.
     """
 
-    _TABLES = ("keys", "y", "prediction", "logits", "done", "broken", "non_finite")
-    _TABLES += ("queries", "gradients")
+    _TABLES: tuple[str, ...] = (
+        *("keys", "y", "prediction", "logits", "done", "broken", "non_finite"),
+        *("queries", "gradients"),
+    )
 
     def __init__(self, names: Sequence[str]):
         self.names, width = tuple(names), len(names)
@@ -345,7 +348,7 @@ class Ensemble:
         rows = f.rows(keys, y.cpu())
         if self._file is not None and len(rows):
             self._file.check_model(x, self.clean.settings.output, self._as_is)
-            self._compare(*_first_of_each(rows), x, y)
+            self._compare(*_first_of_each(rows), x, y, self._file.path)
         self._given.append(rows)
         try:
             self._attack(*_first_of_each(rows), x, y)
@@ -380,7 +383,7 @@ class Ensemble:
             attacks = self.attacks(self._records.classes)
             # The draw stays what it is now, so that every batch has the same one.
             names = self._records.names[1:]
-            self.members = [(a, getattr(a, "draw", 0)) for a in map(attacks.get, names)]
+            self.members = [(a, getattr(a, "draw", 0)) for a in (attacks[name] for name in names)]
         for column, (attack, draw) in enumerate(self.members, 1):
             self._stage(column, attack, draw, rows, places, x, y)
 
@@ -418,7 +421,7 @@ class Ensemble:
         draw: int,
         rows: Tensor,
         places: Tensor,
-        xy: tuple[Tensor, Tensor],
+        xy: tuple[Tensor, ...],
         attempts: int = 1,
     ) -> Iterator[tuple[Tensor, AttackResult, Tensor]]:
         """Yield, batch by batch: rows, the attack's result, labels on the model's device."""
@@ -433,7 +436,7 @@ class Ensemble:
             ids = self._records.keys[part].to(device)
             yield part, attack.run(x, y, ids=ids, draw=draw, model=self.model), y
 
-    def _compare(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor) -> None:
+    def _compare(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor, path: Path) -> None:
         """Raise ValueError if the model's logits are not those that the state holds. A model whose
         logits change from pass to pass cannot be compared; the report says so."""
         f = self._records
@@ -447,12 +450,12 @@ class Ensemble:
         if self._as_is and _trains(self.model):
             self._note("The model is attacked in training mode, where logits depend on the batch")
             return
-        if any(self._processes.gather(self._finds_random(rows, places, x, y))):
+        if any(self._processes.gather(self._finds_random(rows, places, x, y, path))):
             self._note("The model is random: two forward passes on one batch differ")
             self._unchecked[:] = False
         self._unchecked[rows] = False
 
-    def _finds_random(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor) -> bool:
+    def _finds_random(self, rows: Tensor, places: Tensor, x: Tensor, y: Tensor, path: Path) -> bool:
         """Compare this process's part with the logits in the state. Return whether they differ
         because the model is random; raise ValueError if they differ otherwise."""
         f, (rows, places) = self._records, map(self._processes.part, (rows, places))
@@ -466,7 +469,7 @@ class Ensemble:
                     return True
                 i = int(off.int().argmax())
                 raise ValueError(
-                    f"{self._file.path} holds an evaluation of a model with other logits: for "
+                    f"{path} holds an evaluation of a model with other logits: for "
                     f"the sample at {int(at[i])} {_shown(f.logits[part[i]])}, now {_shown(z[i])}; "
                     "choose another file for this model, or remove this one"
                 )
@@ -647,7 +650,7 @@ def _passed(model: Model, x: Tensor, output: Output, as_is: bool) -> Iterator[No
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     saved = [b.clone() for b in buffers]
     devices = [device] if device.type == "cuda" else []
-    mode = "as_is" if as_is else "eval"
+    mode: BatchNormMode = "as_is" if as_is else "eval"
     with torch.random.fork_rng(devices), gradients_on(), borrowed(model, mode):
         leaf = owned(x).to(device, copy=True).requires_grad_()
         logits = pick_logits(model(leaf), output, len(leaf))

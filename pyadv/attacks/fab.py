@@ -5,6 +5,7 @@ and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,12 +25,13 @@ from pyadv.engine.results import Perturbed
 from pyadv.engine.starts import Noise, start_on_sphere
 from pyadv.engine.state import PerSample
 from pyadv.engine.task import FloatOrTensor, Model, Settings, Task
+from pyadv.menus import AnyNorm, Auto, Norm, Speed
 from pyadv.passes.borrow import Output, borrowed, gradients_on, owned, pick_logits, unwrap
 from pyadv.reference.hyperplane import boundary_step
 from pyadv.tensors import broadcastable, per_row, widen
 
 _START_EPS = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}  # of the authors, for the box [0, 1]
-_BOUNDARY_STEP = {
+_BOUNDARY_STEP: dict[AnyNorm, Callable[..., Tensor]] = {
     "Linf": ops.linf_boundary_step,
     "L2": ops.l2_boundary_step,
     "L1": partial(boundary_step, "L1"),
@@ -82,7 +84,7 @@ class FAB(MinimumNorm):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         steps: int = 100,
         restarts: int = 1,
@@ -93,10 +95,10 @@ class FAB(MinimumNorm):
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
     ):
         norm = checks.canonical_norm(norm)
         if early_stop and eps is None:

@@ -13,6 +13,7 @@ from pyadv.engine.rules import MomentumRule
 from pyadv.engine.settable import Setting
 from pyadv.engine.starts import Start
 from pyadv.engine.task import FloatOrTensor, radius
+from pyadv.menus import Norm
 
 
 class FGSM(PGD):
@@ -28,7 +29,7 @@ class FGSM(PGD):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         start: Start = "none",
         **settings: Any,
@@ -54,6 +55,7 @@ class MIFGSM(PGD):
     Source: Dong et al., "Boosting Adversarial Attacks with Momentum" (CVPR 2018), algorithm 1.
     """
 
+    _rule = Setting("settings.rule")
     decay = Setting("settings.rule.decay")
 
     def __init__(
@@ -61,7 +63,7 @@ class MIFGSM(PGD):
         model: Callable[..., Any] | None = None,
         *,
         decay: float = 1.0,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         alpha: FloatOrTensor | None = None,
         steps: int = 10,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.attacks.minimum_norm import (
+    ClassChoice,
     ClassRule,
     NearestIterate,
     annealed,
@@ -25,7 +26,8 @@ from pyadv.engine.attack import functional
 from pyadv.engine.norms import DUAL, distance
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import State
-from pyadv.engine.task import Model
+from pyadv.engine.task import Model, memory
+from pyadv.menus import ANY_NORMS, AnyNorm
 from pyadv.tensors import broadcastable, clip_to_box, flatten, largest, row_norm, widen
 
 _FIRST_ALPHA = {"Linf": 10.0, "L2": 3.0, "L1": 1.0, "L0": 10.0}  # multiples of the box width
@@ -78,18 +80,18 @@ class FMN(NearestIterate):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: AnyNorm | float = "Linf",
         steps: int = 100,
         alpha: float | None = None,
         gamma: float = 0.05,
         gamma_final: float = 0.001,
-        classes: str = "nearest",
+        classes: ClassChoice = "nearest",
         targeted: bool = False,
         **settings: Any,
     ):
         checks.share("gamma", gamma)
         checks.share("gamma_final", gamma_final)
-        norm = checks.canonical_norm(norm, ("Linf", "L2", "L1", "L0"))
+        norm = checks.canonical_norm(norm, ANY_NORMS)
         width = box_width(settings.get("lo", 0.0), settings.get("hi", 1.0))
         alpha = _FIRST_ALPHA[norm] * width if alpha is None else alpha
         checks.size("alpha", alpha, tensor=False)
@@ -111,11 +113,11 @@ class BallRule(ClassRule):
     first_gamma: float
     last_gamma: float
     first_alpha: float
-    alpha: Tensor | None = None  # the step size of this step
-    gamma: Tensor | None = None
-    radius: Tensor | None = None
-    most: Tensor | None = None  # (B,) the radius that reaches the whole box
-    point: Tensor | None = None  # x_adv, before it is rounded to 16 bits
+    alpha: Tensor = memory()  # the step size of this step
+    gamma: Tensor = memory()
+    radius: Tensor = memory()
+    most: Tensor = memory()  # (B,) the radius that reaches the whole box
+    point: Tensor = memory()  # x_adv, before it is rounded to 16 bits
 
     def begin(self, state: State) -> BallRule:
         s = state.settings

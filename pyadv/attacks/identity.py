@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+
+# torch's stub leaves the name out.
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils.hooks import RemovableHandle
 
 from pyadv.engine.attack import Attack
@@ -115,7 +117,7 @@ class _Reader:
         children = {k: m for k, m in module._modules.items() if m is not None}
         # The order of its children is the order in which nn.Sequential calls them.
         self.found[path] = f"{_type_name(type(module))}({', '.join(children)})"
-        own = dict(module.named_parameters(recurse=False))
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
         for name, tensor in own.items():
             self.add(f"{path}.{name}", tensor)
@@ -202,11 +204,10 @@ class _Reader:
             if _found(module, name) is not value:
                 return self._named(_what(name))
             text = _public(module, name)
-            inside = (
-                value if isinstance(value, FunctionType) else getattr(value, "__wrapped__", None)
-            )
-            if module.split(".")[0] not in _OURS and isinstance(inside, FunctionType):
-                text += f" {self._code(inside, depth)}"
+            plain = isinstance(value, FunctionType)
+            code = value if plain else getattr(value, "__wrapped__", None)
+            if module.split(".")[0] not in _OURS and isinstance(code, FunctionType):
+                text += f" {self._code(code, depth)}"
             return text
         if "<locals>" in type(value).__qualname__:
             return self._named(f"an instance of the local class {type(value).__name__}")
@@ -253,7 +254,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside compiled and data-parallel wrappers."""
     while True:
         wrapped = isinstance(module, _WRAPPERS)
-        inside = module.module if wrapped else dict(module._modules.items()).get("_orig_mod")
+        inside = module._modules.get("module" if wrapped else "_orig_mod")
         if inside is None:
             return module
         module = inside

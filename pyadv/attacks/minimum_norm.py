@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from pyadv.engine.norms import DUAL, ORDER, distance
 from pyadv.engine.results import MinimumNormResult
 from pyadv.engine.rules import StepRule, kept
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Settings, memory
+from pyadv.menus import AnyNorm, Auto, LossName, Scale, Speed
 from pyadv.passes.borrow import Output
 from pyadv.tensors import broadcastable, clip_to_box, per_row, row_norm, row_sum, widen
 
@@ -27,11 +29,12 @@ _RIVALS = 9  # classes that are compared when one to follow is chosen
 _TWICE = 50  # steps from which on the choice is made again halfway
 
 Gradient = Callable[[], tuple[Tensor, int]]  # of the loss, with its number of backward passes
-CLASSES = ("nearest", "runner-up")
+ClassChoice: TypeAlias = Literal["nearest", "runner-up"]
+CLASSES: tuple[ClassChoice, ...] = get_args(ClassChoice)
 
 
 def boundaries(
-    logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
+    logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: AnyNorm
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield, for the class c in each column of `classes` (B, m): z_c - z_y (B,), its input gradient
     at `leaf`, and the norm of the gradient (B,) that turns z_c - z_y into a distance in `norm`. One
@@ -47,7 +50,7 @@ def boundaries(
 
 
 def nearest_boundary(
-    logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: str
+    logits: Tensor, leaf: Tensor, y: Tensor, classes: Tensor, norm: AnyNorm
 ) -> tuple[Tensor, Tensor]:
     """Return z_c - z_y (B,) and its input gradient at `leaf`, for the class c of `classes` (B, m)
     whose linearised boundary is nearest."""
@@ -71,11 +74,12 @@ def other_classes(logits: Tensor, y: Tensor) -> Tensor:
 def box_width(lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> float:
     """Return the factor for settings that were published for the box [0, 1]: hi - lo, or 1 if a
     bound is no finite number."""
-    bounded = isinstance(lo, (int, float)) and isinstance(hi, (int, float))
-    return float(abs(hi - lo)) if bounded and math.isfinite(hi - lo) else 1.0
+    if isinstance(lo, (int, float)) and isinstance(hi, (int, float)) and math.isfinite(hi - lo):
+        return float(abs(hi - lo))
+    return 1.0
 
 
-def reach(x: Tensor, norm: str, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
+def reach(x: Tensor, norm: AnyNorm, lo: FloatOrTensor | None, hi: FloatOrTensor | None) -> Tensor:
     """Return (B,): how far from x the farthest point of the box is; inf without a box."""
     wide = widen(x)
     infinity = torch.full_like(wide, torch.inf)
@@ -104,11 +108,11 @@ class ClassRule(StepRule):
     nearest point so far follows that class from there.
     """
 
-    classes: str
+    classes: ClassChoice
     _: KW_ONLY
-    follow: Tensor | None = None  # (B,) the classes
-    value: Tensor | None = None  # (B,) z_c - z_y at the current iterate
-    best: Tensor | None = None  # (B,) minus the smallest distance before this iterate
+    follow: Tensor = memory()  # (B,) the classes
+    value: Tensor = memory()  # (B,) z_c - z_y at the current iterate
+    best: Tensor = memory()  # (B,) minus the smallest distance before this iterate
 
     def kind(self, k: int, steps: int) -> str:
         if self.classes == "nearest" and (k == 0 or (steps >= _TWICE and k == steps // 2)):
@@ -143,7 +147,7 @@ class ClassRule(StepRule):
 
     def _choose(self, state: State, logits: Tensor, leaf: Tensor, y: Tensor) -> tuple[Tensor, int]:
         classes = ranked_targets(logits.detach(), y, _RIVALS).T
-        norm = "L1" if state.settings.norm == "L0" else state.settings.norm
+        norm: AnyNorm = "L1" if state.settings.norm == "L0" else state.settings.norm
         offset = widen(state.x) - widen(leaf.detach())
         nearest = torch.full_like(widen(logits.detach())[:, 0], torch.inf)
         follow, w = classes[:, 0].clone(), torch.zeros_like(offset)
@@ -158,7 +162,7 @@ class ClassRule(StepRule):
         return w.to(leaf.dtype), classes.shape[1]
 
 
-def class_choice(classes: str, targeted: bool) -> str:
+def class_choice(classes: ClassChoice, targeted: bool) -> ClassChoice:
     """Return the setting `classes` of a `ClassRule`; a targeted attack has no choice."""
     checks.choice("classes", classes, CLASSES)
     return "runner-up" if targeted else classes
@@ -226,25 +230,27 @@ class NearestIterate(MinimumNorm):
         targeted: y is the class to reach.
     """
 
+    settings: LoopSettings
+
     def __init__(
         self,
         model: Model | None,
         *,
-        norm: str,
+        norm: AnyNorm,
         steps: int,
-        loss: str,
+        loss: LossName,
         rule: StepRule,
-        scale: str = "exact",
+        scale: Scale = "exact",
         confidence: float = 0.0,
         patience: int | None = None,
         targeted: bool = False,
         eps: FloatOrTensor | None = None,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
     ):
         settings = LoopSettings(
             norm=norm,

@@ -14,8 +14,21 @@ from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import PlainRule
 from pyadv.engine.settable import Setting
-from pyadv.engine.starts import STARTS, Start
-from pyadv.engine.task import BESTS, FloatOrTensor, GradientSettings, radius, step_size
+from pyadv.engine.starts import Start
+from pyadv.engine.task import FloatOrTensor, GradientSettings, radius, step_size
+from pyadv.menus import (
+    BESTS,
+    SCALES,
+    STARTS,
+    Auto,
+    BatchNormMode,
+    Best,
+    GradMode,
+    LossName,
+    Norm,
+    Scale,
+    Speed,
+)
 from pyadv.passes.borrow import Output
 
 _PLUS_SHARE = 0.01 / 0.031  # of eps, the step of PGD+
@@ -85,6 +98,8 @@ class PGD(Attack):
             logits; the message names the argument, the rule and what was seen.
     """
 
+    settings: GradientSettings
+
     alpha = Setting("settings.alpha")
     loss = Setting("settings.loss.loss")
     best = Setting("settings.best")
@@ -97,29 +112,29 @@ class PGD(Attack):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         alpha: FloatOrTensor | None = None,
         steps: int = 10,
-        loss: str | LossFunction = "ce",
+        loss: LossName | LossFunction = "ce",
         start: Start = "keyed",
         restarts: int = 1,
-        best: str = "last",
+        best: Best = "last",
         eot: int = 1,
         targeted: bool = False,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         keep: FloatOrTensor = 0.2,
-        bn: str = "eval",
+        bn: BatchNormMode = "eval",
         update_stats: bool = False,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        grad_mode: str = "fused",
-        scale: str | None = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        graph: bool | str = "auto",
+        grad_mode: GradMode = "fused",
+        scale: Scale | None = None,
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        graph: Auto = "auto",
     ):
         norm = checks.canonical_norm(norm)
         eps = radius(eps, norm)
@@ -129,7 +144,7 @@ class PGD(Attack):
         if not callable(start):
             checks.choice("start", start, STARTS)
         checks.choice("best", best, BESTS)
-        checks.choice("scale", scale, (None, "unit", "exact"))
+        checks.choice("scale", scale, (None, *SCALES))
         if loss == "kl" and start == "none":
             raise ValueError(
                 'loss="kl" needs a start other than "none": its gradient is exactly zero at x'
@@ -222,7 +237,7 @@ class PGDPlus(PGD):
         self,
         model: Callable[..., Any] | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         alpha: FloatOrTensor | None = None,
         steps: int = 40,

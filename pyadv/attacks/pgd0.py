@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from pyadv.engine.attack import Attack, Plan, functional, show
 from pyadv.engine.losses import Loss, LossFunction
 from pyadv.engine.losses import check as check_loss
 from pyadv.engine.rules import StepRule
-from pyadv.engine.starts import GeneratorNoise, Noise, Start
+from pyadv.engine.settable import Setting
+from pyadv.engine.starts import AnyStart, GeneratorNoise, Noise, StartFunction
 from pyadv.engine.state import State
-from pyadv.engine.task import BESTS, FloatOrTensor, LoopSettings, Model, Task
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, memory
+from pyadv.menus import BESTS, AnyNorm, Auto, Best, LossName, Speed
 from pyadv.passes.borrow import Output
 from pyadv.tensors import clip_to_box, flatten, keep_inactive, largest, per_row, widen
 
-STARTS = ("keyed", "none")
+StartName: TypeAlias = Literal["keyed", "none"]
+STARTS: tuple[StartName, ...] = get_args(StartName)
 
 
 class PGD0(Attack):
@@ -61,6 +65,10 @@ class PGD0(Attack):
     inside the box. Start, step length and default loss are ours.
     """
 
+    settings: LoopSettings
+
+    _rule = Setting("settings.rule")
+
     def __init__(
         self,
         model: Model | None = None,
@@ -69,19 +77,19 @@ class PGD0(Attack):
         pixels: bool = False,
         alpha: float = 10.0,
         steps: int = 100,
-        loss: str | LossFunction = "margin",
-        start: Start = "keyed",
+        loss: LossName | LossFunction = "margin",
+        start: StartName | StartFunction = "keyed",
         restarts: int = 1,
-        best: str = "fooled",
+        best: Best = "fooled",
         targeted: bool = False,
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
-        graph: bool | str = "auto",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
+        graph: Auto = "auto",
     ):
         _check_count(eps)
         checks.size("alpha", alpha, tensor=False)
@@ -112,11 +120,11 @@ class PGD0(Attack):
 
     def _search_words(self) -> list[str]:
         s = self.settings
-        of = ["pixels"] if s.rule.pixels else []
+        of = ["pixels"] if self._rule.pixels else []
         return [*of, f"{s.steps} steps", f"loss {show(s.loss.loss)}"]
 
     def _plan(self, task: Task) -> Plan:
-        if self.settings.rule.pixels and task.x.dim() != 4:
+        if self._rule.pixels and task.x.dim() != 4:
             got = list(task.x.shape)
             raise ValueError(f"pixels=True needs images (B, C, H, W), got x of shape {got}")
         return super()._plan(task)
@@ -128,7 +136,7 @@ class SparsestRule(StepRule):
 
     alpha: float
     pixels: bool
-    count: Tensor | None = None  # (B,)
+    count: Tensor = memory()  # (B,)
 
     def begin(self, state: State) -> SparsestRule:
         return replace(self, count=_counts(state.settings.eps, state.x))
@@ -169,8 +177,8 @@ class _Start:
 
     def __call__(
         self,
-        kind: Start,
-        norm: str,
+        kind: AnyStart,
+        norm: AnyNorm,
         x: Tensor,
         eps: FloatOrTensor,
         lo: FloatOrTensor | None,

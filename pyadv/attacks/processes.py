@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,16 @@ from pyadv.attacks.progress import Lines, Progress
 from pyadv.passes.borrow import is_sharded, unwrap
 
 T = TypeVar("T")
+_S = TypeVar("_S", bound="_Sliceable")
 
 _MEETING = timedelta(minutes=30)  # for all processes to call the evaluation
 _PATIENCE = timedelta(days=7)  # within it: one process may have far more work than another
 _SHOWN = 3  # differences in an error message
 _HINT = "; group=False evaluates in this process alone"
+
+
+class _Sliceable(Protocol):
+    def __getitem__(self: _S, part: slice, /) -> _S: ...
 
 
 class ProcessFailed(RuntimeError):
@@ -51,7 +56,7 @@ class Processes:
     def alone(self) -> bool:
         return self.count == 1
 
-    def part(self, items: T) -> T:
+    def part(self, items: _S) -> _S:
         """Return the items (of a tensor or sequence) that this process works on. Neighbours go to
         different processes, because hard samples often lie together."""
         return items if self.alone else items[self.rank :: self.count]
@@ -68,7 +73,7 @@ class Processes:
         """Return the value of process 0. The values of the others are not sent."""
         if self.alone:
             return value
-        values = [value if self.rank == 0 else None]
+        values: list[Any] = [value if self.rank == 0 else None]
         with _uninterrupted():  # an interruption between the two exchanges would part the processes
             self.gather(None)  # a failure would not fit into the broadcast
             with self._transport():
@@ -115,7 +120,7 @@ class Processes:
             self.agree(what, identity(parts, "any"))
 
     def progress(
-        self, progress: Progress | str | None, samples: int | None = None
+        self, progress: Progress | Literal["auto"] | None, samples: int | None = None
     ) -> Progress | None:
         """Return what to call for "auto", None or a callable: process 0 alone prints."""
         if progress == "auto":
@@ -194,7 +199,7 @@ def together(
     # Tables and texts travel over the CPU, whatever connects the cards, and may have to wait longer
     # than a collective of the training.
     world = len(ranks) == dist.get_world_size()
-    local = {} if world else {"use_local_synchronization": True}
+    local: dict[str, Any] = {} if world else {"use_local_synchronization": True}
     try:
         ours = dist.new_group(ranks, timeout=_MEETING, backend="gloo", **local)
         dist.distributed_c10d._set_pg_timeout(_PATIENCE, ours)
@@ -206,8 +211,9 @@ def together(
     processes = Processes(dist.get_rank(ours), len(ranks), ours)
     try:
         with contextlib.ExitStack() as stack:
-            for one in models:
-                stack.enter_context(_as_in_first(unwrap(one), processes))
+            for module in map(unwrap, models):
+                if isinstance(module, nn.Module):  # as all of them are
+                    stack.enter_context(_as_in_first(module, processes))
             yield processes
         processes.finish()
     except BaseException as error:

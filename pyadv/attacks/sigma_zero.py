@@ -16,7 +16,7 @@ from pyadv.engine import checks
 from pyadv.engine.attack import functional
 from pyadv.engine.rules import StepRule
 from pyadv.engine.state import State
-from pyadv.engine.task import Model
+from pyadv.engine.task import Model, memory
 from pyadv.tensors import clip_to_box, flatten, per_row, widen
 
 _BETA1, _BETA2, _ADAM_TINY = 0.9, 0.999, 1e-8
@@ -95,14 +95,14 @@ class SparseDescentRule(StepRule):
     first_threshold: float
     rate: float
     width: float
-    alpha: Tensor | None = None  # the step size of this step
-    next_alpha: Tensor | None = None  # the step size that scales the change of the threshold
-    seen1: Tensor | None = None  # 1 - beta1^k, 1 - beta2^k
-    seen2: Tensor | None = None
-    threshold: Tensor | None = None  # (B,)
-    offset: Tensor | None = None  # x_adv - x
-    mean: Tensor | None = None  # Adam's running means of the gradient and of its square
-    square: Tensor | None = None
+    alpha: Tensor = memory()  # the step size of this step
+    next_alpha: Tensor = memory()  # the step size that scales the change of the threshold
+    seen1: Tensor = memory()  # 1 - beta1^k, 1 - beta2^k
+    seen2: Tensor = memory()
+    threshold: Tensor = memory()  # (B,)
+    offset: Tensor = memory()  # x_adv - x
+    mean: Tensor = memory()  # Adam's running means of the gradient and of its square
+    square: Tensor = memory()
 
     def begin(self, state: State) -> SparseDescentRule:
         x = widen(state.x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from pyadv.engine.rules import StepRule
 from pyadv.engine.settable import Setting
 from pyadv.engine.starts import PROJECT, Noise
 from pyadv.engine.state import State
-from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, radius
+from pyadv.engine.task import FloatOrTensor, LoopSettings, Model, Task, memory, radius
+from pyadv.menus import AnyNorm, Auto, Norm, Speed
 from pyadv.ops.steps import square_stepper
 from pyadv.passes.borrow import Output
 from pyadv.tensors import broadcastable, compute_dtype, widen
 
+Draws: TypeAlias = Literal["keyed", "official"]
+DRAWS: tuple[Draws, ...] = get_args(Draws)
 _SHRINK_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 _TINY = 1e-12
 _SLACK = 1e-6  # that the authors leave to the L1 ball
@@ -57,6 +61,8 @@ class Square(Attack):
             logits; x must be images (B, C, H, W).
     """
 
+    settings: LoopSettings
+
     queries = Setting("settings.steps")
     draws = Setting("settings.start")
     p = Setting("settings.rule.p")
@@ -65,24 +71,24 @@ class Square(Attack):
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         eps: FloatOrTensor | None = None,
         queries: int = 5000,
         p: float = 0.8,
         restarts: int = 1,
         targeted: bool = False,
-        draws: str = "keyed",
+        draws: Draws = "keyed",
         lo: FloatOrTensor | None = 0.0,
         hi: FloatOrTensor | None = 1.0,
         seed: int | None = None,
-        compact: bool | str = "auto",
+        compact: Auto = "auto",
         output: Output = None,
-        validate: bool | str = "auto",
-        speed: str = "exact",
+        validate: Auto = "auto",
+        speed: Speed = "exact",
     ):
         norm = checks.canonical_norm(norm)
         checks.count("queries", queries, 0)
-        checks.choice("draws", draws, ("keyed", "official"))
+        checks.choice("draws", draws, DRAWS)
         checks.share("p", p, one=True)
         settings = LoopSettings(
             norm=norm,
@@ -119,7 +125,7 @@ class SquareRule(StepRule):
     often the squares have shrunk."""
 
     p: float
-    number: Tensor | None = None  # of the proposal, which the draws depend on
+    number: Tensor = memory()  # of the proposal, which the draws depend on
 
     by_gradient = False
 
@@ -148,7 +154,7 @@ class SquareRule(StepRule):
         else:
             side = max(side, 3)
             new = self._move_mass(state, draws, min(side + (side + 1) % 2, h, w))
-            state.x_adv.copy_(torch.where(active.view(b, 1, 1, 1), new, state.x_adv))
+            state.x_adv.copy_(torch.where(state.active.view(b, 1, 1, 1), new, state.x_adv))
 
     @staticmethod
     def _move_mass(state: State, draws: _Keyed | _Official, side: int) -> Tensor:
@@ -173,7 +179,7 @@ class SquareRule(StepRule):
 
 def _start(
     kind: str,
-    norm: str,
+    norm: AnyNorm,
     x: Tensor,
     eps: FloatOrTensor,
     lo: FloatOrTensor | None,
@@ -205,7 +211,7 @@ def _start(
 def _inside(
     x: Tensor,
     delta: Tensor,
-    norm: str,
+    norm: AnyNorm,
     eps: Tensor,
     lo: FloatOrTensor | None,
     hi: FloatOrTensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyadv.engine import checks
+from pyadv.menus import Norm
 from pyadv.ops.arguments import check_like
 from pyadv.tensors import broadcastable, per_row, row_norm
 
@@ -13,7 +14,7 @@ LEVELS = 255
 _SLACK = 1e-4  # grid steps added to the radius, so that a rounded 8 / 255 counts as eight steps
 
 
-def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: str | float = "Linf") -> Tensor:
+def to_uint8(x_adv: Tensor, x: Tensor, eps: float | Tensor, norm: Norm | float = "Linf") -> Tensor:
     """Round x_adv to the grid of 8-bit images, at most eps away from x.
 
     Rounding alone may leave the ball by half a step per element, and truncation by one step. In

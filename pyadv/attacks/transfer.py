@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,24 @@ from pyadv.engine.attack import functional
 from pyadv.engine.loop import input_gradient
 from pyadv.engine.rules import MomentumRule
 from pyadv.engine.state import State
-from pyadv.engine.task import Model
+from pyadv.engine.task import Model, memory
 from pyadv.passes.borrow import pick_logits
 from pyadv.tensors import broadcastable, compute_dtype, per_row, widen
 
-KERNELS = ("gaussian", "linear", "uniform")
+Kernel: TypeAlias = Literal["gaussian", "linear", "uniform"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 _NEIGHBOUR, _RESIZE, _MIX = range(3)  # kinds of noise
 
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """A tensor that all samples share. The engine selects rows of tensors, but not of this."""
+    """A tensor that all samples share. The engine selects rows of tensors, but not of this.
+    It is compared by value, so it has no hash."""
 
     tensor: Tensor
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Shared) and torch.equal(self.tensor, other.tensor)
-
-    __hash__ = None  # as of a tensor that is compared by value
 
 
 @dataclass
@@ -46,7 +46,7 @@ class TransferRule(MomentumRule):
     diversity: float = 0.0
     resize: float = 0.9
     kernel: int = 0
-    kernel_shape: str = "gaussian"
+    kernel_shape: Kernel = "gaussian"
     kernel_sigmas: float = 3.0
     scales: int = 1
     images: _Shared | None = None
@@ -54,9 +54,9 @@ class TransferRule(MomentumRule):
     mix_share: float = 0.0
     neighbours: int = 0
     neighbourhood: float = 1.5
-    number: Tensor | None = None  # of the first draw of this step
-    window: _Shared | None = None  # (kernel,) weights
-    variance: Tensor | None = None  # mean gradient of the neighbours minus that of the iterate
+    number: Tensor = memory()  # of the first draw of this step
+    window: _Shared = memory()  # (kernel,) weights
+    variance: Tensor = memory()  # mean gradient of the neighbours minus that of the iterate
 
     @property
     def draws_noise(self) -> bool:
@@ -75,12 +75,12 @@ class TransferRule(MomentumRule):
                 f"{list(x.shape)}"
             )
         self._check_images(x)
-        return replace(
+        begun = replace(
             super().begin(state),
             number=torch.zeros((), dtype=torch.int64, device=x.device),
             window=_Shared(self._window(widen(x))),
-            variance=torch.zeros_like(widen(x)) if self.neighbours else None,
         )
+        return replace(begun, variance=torch.zeros_like(widen(x))) if self.neighbours else begun
 
     def _check_images(self, x: Tensor) -> None:
         if self.images is None:
@@ -259,7 +259,7 @@ class TransferFGSM(MIFGSM):
         diversity: float = 0.0,
         resize: float = 0.9,
         kernel: int = 0,
-        kernel_shape: str = "gaussian",
+        kernel_shape: Kernel = "gaussian",
         kernel_sigmas: float = 3.0,
         scales: int = 1,
         images: Tensor | None = None,
@@ -295,7 +295,7 @@ class TransferFGSM(MIFGSM):
             settings["scale"] = "exact"
         super().__init__(model, **settings)
         rule = TransferRule(
-            self.settings.rule.decay,
+            self._rule.decay,
             nesterov=nesterov,
             diversity=diversity,
             resize=resize,
@@ -312,7 +312,7 @@ class TransferFGSM(MIFGSM):
         self.settings = replace(self.settings, rule=rule)
 
     def _search_words(self) -> list[str]:
-        r = self.settings.rule
+        r = self._rule
         return [
             *super()._search_words(),
             f"decay {r.decay:g}",

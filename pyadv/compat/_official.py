@@ -13,6 +13,7 @@ from pyadv.attacks import PGD
 from pyadv.engine import checks
 from pyadv.engine.losses import LossFunction
 from pyadv.engine.starts import SMALL, Start
+from pyadv.menus import LossName
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def uniform_start(epsilon: float) -> Start:
 
 
 def linf_attack(
-    loss: str | LossFunction, start: Start, epsilon: float, step_size: float, steps: int
+    loss: LossName | LossFunction, start: Start, epsilon: float, step_size: float, steps: int
 ) -> PGD:
     """Return a PGD attack that differentiates the official expressions, rounding included."""
     return PGD(
@@ -64,7 +65,7 @@ def linf_attack(
 
 
 def training_attack(
-    loss: str, epsilon: float, step_size: float, perturb_steps: int, distance: str
+    loss: LossName, epsilon: float, step_size: float, perturb_steps: int, distance: str
 ) -> PGD:
     """Return the attack of TRADES, MART and MAIL. With any `distance` but "l_inf" it makes no step,
     and its result is the start."""

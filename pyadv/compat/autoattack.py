@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pyadv import attacks
 from pyadv.attacks import Parity
-from pyadv.attacks.autoattack import VERSIONS, Member, plan
+from pyadv.attacks.autoattack import VERSIONS, Member, Version, plan
 from pyadv.attacks.progress import Lines
 from pyadv.engine import checks
 from pyadv.engine.loop import predict
+from pyadv.menus import Norm
 
 _OURS = {
     "n_iter": "steps",
@@ -73,12 +74,12 @@ class AutoAttack:
     def __init__(
         self,
         model: Callable[..., Any],
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float = 0.3,
         seed: int | None = None,
         verbose: bool = True,
         attacks_to_run: Sequence[str] = (),
-        version: str = "standard",
+        version: Version = "standard",
         is_tf_model: bool = False,
         device: str | torch.device | None = None,
         log_path: str | Path | None = None,
@@ -99,7 +100,7 @@ class AutoAttack:
         if version != "custom":
             self.set_version(version)
 
-    def set_version(self, version: str = "standard") -> None:
+    def set_version(self, version: Version = "standard") -> None:
         """Choose the members of a version, with its settings."""
         checks.choice("version", version, tuple(VERSIONS))
         self.version, self.attacks_to_run = version, list(VERSIONS[version])
@@ -128,9 +129,9 @@ class AutoAttack:
         found = native.run_standard_evaluation(
             x, y, bs, return_labels, state_path, state_name=state_name
         )
-        if return_labels:
-            return found[0].to(x_orig.device), found[1].to(x_orig.device)
-        return found.to(x_orig.device)
+        if isinstance(found, Tensor):
+            return found.to(x_orig.device)
+        return found[0].to(x_orig.device), found[1].to(x_orig.device)
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False

@@ -14,8 +14,9 @@ from pyadv.compat._official import choose, clipped_normal_start, uniform_start
 from pyadv.engine.rules import StepRule
 from pyadv.engine.starts import Start
 from pyadv.engine.state import State
+from pyadv.menus import LossName
 
-LOSSES = {"cent": "ce", "kl": "kl"}
+LOSSES: dict[str, LossName] = {"cent": "ce", "kl": "kl"}
 
 
 def earlystop(
@@ -100,7 +101,7 @@ def early_stopped(
     epsilon: float,
     perturb_steps: int,
     tau: int,
-    loss: str,
+    loss: LossName,
     start: Start,
     omega: float,
 ) -> Released:

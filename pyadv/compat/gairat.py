@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from torch.utils.data import DataLoader
 from pyadv import ops
 from pyadv.compat._official import choose, linf_attack, normal_start, uniform_start
 from pyadv.compat.fat import LOSSES, early_stopped
+from pyadv.engine.losses import LossFunction
+from pyadv.engine.starts import Start
+from pyadv.menus import KAPPA_WEIGHTS, LossName
+from pyadv.ops.arguments import check_choice
 from pyadv.passes.borrow import device_of
 
 
@@ -22,7 +27,8 @@ def GAIR(num_steps: int, Kappa: Tensor, Lambda: float, func: str) -> Tensor:
     Args:
         func: "Tanh", "Sigmoid" or "Discrete".
     """
-    return ops.gairat_weights(Kappa.long(), num_steps, Lambda, func.lower(), int_half=True)
+    kind = check_choice("gairat_weights", "kind", func.lower(), KAPPA_WEIGHTS)
+    return ops.gairat_weights(Kappa.long(), num_steps, Lambda, kind, int_half=True)
 
 
 def cwloss(output: Tensor, target: Tensor, confidence: float = 50) -> Tensor:
@@ -58,15 +64,15 @@ def GA_PGD(
         rand_init: False starts at the data, which "kl" cannot.
     """
     model.eval()
-    losses = {**LOSSES, "cw": _cw_rows}
-    starts = {"Madry": uniform_start(epsilon), "trades": normal_start}
-    start = choose("category", category, starts) if rand_init else "none"
+    losses: dict[str, LossName | LossFunction] = {**LOSSES, "cw": _cw_rows}
+    starts: dict[str, Start] = {"Madry": uniform_start(epsilon), "trades": normal_start}
+    start: Start = choose("category", category, starts) if rand_init else "none"
     attack = linf_attack(choose("loss_fn", loss_fn, losses), start, epsilon, step_size, num_steps)
     found = attack.perturb(data, target, model=model)
     return found.x_adv, found.kappa.float()
 
 
-def eval_clean(model: nn.Module, test_loader: DataLoader) -> tuple[float, float]:
+def eval_clean(model: nn.Module, test_loader: DataLoader[Any]) -> tuple[float, float]:
     """Return (mean cross-entropy, accuracy) over the data set of a loader, in eval mode.
 
     Batches are moved to the model's device. Leaves the model in eval mode.
@@ -77,7 +83,7 @@ def eval_clean(model: nn.Module, test_loader: DataLoader) -> tuple[float, float]
 
 def eval_robust(
     model: nn.Module,
-    test_loader: DataLoader,
+    test_loader: DataLoader[Any],
     perturb_steps: int,
     epsilon: float,
     step_size: float,
@@ -104,9 +110,10 @@ def eval_robust(
 
 
 def _evaluate(
-    model: nn.Module, loader: DataLoader, attack: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, loader: DataLoader[Any], attack: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    loss, correct, size = 0.0, 0, len(loader.dataset)
+    data_set: Any = loader.dataset  # torch types data sets as if they had no length
+    loss, correct, size = 0.0, 0, len(data_set)
     for data, target in loader:
         device = device_of(model, data)
         data, target = data.to(device), target.to(device)
@@ -145,9 +152,9 @@ def GA_earlystop(
             starts at the data.
     """
     model.eval()
-    losses = {"fat": "ce", "fat_for_mart": "ce", "fat_for_trades": "kl"}
+    losses: dict[str, LossName] = {"fat": "ce", "fat_for_mart": "ce", "fat_for_trades": "kl"}
     loss = choose("type", type, losses)
-    start = uniform_start(epsilon) if random else "none"
+    start: Start = uniform_start(epsilon) if random else "none"
     if random and type == "fat_for_trades":
         torch.randn(data.shape)  # drawn by the official code and replaced
     found = early_stopped(

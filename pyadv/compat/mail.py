@@ -7,11 +7,12 @@ from torch.optim import Optimizer
 
 from pyadv import ops
 from pyadv.compat._official import training_attack
+from pyadv.menus import LossName, MarginNormalize, WeightedBase
 from pyadv.objectives import MAIL
 
 __all__ = ["PM", "mail_loss", "weight_assign"]
 
-NORMALIZE = "x3"  # as in the official code; the paper has "mean"
+NORMALIZE: MarginNormalize = "x3"  # as in the official code; the paper has "mean"
 
 
 def PM(logit: Tensor, target: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def mail_loss(
     distance: str = "l_inf",
     method: str = "mart",
     *,
-    normalize: str = NORMALIZE,
+    normalize: MarginNormalize = NORMALIZE,
 ) -> Tensor:
     """Return the loss to call `.backward()` on.
 
@@ -53,10 +54,11 @@ def mail_loss(
     Raises:
         RuntimeError: `method` contains none of the three names.
     """
-    base = next((name for name in ("mart", "trades", "at") if name in method), None)
+    bases: tuple[WeightedBase, ...] = ("mart", "trades", "at")
+    base = next((name for name in bases if name in method), None)
     if base is None:
         raise RuntimeError(f"invalid method name: {method!r} has none of mart, trades, at in it")
-    loss = "kl" if "trades" in method else "ce"
+    loss: LossName = "kl" if "trades" in method else "ce"
     attack = training_attack(loss, epsilon, step_size, perturb_steps, distance)
     model.train()
     optimizer.zero_grad()

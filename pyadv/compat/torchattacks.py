@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,13 @@ from pyadv.engine import checks
 from pyadv.engine.attack import Attack as NativeAttack
 from pyadv.engine.losses import ranked_targets
 from pyadv.engine.starts import SMALL, Start
+from pyadv.menus import LossName, Norm
 from pyadv.models import Normalized
 from pyadv.passes.borrow import borrowed, pick_logits
 
 Model = Callable[..., Any]
 TargetMap = Callable[[Tensor, Tensor | None], Tensor]
+Report = tuple[float | list[float], ...]  # what `save` returns
 
 _ALL_CLASSES = 10**6  # more classes than a model has
 
@@ -191,27 +193,35 @@ class Attack(metaclass=_Closed):
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say that inputs are normalised by these values, one per channel. eps stays in units of
         [0, 1], and so do alpha and the box."""
-        mean, std = (
-            torch.as_tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1) for v in (mean, std)
-        )
-        self.normalization_used = {"mean": mean, "std": std}
+        self.normalization_used = {
+            name: torch.as_tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1)
+            for name, v in (("mean", mean), ("std", std))
+        }
         self._normalise_network()
 
     def _normalise_network(self) -> None:
-        used = self.normalization_used
-        network = Normalized(self.model, used["mean"].flatten(), used["std"].flatten())
+        used = self._normalization
+        model: Any = self.model  # any callable will do
+        mean, std = (used[k].flatten().tolist() for k in ("mean", "std"))
+        network = Normalized(model, mean, std)
         for name in ("mean", "std"):  # not network.to(...), which would move the model
             setattr(network, name, getattr(network, name).to(self.device or "cpu"))
         self._network = network
 
+    @property
+    def _normalization(self) -> dict[str, Tensor]:
+        if self.normalization_used is None:
+            raise ValueError("no normalisation is set; call set_normalization_used(mean, std)")
+        return self.normalization_used
+
     def normalize(self, inputs: Tensor) -> Tensor:
         """Return (inputs - mean) / std."""
-        used = {k: v.to(inputs.device) for k, v in self.normalization_used.items()}
+        used = {k: v.to(inputs.device) for k, v in self._normalization.items()}
         return (inputs - used["mean"]) / used["std"]
 
     def inverse_normalize(self, inputs: Tensor) -> Tensor:
         """Return inputs * std + mean."""
-        used = {k: v.to(inputs.device) for k, v in self.normalization_used.items()}
+        used = {k: v.to(inputs.device) for k, v in self._normalization.items()}
         return inputs * used["std"] + used["mean"]
 
     # --- modes
@@ -248,7 +258,13 @@ class Attack(metaclass=_Closed):
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
         """Treat labels as the classes to reach, from now on."""
-        self._set_mode_targeted("targeted(label)", lambda inputs, labels: labels, quiet)
+
+        def given(inputs: Tensor, labels: Tensor | None) -> Tensor:
+            if labels is None:
+                raise TypeError(f"{self.attack} needs labels, got None")
+            return labels
+
+        self._set_mode_targeted("targeted(label)", given, quiet)
 
     def _set_mode_targeted(self, mode: str, function: TargetMap, quiet: bool) -> None:
         if "targeted" not in self.supported_mode:
@@ -294,7 +310,7 @@ class Attack(metaclass=_Closed):
         save_predictions: bool = False,
         save_clean_inputs: bool = False,
         save_type: str = "float",
-    ) -> tuple[float, float, float] | None:
+    ) -> Report | None:
         """Attack all batches, and write the adversarial set to a file that `load` reads, and that
         of torchattacks too. Inputs are stored in [0, 1].
 
@@ -313,7 +329,7 @@ class Attack(metaclass=_Closed):
         found |= {"preds": []} if save_predictions else {}
         found |= {"clean_inputs": []} if save_clean_inputs else {}
         correct, distances, report = 0, [], None
-        batches = len(data_loader) if hasattr(data_loader, "__len__") else None
+        batches = len(data_loader) if isinstance(data_loader, Sized) else None
         for i, (inputs, labels) in enumerate(data_loader):
             start = time.time()
             clean, labels = self._moved(inputs), self._moved(labels)
@@ -358,7 +374,7 @@ class Attack(metaclass=_Closed):
         normalize: dict[str, Sequence[float]] | None = None,
         load_predictions: bool = False,
         load_clean_inputs: bool = False,
-    ) -> DataLoader:
+    ) -> DataLoader[Any]:
         """Return a loader of (adversarial inputs, labels, and on request predictions and clean
         inputs) from a file that `save` or torchattacks wrote.
 
@@ -867,12 +883,12 @@ class APGD(Attack):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float = 8 / 255,
         steps: int = 10,
         n_restarts: int = 1,
         seed: int = 0,
-        loss: str = "ce",
+        loss: LossName = "ce",
         eot_iter: int = 1,
         rho: float = 0.75,
         verbose: bool = False,
@@ -905,7 +921,7 @@ class APGDT(APGD):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float = 8 / 255,
         steps: int = 10,
         n_restarts: int = 1,
@@ -938,7 +954,7 @@ class FAB(Attack):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float | None = 8 / 255,
         steps: int = 10,
         n_restarts: int = 1,
@@ -991,7 +1007,7 @@ class Square(_Targetable):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float = 8 / 255,
         n_queries: int = 5000,
         n_restarts: int = 1,
@@ -1037,9 +1053,9 @@ class AutoAttack(Attack):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float = 8 / 255,
-        version: str = "standard",
+        version: Literal["standard", "plus", "rand"] = "standard",
         n_classes: int = 10,
         seed: int | None = None,
         verbose: bool = False,
@@ -1153,7 +1169,7 @@ class MultiAttack(Attack):
             print(_broken_words(standing))
         return found
 
-    def save(self, *args: Any, **settings: Any) -> tuple[float, ...] | None:
+    def save(self, *args: Any, **settings: Any) -> Report | None:
         """Save an adversarial set, as `Attack.save`. `return_verbose` gives (robust accuracy,
         the percentages that were broken after each attack, L2, seconds)."""
         self._standing = []

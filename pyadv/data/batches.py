@@ -143,11 +143,12 @@ class Batches(Plan):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.x.shape[1:])
+        _, channels, height, width = self.x.shape
+        return channels, height, width
 
     def fetch(self, epoch: int, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for ids in batches:
-            yield tuple(t.to(self.device) for t in (self.x[ids], self.y[ids], ids))
+            yield self.x[ids].to(self.device), self.y[ids].to(self.device), ids.to(self.device)
 
 
 def _has_room(device: torch.device, x: Tensor) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from pyadv.data.batches import Batches
 
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 MAX_CLASSES = 100_000  # of a set without class names: a larger label is no class number
 
 
@@ -42,7 +44,8 @@ class ImageData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return tuple(self.train_x.shape[1:])
+        _, channels, height, width = self.train_x.shape
+        return channels, height, width
 
     def hold_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return the ids of the training images kept, and of the `n` held out.
@@ -83,14 +86,14 @@ def numbered(*labels: Tensor) -> tuple[str, ...]:
     return tuple(str(i) for i in range(largest + 1))
 
 
-def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:
+def to_images(name: str, x: Tensor, layout: Layout | None = None) -> Tensor:
     """Convert raw pixels to float32 in [0, 1], NCHW.
 
     `x` is (N, H, W) grey, (N, C, H, W) or (N, H, W, C); uint8, or floating in [0, 1]. The axis of
     size 1 or 3 is the channel axis; if two axes could be, `layout` ("NCHW" or "NHWC") must say
     which, else ValueError.
     """
-    if layout not in (None, "NCHW", "NHWC"):
+    if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
     if x.dim() == 3:
         x = x[:, None]
@@ -106,7 +109,7 @@ def to_images(name: str, x: Tensor, layout: str | None = None) -> Tensor:
     raise ValueError(f"{name} must be uint8 or floating in [0, 1], got {x.dtype}")
 
 
-def _guess_layout(name: str, shape: tuple[int, ...]) -> str:
+def _guess_layout(name: str, shape: tuple[int, ...]) -> Layout:
     first, last = shape[1] in (1, 3), shape[3] in (1, 3)
     if first != last:
         return "NCHW" if first else "NHWC"

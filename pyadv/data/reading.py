@@ -181,8 +181,9 @@ class OwnSamples(Samples):
             raise ValueError(f"{name} holds no samples")
         self.data, self.name = data, name
         first = self.item(0, False)[0]
-        size = (image_size, image_size) if image_size else tuple(first.shape[1:])
-        super().__init__((first.shape[0], *size))
+        channels, height, width = first.shape
+        height, width = (image_size, image_size) if image_size else (height, width)
+        super().__init__((channels, height, width))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -226,7 +227,7 @@ class OwnSamples(Samples):
             names = getattr(features.get(column), "names", None)
         return tuple(map(str, names)) if names is not None else None
 
-    def _entry(self, item: Mapping, names: tuple[str, ...]) -> Any:
+    def _entry(self, item: Mapping[Any, Any], names: tuple[str, ...]) -> Any:
         name = next((n for n in names if n in item), None)
         if name is None:
             raise ValueError(
@@ -289,8 +290,8 @@ def fit(x: Tensor, shape: Shape) -> Tensor:
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the image (C, H, W) at another size, by antialiased bilinear interpolation."""
-    kind = {"mode": "bilinear", "antialias": True, "align_corners": False}
-    return F.interpolate(x[None].contiguous(), size, **kind)[0]
+    images = x[None].contiguous()
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 class ResizedCrop:

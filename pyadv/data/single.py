@@ -74,15 +74,14 @@ def _image_folder(path: Path, image_size: int | None) -> StreamedImages:
     name = path.resolve().name
     train = next((path / split for split in _TRAIN if (path / split).is_dir()), None)
     test = next((path / split for split in _TEST if (path / split).is_dir()), None)
-    if (train is None) != (test is None):
-        has, lacks = (_TRAIN, _TEST) if test is None else (_TEST, _TRAIN)
-        raise ValueError(
-            f"data: {path} has {(train or test).name}/, but none of {', '.join(lacks)} beside it"
-        )
-    if train is None:
+    has = train or test
+    if has is None:
         classes = _folders(path)
         parts = _without_split(ImageFiles(path, classes, image_size))
         return StreamedImages(f"{name} (random fifth held out)", classes, *parts)
+    if train is None or test is None:
+        lacks = _TEST if test is None else _TRAIN
+        raise ValueError(f"data: {path} has {has.name}/, but none of {', '.join(lacks)} beside it")
     classes = _folders(train)
     if strange := set(_folders(test)) - set(classes):
         raise ValueError(
@@ -121,8 +120,9 @@ def _of_torchvision(name: str, image_size: int | None) -> StreamedImages:
         raise ImportError(
             f"data {name!r} is read by torchvision: pip install torchvision ({error})"
         ) from error
-    kind = getattr(datasets, name.partition(":")[2], None)
-    parameters = inspect.signature(kind).parameters if isinstance(kind, type) else {}
+    kind: Any = getattr(datasets, name.partition(":")[2], None)
+    is_class = isinstance(kind, type)
+    parameters = inspect.signature(kind).parameters if is_class else {}
     options = {"download": True} if "download" in parameters else {}
     if "train" in parameters:
         sets = [kind("data", train=train, **options) for train in (True, False)]
@@ -179,5 +179,5 @@ def _of_sets(name: str, sets: Any, image_size: int | None) -> StreamedImages:
 
 def _counted(*splits: Samples) -> tuple[str, ...]:
     """Return class names for a set that has none, () if its samples must be read to tell."""
-    known = [split.known_labels() for split in splits]
-    return () if any(y is None for y in known) else numbered(*known)
+    known = [y for split in splits if (y := split.known_labels()) is not None]
+    return numbered(*known) if len(known) == len(splits) else ()

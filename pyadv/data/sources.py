@@ -11,7 +11,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from pyadv import _imports
 from pyadv._names import did_you_mean
 from pyadv.data import single
-from pyadv.data.images import ImageData, numbered, to_images
+from pyadv.data.images import ImageData, Layout, numbered, to_images
 from pyadv.data.streams import Images, placed
 
 FASHION_CLASSES = (
@@ -45,13 +45,14 @@ TORCHVISION = {
     "svhn": "SVHN",
 }
 IDX_STEMS = {"train": "train", "test": "t10k"}  # as in LeCun's file names
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_Opener = Callable[[Path, Literal["rb"]], io.BufferedIOBase]
+_OPENERS: dict[str, _Opener] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def load(
     source: str | Path = "fashion-mini",
     *,
-    layout: str | None = None,
+    layout: Layout | None = None,
     image_size: int | None = None,
     stream: bool | None = None,
     workers: int | None = None,
@@ -119,7 +120,7 @@ def load(
     return placed(dataclasses.replace(data, workers=workers), stream, whole_images)
 
 
-def _whole(name: str, path: Path, layout: str | None) -> Callable[[], ImageData] | None:
+def _whole(name: str, path: Path, layout: Layout | None) -> Callable[[], ImageData] | None:
     """Return the reader of a data set that is read whole, None for any other."""
     if name in EMBEDDED:
         folder = Path(__file__).parent / name.replace("-", "_")
@@ -196,7 +197,9 @@ def _read_cifar100(folder: Path) -> ImageData:
     return _cifar("cifar100", [folder / "train"], folder / "test", b"fine_labels", names)
 
 
-def _cifar(name: str, train: list[Path], test: Path, key: bytes, names: tuple) -> ImageData:
+def _cifar(
+    name: str, train: list[Path], test: Path, key: bytes, names: tuple[Any, ...]
+) -> ImageData:
     train_x, train_y = _cifar_split(train, key)
     test_x, test_y = _cifar_split([test], key)
     classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in names[0])
@@ -220,13 +223,13 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     ALLOWED = frozenset({"_reconstruct", "scalar", "ndarray", "dtype", "encode"})
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in ("numpy", "_codecs") and name in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not part of a CIFAR batch")
 
 
-def _unpickle(path: Path, *keys: bytes) -> tuple:
+def _unpickle(path: Path, *keys: bytes) -> tuple[Any, ...]:
     """Return the values of `keys` in the pickled dict at `path`."""
     with _reading(path):
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
@@ -247,7 +250,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read, it may be damaged: {why}") from error
 
 
-def _read_npz(path: Path, layout: str | None) -> ImageData:
+def _read_npz(path: Path, layout: Layout | None) -> ImageData:
     with _reading(path), np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array without a name; write it with numpy.savez")
@@ -269,13 +272,13 @@ def _read_npz(path: Path, layout: str | None) -> ImageData:
             f"{path} must hold x_train, y_train, x_test, y_test, or x, y; it holds {sorted(arrays)}"
         )
     splits = [(_pixels(path, x, layout), _labels(path, y)) for x, y in (train, test)]
-    for part, (x, y) in zip(("training", "test"), splits, strict=True):
-        _check_lengths(f"{part} images of {path}", len(x), "labels", len(y))
+    for part, (images, labels) in zip(("training", "test"), splits, strict=True):
+        _check_lengths(f"{part} images of {path}", len(images), "labels", len(labels))
     classes = numbered(splits[0][1], splits[1][1])
     return ImageData(name, classes, *splits[0], *splits[1])
 
 
-def _pixels(path: Path, x: np.ndarray, layout: str | None) -> Tensor:
+def _pixels(path: Path, x: np.ndarray, layout: Layout | None) -> Tensor:
     if x.dtype.kind not in "uif":
         raise ValueError(f"x of {path.name} must be uint8 or floating in [0, 1], got {x.dtype}")
     x = x.astype(x.dtype.newbyteorder("="), copy=False)  # torch knows the machine's byte order only

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pyadv import _imports
 from pyadv.data.batches import Plan
@@ -93,7 +93,7 @@ class StreamedImages:
 
     def in_memory(self) -> ImageData:
         """Read all images, and return them as an `ImageData`."""
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for split in ("train", "test"):
             x, y = self.read(split)
             parts |= {f"{split}_x": x, f"{split}_y": y}
@@ -227,7 +227,7 @@ class _Loader:
     ) -> None:
         self.source, self.classes = source, classes
         self._keys = _Keys()
-        self._loader = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             _Items(source, transform, seed),
             batch_sampler=self._keys,
             num_workers=workers,
@@ -264,7 +264,8 @@ class _Keys:
     """
 
     def __init__(self) -> None:
-        self.epoch, self.batches = 0, []
+        self.epoch = 0
+        self.batches: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -274,7 +275,7 @@ class _Keys:
             yield [(self.epoch, i) for i in ids.tolist()]
 
 
-class _Items:
+class _Items(Dataset[Any]):
     """What a worker process holds: it turns a key (epoch, id) into a sample, or into the message of
     an error, which survives the way between processes better than its exception does.
     """
@@ -294,10 +295,10 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor, Tensor] | str:
     for item in items:
         if isinstance(item, str):
             return item
-    x, y, ids = zip(*items, strict=True)
-    if len({image.dtype for image in x}) > 1:
-        x = [as_float(image) for image in x]
-    return torch.stack(x), torch.tensor(y), torch.tensor(ids)
+    images, y, ids = zip(*items, strict=True)
+    if len({image.dtype for image in images}) > 1:
+        images = tuple(as_float(image) for image in images)
+    return torch.stack(images), torch.tensor(y), torch.tensor(ids)
 
 
 def _leave_signals(worker: int) -> None:

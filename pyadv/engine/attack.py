@@ -14,14 +14,15 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
-from pyadv.engine.graphs import GRAPHS, Graphs
+from pyadv.engine.graphs import Graphs
 from pyadv.engine.loop import judge, search
 from pyadv.engine.results import AttackResult, Perturbed
 from pyadv.engine.settable import Settable, Setting
 from pyadv.engine.starts import Noise
 from pyadv.engine.task import GradientSettings, LoopSettings, Model, Settings, Task
+from pyadv.menus import AUTO, BATCH_NORM_MODES, SPEEDS, Auto
 from pyadv.passes.borrow import check_output, unwrap
-from pyadv.passes.view import SPEEDS, FastView, attacked
+from pyadv.passes.view import FastView, attacked
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Attack(Settable):
         settings: Settings,
         restarts: int = 1,
         seed: int | None = None,
-        graph: bool | str = False,
+        graph: Auto = False,
     ):
         s = settings
         checks.flag("update_stats", s.update_stats)
@@ -117,11 +118,11 @@ class Attack(Settable):
         checks.count("steps", s.steps, 0)
         if isinstance(s, LoopSettings):
             checks.count("eot", s.eot, 1)
-        checks.choice("bn", s.bn, ("eval", "train", "as_is"))
-        checks.choice("compact", s.compact, ("auto", True, False))
-        checks.choice("validate", s.validate, ("auto", True, False))
-        checks.choice("speed", s.speed, tuple(SPEEDS))
-        checks.choice("graph", graph, GRAPHS)
+        checks.choice("bn", s.bn, BATCH_NORM_MODES)
+        checks.choice("compact", s.compact, AUTO)
+        checks.choice("validate", s.validate, AUTO)
+        checks.choice("speed", s.speed, SPEEDS)
+        checks.choice("graph", graph, AUTO)
         check_output(s.output)
         self.model = model
         self.settings = settings
@@ -239,7 +240,7 @@ class Attack(Settable):
 
     def _settled(self, changes: dict[str, Any] | None) -> None:
         """Warn of a step size that the caller has chosen and that cannot cross half of the ball."""
-        s, given = self.settings, self._arguments[1]
+        s, given = self.settings, vars(self)["_arguments"][1]
         if not isinstance(s, GradientSettings) or given.get("alpha") is None:
             return
         if changes is not None and not _SIZES_OF_STEPS & changes.keys():
@@ -278,7 +279,8 @@ class Attack(Settable):
     @property
     def _by_verdict(self) -> bool:
         """Whether the search stops, or picks its result, by what the model answers."""
-        return self.settings.best in ("fooled", "nearest")
+        s = self.settings
+        return isinstance(s, LoopSettings) and s.best in ("fooled", "nearest")
 
     def _find(self, task: Task) -> Perturbed:
         """Search on the network that `speed` chooses. Samples that have fooled the view and not the

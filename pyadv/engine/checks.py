@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from pyadv._names import did_you_mean
+from pyadv.menus import NORMS, AnyNorm, Norm
 from pyadv.ops.arguments import check_floating, parameter
 from pyadv.reference.losses import has_answer
 
-_NORMS = {
+_NORMS: dict[str, AnyNorm] = {
     "linf": "Linf",
     "inf": "Linf",
     "l2": "L2",
@@ -27,10 +28,15 @@ _NORMS = {
     "0": "L0",
     "0.0": "L0",
 }
+_Known = TypeVar("_Known", bound=AnyNorm)
 _TOLERANCE = 1e-5  # accepts pixels that rounding has put just outside the box
 
 
-def canonical_norm(norm: str | float, known: tuple[str, ...] = ("Linf", "L2", "L1")) -> str:
+@overload
+def canonical_norm(norm: str | float) -> Norm: ...
+@overload
+def canonical_norm(norm: str | float, known: tuple[_Known, ...]) -> _Known: ...
+def canonical_norm(norm: str | float, known: tuple[AnyNorm, ...] = NORMS) -> AnyNorm:
     """Return the name of a norm given by name or number. Raise ValueError if it is not known."""
     name = _NORMS.get(str(norm).lower())
     if name not in known:
@@ -100,7 +106,7 @@ def size(name: str, value: float | Tensor, tensor: bool = True) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
-def box(norm: str, eps: float | Tensor, lo: Any, hi: Any) -> None:
+def box(norm: AnyNorm, eps: float | Tensor, lo: Any, hi: Any) -> None:
     """Raise an error if numbers lo and hi are in the wrong order, or if a Linf ball covers the box
     from every point of it: that catches eps = 8 where 8/255 was meant."""
     for name, value in (("lo", lo), ("hi", hi)):

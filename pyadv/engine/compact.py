@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pyadv._host_copy import start_host_copy
 from pyadv.engine.task import Settings
+from pyadv.menus import Auto
 
 _SHORT = 20  # steps up to which an attack on a GPU is recorded rather than compacted
 _SIZES = 8
 
 
-def may_compact(model: Callable[..., Any], x: Tensor, s: Settings, graph: bool | str) -> bool:
+def may_compact(model: Callable[..., Any], x: Tensor, s: Settings, graph: Auto) -> bool:
     """Return whether a search may remove rows from the batch. `graph` is the mode of its
     recordings, which need a fixed size."""
     if s.bn != "eval":

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from pyadv.engine.results import Perturbed
-from pyadv.engine.task import Task
+from pyadv.engine.task import Task, memory
+from pyadv.menus import Auto
 from pyadv.passes import record
 from pyadv.passes.borrow import footprint, has_hooks, host_generators, same_footprint, tensors
 from pyadv.passes.record import Recorder
 from pyadv.passes.view import FastView
 from pyadv.tensors import compute_dtype
-
-GRAPHS = ("auto", True, False)
 
 _KEPT = 8  # kinds of calls that an attack remembers for each model, the last used ones
 _MOST_PASSES = 200  # forward passes of the longest graph that "auto" records
@@ -48,6 +47,7 @@ Search = Callable[[Task], Perturbed]
 def _varying(task: Task) -> dict[str, Tensor | float]:
     """Return what may differ between calls that share a recording."""
     s = task.settings
+    given: dict[str, Tensor | float | None]
     given = {"x": task.x, "first": task.first, "y": task.y}
     given |= {"target": task.target, "group": task.group}
     if s.rule.draws_noise:
@@ -58,7 +58,7 @@ def _varying(task: Task) -> dict[str, Tensor | float]:
 
 def _reading(task: Task, held: dict[str, Tensor]) -> Task:
     """Return the task with the tensors `held` in place of what varies."""
-    mine = {k: held[k] for k in vars(task) if k in held}
+    mine: dict[str, Any] = {k: held[k] for k in vars(task) if k in held}
     noise = {k: held[k] for k in vars(task.noise) if k in held}
     settings = {k: held[k] for k in task.settings.parameters if k in held}
     return replace(
@@ -78,29 +78,25 @@ def _signature(task: Task) -> tuple[Any, ...]:
 
 
 def _form(value: Tensor | float) -> Any:
-    if _is_number(value):
-        return "a number"
-    return value.shape, value.stride(), value.dtype, value.device
-
-
-def _is_number(value: Tensor | float) -> bool:
-    return not isinstance(value, Tensor) or not value.dim()
+    if isinstance(value, Tensor) and value.dim():
+        return value.shape, value.stride(), value.dtype, value.device
+    return "a number"
 
 
 def _hold(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """Return a tensor that stays in place and can hold values like `value`."""
-    if _is_number(value):
-        dtype = torch.int64 if name == "key" else compute_dtype(x.dtype)
-        return torch.empty((), dtype=dtype, device=x.device)
-    return torch.empty_like(value)
+    if isinstance(value, Tensor) and value.dim():
+        return torch.empty_like(value)
+    dtype = torch.int64 if name == "key" else compute_dtype(x.dtype)
+    return torch.empty((), dtype=dtype, device=x.device)
 
 
 def _fill(place: Tensor, value: Tensor | float) -> None:
     """Write `value` without waiting for the device: numbers travel as arguments of a kernel."""
-    if _is_number(value) and not (isinstance(value, Tensor) and value.is_cuda):
-        place.fill_(float(value) if place.is_floating_point() else int(value))
-    else:
+    if isinstance(value, Tensor) and (value.dim() or value.is_cuda):
         place.copy_(value)
+    else:
+        place.fill_(float(value) if place.is_floating_point() else int(value))
 
 
 @dataclass(frozen=True)
@@ -128,9 +124,9 @@ class _Recording:
 
     kind: _Kind
     watched: bool = False
-    replay: Callable[[], None] | None = None
-    held: dict[str, Tensor] | None = None
-    result: Perturbed | None = None
+    replay: Callable[[], None] = memory()
+    held: dict[str, Tensor] = memory()
+    result: Perturbed = memory()
     why: str | None = None
 
     def record(self, recorder: Recorder, search: Search, task: Task) -> None:
@@ -161,7 +157,7 @@ class Graphs:
     starts without recordings.
     """
 
-    def __init__(self, mode: bool | str = "auto"):
+    def __init__(self, mode: Auto = "auto"):
         self.mode = mode
         self.recorded = self.replayed = 0
         self.why: str | None = None
@@ -184,7 +180,7 @@ class Graphs:
             return search(task)
         module = task.model.module if isinstance(task.model, FastView) else task.model
         why = _obstacle(module, task, compacts, self.mode is True)
-        if why is not None:
+        if why is not None or not isinstance(module, nn.Module):
             if self.mode is True:
                 raise ValueError(f"graph=True: {why}")
             self.why = why

@@ -141,7 +141,7 @@ def _loop(task: Task, compacts: bool) -> Perturbed:
             break
         if s.releases:
             unchecked_track(state.still, state.kappa, state.active, state.patience)
-            if grouped:
+            if state.group is not None:
                 broken.scatter_reduce_(0, state.group, (~state.active).long(), "amax")
                 state.active &= broken[state.group] == 0
             state.steps += state.active

@@ -13,18 +13,17 @@ from torch import Tensor
 from pyadv import ops, reference
 from pyadv._names import did_you_mean
 from pyadv.engine import checks
+from pyadv.menus import LOSSES, AttackLossName, GradMode, LossName, Scale
 from pyadv.reference.losses import has_answer, is_correct
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-FUSED = ("ce", "margin", "dlr", "kl", "slm")
 
-
-def check(loss: str | LossFunction) -> str | LossFunction:
+def check(loss: LossName | LossFunction) -> LossName | LossFunction:
     """Return the loss. Raise ValueError if it is neither a callable nor a known name."""
-    if not callable(loss) and loss not in FUSED:
-        hint = did_you_mean(loss, FUSED)
-        known = ", ".join(FUSED)
+    if not callable(loss) and loss not in LOSSES:
+        hint = did_you_mean(loss, LOSSES)
+        known = ", ".join(LOSSES)
         raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
     return loss
 
@@ -53,10 +52,10 @@ class Loss:
     """The loss that an attack maximises. With `targeted`, y is the target and the attack lowers its
     loss. "dlr_targeted" and "margin_targeted" lead away from y to a separate target."""
 
-    loss: str | LossFunction
+    loss: AttackLossName | LossFunction
     targeted: bool
-    grad_mode: str
-    scale: str
+    grad_mode: GradMode
+    scale: Scale
     confidence: float = 0.0  # the loss at which a sample counts as fooled
 
     def __post_init__(self) -> None:
@@ -80,7 +79,7 @@ class Loss:
         target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (B,), its gradient (B, C), and (B,) bool: the samples not fooled yet."""
-        if self.by_autograd:
+        if callable(self.loss) or self.by_autograd:
             values, grad, correct = self._differentiate(logits, y, reference_logits, target)
         else:
             values, grad, correct = ops.attack_loss(
@@ -124,7 +123,7 @@ class Loss:
             return self.loss(logits, y)
         if self.loss == "ce":  # as the official codes write it, including the rounding of 1 - p_y
             return F.cross_entropy(logits, y, reduction="none")
-        if self.loss == "kl":
+        if self.loss == "kl" and reference_logits is not None:
             q = reference_logits.softmax(1)
             # A class without probability adds 0 to the divergence, also where log p is -inf.
             log_p = logits.log_softmax(1).masked_fill(q == 0, 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyadv.engine.norms import ORDER
 from pyadv.engine.task import FloatOrTensor
+from pyadv.menus import AnyNorm
 from pyadv.tensors import broadcastable, keep_inactive, per_row, row_norm
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -23,7 +24,7 @@ def leaves_by_rounding(dtype: torch.dtype) -> bool:
 
 
 def round_inward_(
-    x_adv: Tensor, x: Tensor, eps: FloatOrTensor, norm: str, active: Tensor | None = None
+    x_adv: Tensor, x: Tensor, eps: FloatOrTensor, norm: AnyNorm, active: Tensor | None = None
 ) -> None:
     """Move what lies outside the ball of radius eps around x to values of the dtype inside, towards
     x, in place. Rows inside, and those that are not active, stay as they are. Nothing is read from

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ from torch import Tensor
 from pyadv import ops
 from pyadv.engine.starts import PROJECT
 from pyadv.engine.state import PerSample, State
-from pyadv.engine.task import FloatOrTensor
+from pyadv.engine.task import FloatOrTensor, memory
+from pyadv.menus import AnyNorm
 from pyadv.ops.steps import stepper
 from pyadv.tensors import broadcastable, compute_dtype, flatten, keep_inactive, per_row, widen
 
-MOMENTUM_STEP = {"Linf": ops.linf_momentum_step, "L2": ops.l2_momentum_step}
+MOMENTUM_STEP: dict[AnyNorm, Callable[..., Tensor]] = {
+    "Linf": ops.linf_momentum_step,
+    "L2": ops.l2_momentum_step,
+}
+
+_Momentum = TypeVar("_Momentum", bound="MomentumRule")
 
 
 @dataclass
@@ -30,7 +36,11 @@ class StepRule(PerSample):
     on the device; then come a forward pass, the loss and its input gradient, `observe` and `step`.
     These two see k only through its `kind`: two steps of one kind do the same work on the same
     tensors, so that a recording of one can be replayed for the other. Whatever else varies with k
-    is a number that `schedule` writes into a tensor. The memory is written in place.
+    is a number that `schedule` writes into a tensor. The memory is written in place; its fields
+    have the default `memory()`.
+
+    A rule declares `kind` with the type that its own `kind` returns, and `grad` as a Tensor, or as
+    None if it is not `by_gradient`.
     """
 
     by_gradient: ClassVar[bool] = True  # False: the rule needs no backward pass
@@ -55,16 +65,12 @@ class StepRule(PerSample):
     def schedule(self, state: State, k: int) -> None:
         """Write the numbers that vary with k into tensors of the rule."""
 
-    def observe(
-        self, state: State, kind: Hashable, loss: Tensor, grad: Tensor | None
-    ) -> Tensor | None:
+    def observe(self, state: State, kind: Any, loss: Tensor, grad: Any) -> Tensor | None:
         """Take note of the iterate, its loss (B,) and input gradient; return the gradient to step
         with. The rule may move rows of state.x_adv elsewhere."""
         return grad
 
-    def step(
-        self, state: State, kind: Hashable, grad: Tensor | None, active: Tensor | None
-    ) -> None:
+    def step(self, state: State, kind: Any, grad: Any, active: Tensor | None) -> None:
         """Write the next iterate into state.x_adv, except for rows that are not active."""
         raise NotImplementedError
 
@@ -88,7 +94,7 @@ class PlainRule(StepRule):
     in friendly PGD."""
 
     omega: float = 0.0
-    number: Tensor | None = None  # of the step, which the noise depends on
+    number: Tensor = memory()  # of the step, which the noise depends on
 
     @property
     def draws_noise(self) -> bool:
@@ -116,9 +122,9 @@ class MomentumRule(StepRule):
     mean magnitude. A gradient that is zero or not finite adds nothing."""
 
     decay: float
-    total: Tensor | None = None
+    total: Tensor = memory()
 
-    def begin(self, state: State) -> MomentumRule:
+    def begin(self: _Momentum, state: State) -> _Momentum:
         return replace(self, total=torch.zeros_like(widen(state.x)))
 
     def observe(self, state: State, kind: Hashable, loss: Tensor, grad: Tensor) -> Tensor:
@@ -144,13 +150,13 @@ class HalvingRule(StepRule):
 
     rho: float
     zero_first_check: bool  # the official code compares the first iterate with 0, not the start
-    factor: Tensor | None = None  # of alpha
-    x_prev: Tensor | None = None
-    loss_before: Tensor | None = None
-    rises: Tensor | None = None  # since the last checkpoint
-    loss_at_check: Tensor | None = None  # best loss at the last checkpoint
-    halved: Tensor | None = None  # at the last checkpoint
-    few: Tensor | None = None  # rises up to which a sample makes no progress
+    factor: Tensor = memory()  # of alpha
+    x_prev: Tensor = memory()
+    loss_before: Tensor = memory()
+    rises: Tensor = memory()  # since the last checkpoint
+    loss_at_check: Tensor = memory()  # best loss at the last checkpoint
+    halved: Tensor = memory()  # at the last checkpoint
+    few: Tensor = memory()  # rises up to which a sample makes no progress
 
     def begin(self, state: State) -> HalvingRule:
         return replace(
@@ -215,9 +221,9 @@ class SparseRule(StepRule):
 
     from_start: bool  # the first share too is that of the start, instead of `settings.keep`
     published: bool = False
-    factor: Tensor | None = None
-    keep: Tensor | None = None
-    changed: Tensor | None = None
+    factor: Tensor = memory()
+    keep: Tensor = memory()
+    changed: Tensor = memory()
 
     def begin(self, state: State) -> SparseRule:
         n = state.x[:1].numel()
@@ -278,9 +284,12 @@ class SparseRule(StepRule):
 def back_to_best(state: State, mask: Tensor, grad: Tensor) -> Tensor:
     """Move the active rows in `mask` to their best iterates, and return the gradients there. The
     result is a new tensor, because `grad` may be the network's."""
+    grad_best = state.best.grad
+    if grad_best is None:
+        raise ValueError("back_to_best needs a rule whose steps are by_gradient")
     here = per_row(mask & state.active, grad)
     state.x_adv.copy_(torch.where(here, state.best.x_adv, state.x_adv))
-    return torch.where(here, state.best.grad, grad)
+    return torch.where(here, grad_best, grad)
 
 
 @lru_cache

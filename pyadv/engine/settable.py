@@ -117,7 +117,7 @@ class Settable(metaclass=_Construction):
         after = self._constructed(args, kwargs)
         for name, value in vars(after).items():
             if name == "settings":
-                object.__setattr__(self, name, self._merged(before.settings, value, changes))
+                object.__setattr__(self, name, self._merged(vars(before)[name], value, changes))
             elif name not in _PLAIN and not _same(value, vars(before).get(name)):
                 object.__setattr__(self, name, value)
         self.__dict__["_arguments"] = args, kwargs
@@ -125,11 +125,12 @@ class Settable(metaclass=_Construction):
 
     def _merged(self, before: Any, after: Any, changes: dict[str, Any]) -> Any:
         """Return the present settings with what differs between `before` and `after`."""
-        if type(self.settings) is not type(after) or not is_dataclass(after):
+        now = vars(self)["settings"]
+        if type(now) is not type(after) or not is_dataclass(after):
             return after
         values = {f.name: getattr(after, f.name) for f in fields(after)}
         return replace(
-            self.settings,
+            now,
             **{
                 name: value
                 for name, value in values.items()
@@ -145,7 +146,7 @@ class Settable(metaclass=_Construction):
 
     def _named_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the constructor, by name as far as they have one."""
-        args, kwargs = self._arguments
+        args, kwargs = vars(self)["_arguments"]
         own = list(inspect.signature(type(self).__init__).parameters.values())[1:]
         named = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(args) > len(named) or any(p.kind is p.POSITIONAL_ONLY for p in own):
@@ -158,7 +159,7 @@ def parameters(kind: type) -> tuple[str, ...]:
     """Return the names of a constructor's arguments, with those that go on to a base class."""
     names: list[str] = []
     for owner in (c for c in kind.__mro__ if "__init__" in vars(c)):
-        own = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
         names += [p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if all(p.kind is not p.VAR_KEYWORD for p in own):
             break

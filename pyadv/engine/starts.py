@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from pyadv import ops
+from pyadv.menus import AnyNorm, AnyStartName, SphereStartName, StartName
 from pyadv.tensors import broadcastable, per_row, row_norm, widen
 
-PROJECT = {"Linf": ops.linf_project, "L2": ops.l2_project, "L1": ops.l1_project}
+PROJECT: dict[AnyNorm, Callable[..., Tensor]] = {
+    "Linf": ops.linf_project,
+    "L2": ops.l2_project,
+    "L1": ops.l1_project,
+}
 
-STARTS = ("keyed", "uniform", "normal_small", "none")
-SPHERE_STARTS = ("keyed", "generator", "none")  # for APGD
-Start = str | Callable[[Tensor], Tensor]
+StartFunction = Callable[[Tensor], Tensor]
+Start = StartName | StartFunction
+SphereStart = SphereStartName | StartFunction
+AnyStart = AnyStartName | StartFunction
 SMALL = 0.001  # standard deviation of "normal_small", in units of x (TRADES, MART, MAIL)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that draws 0, 1, 2, ... give 2^64 different keys
@@ -80,8 +86,8 @@ def laplace(source: Noise | GeneratorNoise, like: Tensor) -> Tensor:
 
 
 def start(
-    kind: Start,
-    norm: str,
+    kind: AnyStart,
+    norm: AnyNorm,
     x: Tensor,
     eps: float | Tensor,
     lo: float | Tensor | None,
@@ -124,8 +130,8 @@ def start(
 
 
 def start_on_sphere(
-    kind: Start,
-    norm: str,
+    kind: AnyStart,
+    norm: AnyNorm,
     x: Tensor,
     eps: float | Tensor,
     lo: float | Tensor | None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyadv.engine.starts import Noise
-from pyadv.engine.task import LoopSettings, Model
+from pyadv.engine.task import Model, memory
 from pyadv.ops.steps import unchecked_keep_best_
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _Self = TypeVar("_Self", bound="PerSample")
 
 
+@dataclass
 class PerSample:
     """A dataclass whose tensors have one row per sample. Tensors without dimensions hold a value
     that all samples share."""
@@ -72,7 +73,7 @@ class State(PerSample):
         steps: (B,) int64, steps so far.
         model: the network that is searched, for rules that look at points besides the iterate.
         index: (B,) places of the rows in the batch; None while all of it is here.
-        best: the best iterate so far, if the settings ask for one.
+        best: the best iterate so far; None unless the settings ask for one.
         still: (B,) bool, classified as y at the current iterate.
         stepper: the step of the norm with checked parameters, made by the rule for these rows.
     """
@@ -87,15 +88,15 @@ class State(PerSample):
     target: Tensor | None
     group: Tensor | None
     noise: Noise
-    settings: LoopSettings
+    settings: Any  # LoopSettings, or the subclass that the rule reads
     rule: StepRule
     queries: Tensor
     gradients: Tensor
     steps: Tensor
     model: Model
     index: Tensor | None = None
-    best: Best | None = None
-    still: Tensor | None = None
+    best: Best = memory()
+    still: Tensor = memory()
     stepper: Callable[..., None] | None = None
 
     def select(self, kept: Tensor) -> State:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 
+from pyadv.engine import starts
 from pyadv.engine.losses import Loss
-from pyadv.engine.starts import Noise, Start, start
+from pyadv.engine.starts import AnyStart, Noise
+from pyadv.menus import AnyBest, AnyNorm, Auto, BatchNormMode, Speed
 from pyadv.passes.borrow import Output
 
 if TYPE_CHECKING:
@@ -17,15 +19,24 @@ if TYPE_CHECKING:
 
 Model = Callable[..., Any]
 FloatOrTensor = float | Tensor
-BESTS = ("last", "loss", "fooled")
+
+
+def memory() -> Any:
+    """Return the default of a dataclass field that is filled after construction, by `begin` of a
+    step rule or by the loop, and only read from then on. It is None until then."""
+    return field(default=None)
 
 
 # The default step size, in eps: the length of all steps together, and the bounds of one step.
-_WAY = {"Linf": 2.5, "L2": 5.0, "L1": 10.0}
+_WAY: dict[AnyNorm, float] = {"Linf": 2.5, "L2": 5.0, "L1": 10.0}
 _LEAST, _MOST = 0.1, 1.0
 
 
-def radius(eps: FloatOrTensor | None, norm: str, default: float = 8 / 255) -> FloatOrTensor:
+@overload
+def radius(eps: float | None, norm: AnyNorm, default: float = ...) -> float: ...
+@overload
+def radius(eps: FloatOrTensor | None, norm: AnyNorm, default: float = ...) -> FloatOrTensor: ...
+def radius(eps: FloatOrTensor | None, norm: AnyNorm, default: float = 8 / 255) -> FloatOrTensor:
     """Return eps, or for None the default, which is a radius in Linf. Raise ValueError for None in
     another norm."""
     if eps is not None:
@@ -37,7 +48,7 @@ def radius(eps: FloatOrTensor | None, norm: str, default: float = 8 / 255) -> Fl
     return default
 
 
-def step_size(eps: FloatOrTensor, norm: str, steps: int) -> FloatOrTensor:
+def step_size(eps: FloatOrTensor, norm: AnyNorm, steps: int) -> FloatOrTensor:
     """Return the step size of PGD where none is given.
 
     It is eps * c / steps with c = 2.5 in Linf, 5 in L2 and 10 in L1, but at least eps / 10 and at
@@ -58,20 +69,20 @@ class Settings:
     that the search runs on, see `pyadv.passes.view`.
     """
 
-    norm: str
+    norm: AnyNorm
     eps: FloatOrTensor
     steps: int
     loss: Loss
-    start: Start
+    start: AnyStart
     lo: FloatOrTensor | None = 0.0
     hi: FloatOrTensor | None = 1.0
-    compact: bool | str = "auto"
+    compact: Auto = "auto"
     output: Output = None
-    validate: bool | str = "auto"
-    start_from: Callable[..., Tensor] = start
-    bn: str = "eval"
+    validate: Auto = "auto"
+    start_from: Callable[..., Tensor] = starts.start
+    bn: BatchNormMode = "eval"
     update_stats: bool = False
-    speed: str = "exact"
+    speed: Speed = "exact"
 
     sizes: ClassVar[tuple[str, ...]] = ("eps",)  # radii and step sizes, all >= 0
     per_sample: ClassVar[tuple[str, ...]] = ("eps", "lo", "hi")  # may hold one value per sample
@@ -101,7 +112,7 @@ class LoopSettings(Settings):
 
     rule: StepRule
     patience: int
-    best: str = "last"
+    best: AnyBest = "last"
     eot: int = 1
 
     @property
@@ -145,7 +156,7 @@ class Task:
     noise: Noise
     target: Tensor | None = None
     group: Tensor | None = None
-    first: Tensor | None = None
+    first: Tensor = memory()
 
     def select(self, kept: Tensor) -> Task:
         """Return the task of the rows `kept` (indices), which then stand alone: without groups."""

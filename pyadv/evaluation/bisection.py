@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,10 +15,19 @@ from pyadv.engine.attack import Attack, Model
 from pyadv.engine.norms import ORDER, distance
 from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.normalized_margins import effective_margin
+from pyadv.menus import Norm
 from pyadv.passes.borrow import Output, owned
 from pyadv.tensors import broadcastable, row_norm, widen
 
 _LEAST = 1e-4  # least first radius, as a share of the radius that holds the whole box
+
+
+class Place(TypedDict):
+    """Arguments that all searches have."""
+
+    lo: FloatOrTensor | None
+    hi: FloatOrTensor | None
+    output: Output
 
 
 class Bisection:
@@ -53,7 +63,7 @@ class Bisection:
         self,
         model: Model | None = None,
         *,
-        norm: str | float = "Linf",
+        norm: Norm | float = "Linf",
         attack: Callable[[Tensor], Attack] | None = None,
         rounds: int = 10,
         lo: FloatOrTensor | None = 0.0,
@@ -62,13 +72,16 @@ class Bisection:
         output: Output = None,
     ):
         self.model, self.output = model, output
-        self.norm = norm = checks.canonical_norm(norm)
+        self.norm = checks.canonical_norm(norm)
         self.rounds = checks.count("rounds", rounds, 1)
         self.lo, self.hi = lo, hi
-        common = {"norm": norm, "lo": lo, "hi": hi, "output": output}
-        self.clean = PGD(eps=0.0, steps=0, start="none", loss="margin", **common)
+        place: Place = {"lo": lo, "hi": hi, "output": output}
+        canonical = self.norm
+        self.clean = PGD(norm=canonical, eps=0.0, steps=0, start="none", loss="margin", **place)
         self.attack = attack or (
-            lambda eps: TargetedAPGD(eps=eps, steps=20, targets=3, seed=seed, **common)
+            lambda eps: TargetedAPGD(
+                norm=canonical, eps=eps, steps=20, targets=3, seed=seed, **place
+            )
         )
         self.draw = 0
 
@@ -86,12 +99,14 @@ class Bisection:
     ) -> MinimumNormResult:
         """Search, and return how it ended. Arguments as in `PGD.run`."""
         model = self.model if model is None else model
+        if model is None:
+            raise ValueError("attack: no model; give one at construction or as model=")
         if draw is None:
             draw = self.draw
             self.draw += 1
         x, y = owned(x), owned(y)
-        found = self.clean.run(x, y, model=model)  # checks x and y
-        found = MinimumNormResult(**vars(found), distances=torch.where(found.correct, torch.inf, 0))
+        clean = self.clean.run(x, y, model=model)  # checks x and y
+        found = MinimumNormResult(**vars(clean), distances=torch.where(clean.correct, torch.inf, 0))
         ids = ops.row_hash(x) if ids is None else ids
         right, most = found.correct.clone(), self._radius_of_the_box(x)
         eps = effective_margin(model, x, y, norm=self.norm, output=self.output)

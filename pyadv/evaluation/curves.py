@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from pyadv.attacks.ensemble import CLEAN
 from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.evaluation.evaluate import Heading, run_attacks
+from pyadv.menus import Norm
 
 FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # radii, as multiples of eps
 STEPS = (1, 2, 5, 10, 20, 50)
@@ -27,12 +28,12 @@ def accuracy_curves(
     y: Tensor,
     *,
     eps: float,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     batch_size: int = 500,
     seed: int | None = 0,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Curves:
     """Measure accuracy under PGD on the margin loss from a random start, at the first iterate that

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -28,18 +28,40 @@ from pyadv._provenance import provenance
 from pyadv._version import __version__
 from pyadv.attacks import PGD
 from pyadv.attacks.ensemble import state_files
-from pyadv.attacks.processes import together
+from pyadv.attacks.processes import Processes, together
 from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.loop import predict
 from pyadv.evaluation.curves import Curves, accuracy_curves
 from pyadv.evaluation.escaping import code, markdown
-from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES, evaluate
+from pyadv.evaluation.evaluate import evaluate, is_suite
 from pyadv.evaluation.margins import Margins, measure_margins
 from pyadv.evaluation.masking import check_masking
 from pyadv.evaluation.masking_report import MaskingReport
 from pyadv.evaluation.report import Report
+from pyadv.menus import Norm
 from pyadv.passes.borrow import device_of, unwrap
+
+
+class Examples(TypedDict):
+    """The content of adversarial.npz, one row per sample that an attack broke."""
+
+    index: np.ndarray
+    x_adv: np.ndarray
+    y: np.ndarray
+    prediction: np.ndarray
+    attack: np.ndarray
+
+
+class _Common(TypedDict):
+    """Arguments that all measurements have."""
+
+    norm: Norm | float
+    seed: int
+    batch_size: int
+    progress: Progress | Literal["auto"] | None
+    group: Processes
+
 
 _EXAMPLES = 8  # in the picture
 
@@ -137,10 +159,10 @@ class Document:
             lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
         return "\n".join(lines)
 
-    def _examples(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+    def _examples(self, x: Tensor, y: Tensor) -> Examples:
         """Return the first example found for each sample that an attack broke, from the strongest
         suite (the last one of equals)."""
-        report = min(reversed(self.reports.values()), key=lambda r: r.worst.accuracy)
+        report = min(reversed([*self.reports.values()]), key=lambda r: r.worst.accuracy)
         rows, x_adv = report.findings.examples()
         found = report.findings
         return {
@@ -156,7 +178,7 @@ class Document:
         folder: Path,
         model: Callable[..., Any],
         x: Tensor,
-        examples: Mapping[str, np.ndarray],
+        examples: Examples,
         classes: Sequence[str],
         drawn: dict[str, str],
     ) -> None:
@@ -216,10 +238,10 @@ def report_folder(parent: Path, name: str, settings: Mapping[str, Any]) -> Path:
         settings: plain values that tell this evaluation from others.
     """
     name = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "report"
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        if claim(folder, settings):
-            return folder
+    folder, numbers = parent / name, itertools.count(2)
+    while not claim(folder, settings):
+        folder = parent / f"{name}-{next(numbers)}"
+    return folder
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -255,13 +277,13 @@ def run_suite(
     y: Tensor,
     *,
     eps: float,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     batch_size: int = 500,
     seed: int = 0,
     surrogate: Callable[..., Any] | None = None,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
     title: str = "Evaluation",
     command: str = "",
@@ -286,18 +308,39 @@ def run_suite(
     counts = shares(suite, len(x), budget)
     parts = SUITE_PARTS[suite]
     files = {} if state is None else {k: Path(state) / f"{k}.state" for k in (*parts, "curves")}
-    kept = {name: {"state": file, "state_name": state_name} for name, file in files.items()}
-    masking = margins = None
+    kept_name = None if state is None else state_name
+    masking: MaskingReport | None = None
+    margins: Margins | None = None
     with together(model, group, () if surrogate is None else (surrogate,)) as processes:
-        common = {"norm": norm, "seed": seed, "batch_size": batch_size, "progress": progress}
-        common["group"] = processes
-        few = {part: (x[:k], y[:k]) for part, k in counts.items()}
-        reports = {
-            name: evaluate(model, *few[name], eps=eps, attacks=name, **kept.get(name, {}), **common)
-            for name in parts
-            if name in SUITES | AUTOATTACKS
+        common: _Common = {
+            "norm": norm,
+            "seed": seed,
+            "batch_size": batch_size,
+            "progress": progress,
+            "group": processes,
         }
-        curves = accuracy_curves(model, *few["curves"], eps=eps, **kept.get("curves", {}), **common)
+        few = {part: (x[:k], y[:k]) for part, k in counts.items()}
+        reports: dict[str, Report] = {
+            name: evaluate(
+                model,
+                *few[name],
+                eps=eps,
+                attacks=name,
+                state=files.get(name),
+                state_name=kept_name,
+                **common,
+            )
+            for name in parts
+            if is_suite(name)
+        }
+        curves = accuracy_curves(
+            model,
+            *few["curves"],
+            eps=eps,
+            state=files.get("curves"),
+            state_name=kept_name,
+            **common,
+        )
         if "masking" in parts:
             masking = check_masking(model, *few["masking"], eps=eps, surrogate=surrogate, **common)
         if "margins" in parts:
@@ -320,10 +363,10 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _most_wrong(model: Callable[..., Any], examples: Mapping[str, np.ndarray]) -> np.ndarray:
+def _most_wrong(model: Callable[..., Any], examples: Examples) -> np.ndarray:
     """Return which examples the model is most sure of, the surest first."""
     settings, gaps = PGD().settings, []
-    x_adv, y = (torch.from_numpy(examples[name]) for name in ("x_adv", "y"))
+    x_adv, y = torch.from_numpy(examples["x_adv"]), torch.from_numpy(examples["y"])
     device = device_of(model, x_adv)
     for part, labels in zip(x_adv.split(500), y.split(500), strict=True):
         z = predict(model, part.to(device), settings).float().cpu()

@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from pyadv.attacks import FAB, PGD, AutoAttack, Square
+from pyadv.attacks.ensemble import AttackLike
+from pyadv.engine.attack import Attack
 from pyadv.evaluation.evaluate import AUTOATTACKS, SUITES
+from pyadv.menus import Norm
 from pyadv.passes.borrow import device_of
 
 _FIRST = 8  # samples in the first batch that is timed; later ones are twice as large
@@ -53,16 +56,26 @@ STAGES: dict[str, tuple[Stage, ...]] = {
 }
 
 
-def stages(part: str, eps: float, norm: str | float, classes: int) -> tuple[Stage, ...]:
+class _Ball(TypedDict):
+    eps: float
+    norm: Norm | float
+
+
+def _no_model(x: Tensor) -> Tensor:
+    raise RuntimeError("the attacks are looked at, not run")
+
+
+def stages(part: str, eps: float, norm: Norm | float, classes: int) -> tuple[Stage, ...]:
     """Return the attacks of a part of a suite on a model with so many classes."""
     if part in STAGES:
         most = max(classes - 1, 1)
         return tuple(replace(s, attempts=min(s.attempts, most)) for s in STAGES[part])
-    ball = {"eps": eps, "norm": norm}
+    ball: _Ball = {"eps": eps, "norm": norm}
+    attacks: Mapping[str, AttackLike]
     if part in SUITES:
         attacks = SUITES[part](**ball)
     else:
-        attacks = AutoAttack(None, version=AUTOATTACKS[part], **ball).members(classes)
+        attacks = AutoAttack(_no_model, version=AUTOATTACKS[part], **ball).members(classes)
     return tuple(_stage(attack, classes) for attack in attacks.values())
 
 
@@ -101,7 +114,7 @@ def estimate(
     samples: Mapping[str, int],
     *,
     eps: float,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     batch_size: int = 500,
     processes: int = 1,
 ) -> dict[str, float]:
@@ -120,16 +133,18 @@ def estimate(
     def first(n: int) -> tuple[Tensor, Tensor]:
         return x[:n].to(device), y[:n].to(device)
 
-    common = {"eps": eps, "norm": norm, "seed": 0}
-    quick = PGD(model, steps=5, loss="margin", best="fooled", **common)
+    ball: _Ball = {"eps": eps, "norm": norm}
+    quick = PGD(model, steps=5, loss="margin", best="fooled", seed=0, **ball)
     looked = first(min(_PROBED, batch_size, len(x)))
     clean = quick.with_(steps=0, start="none").run(*looked)
     correct, robust = (r.correct.float().mean().item() for r in (clean, quick.run(*looked)))
 
-    timed = [PGD(model, steps=_TIMED, compact=False, **common)]
+    def cost(attack: Attack) -> Cost:
+        return _cost(lambda n: attack.perturb(*first(n)), len(x), batch_size, device)
+
+    costs = [cost(PGD(model, steps=_TIMED, compact=False, seed=0, **ball))]
     if x.dim() == 4:
-        timed.append(Square(model, queries=_TIMED, compact=False, **common))
-    costs = [_cost(lambda n, a=a: a.perturb(*first(n)), len(x), batch_size, device) for a in timed]
+        costs.append(cost(Square(model, queries=_TIMED, compact=False, seed=0, **ball)))
     seconds = {}
     for part, n in samples.items():
         share = math.ceil(n / processes)

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, TypeGuard
 
 import numpy as np
 import torch
@@ -15,24 +15,44 @@ from torch.utils.data import Dataset
 
 from pyadv._names import did_you_mean
 from pyadv.attacks import APGD, PGD, AutoAttack, PGDPlus
-from pyadv.attacks.autoattack import warn_about
+from pyadv.attacks.autoattack import Version, warn_about
 from pyadv.attacks.ensemble import SAMPLES, AttackLike, Ensemble, check_attack
 from pyadv.attacks.minimum_norm import MinimumNorm
 from pyadv.attacks.processes import together
 from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, show
-from pyadv.engine.results import AttackResult, MinimumNormResult
+from pyadv.engine.results import MinimumNormResult
 from pyadv.engine.task import FloatOrTensor, Model
 from pyadv.evaluation.report import Report, Row
 from pyadv.evaluation.samples import Batches, chunks
+from pyadv.menus import Norm
 
 _ENOUGH_CLASSES = 2**31  # for every member of AutoAttack
 
 
+class _Ball(TypedDict):
+    """Arguments that all attacks of a report have."""
+
+    norm: Norm | float
+    eps: float
+    seed: int | None
+    lo: FloatOrTensor | None
+    hi: FloatOrTensor | None
+
+
+class _Work(TypedDict):
+    """How an ensemble works."""
+
+    batch_size: int
+    state: str | Path | None
+    state_name: str | None
+    progress: Progress | None
+
+
 def standard_attacks(
     eps: float,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     *,
     seed: int | None = 0,
     lo: FloatOrTensor | None = 0.0,
@@ -52,35 +72,45 @@ def standard_attacks(
     In L1 they are "APGD" and "margin APGD", 100 steps on the same two losses: plain PGD finds few
     adversarial examples there.
     """
-    common = {"norm": norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
+    ball: _Ball = {"norm": norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
     if checks.canonical_norm(norm) == "L1":
-        return {"APGD": APGD(**common), "margin APGD": APGD(loss="margin", **common)}
-    common |= {"alpha": eps / 4, "best": "fooled"}
+        return {"APGD": APGD(**ball), "margin APGD": APGD(loss="margin", **ball)}
+    alpha = eps / 4
     return {
-        "PGD-20": PGD(steps=20, loss="ce", **common),
-        "margin PGD": PGD(steps=40, loss="margin", **common),
+        "PGD-20": PGD(steps=20, loss="ce", alpha=alpha, best="fooled", **ball),
+        "margin PGD": PGD(steps=40, loss="margin", alpha=alpha, best="fooled", **ball),
     }
 
 
-def _pgd_plus(eps: float, norm: str | float, **common: Any) -> dict[str, Attack]:
+def _pgd_plus(eps: float, norm: Norm | float, **common: Any) -> dict[str, Attack]:
     return {"PGD+": PGDPlus(eps=eps, norm=norm, **common)}
 
 
-SUITES: dict[str, Callable[..., dict[str, AttackLike]]] = {
+Suite: TypeAlias = Literal["pgd20", "pgdplus", "autoattack", "autoattack-plus", "autoattack-rand"]
+SUITES: dict[str, Callable[..., Mapping[str, AttackLike]]] = {
     "pgd20": standard_attacks,
     "pgdplus": _pgd_plus,
 }
-AUTOATTACKS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+AUTOATTACKS: dict[str, Version] = {
+    "autoattack": "standard",
+    "autoattack-plus": "plus",
+    "autoattack-rand": "rand",
+}
+
+
+def is_suite(name: str) -> TypeGuard[Suite]:
+    """Return whether `evaluate` knows attacks by this name."""
+    return name in SUITES | AUTOATTACKS
 
 
 def evaluate(
     model: Callable[..., Any],
-    data: Tensor | np.ndarray | Batches | Dataset,
+    data: Tensor | np.ndarray | Batches | Dataset[Any],
     y: Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     eps: float,
-    norm: str | float = "Linf",
-    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
+    norm: Norm | float = "Linf",
+    attacks: Suite | Mapping[str, AttackLike] | AutoAttack | AttackLike = "pgd20",
     batch_size: int = 500,
     seed: int | None = 0,
     lo: FloatOrTensor | None = 0.0,
@@ -88,7 +118,7 @@ def evaluate(
     chunk: int = 4096,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Report:
     """Measure the accuracy of `model` on the samples, clean and under each attack.
@@ -145,13 +175,13 @@ def evaluate(
         ProcessFailed: if the evaluation failed in another process.
     """
     with together(model, group) as processes:
-        where, attacks = _chosen(model, attacks, eps, norm, seed, lo, hi)
+        where, chosen = _chosen(model, attacks, eps, norm, seed, lo, hi)
         return run_attacks(
             model,
             data,
             y,
             where,
-            attacks,
+            chosen,
             batch_size=batch_size,
             chunk=chunk,
             state=state,
@@ -163,9 +193,9 @@ def evaluate(
 
 def _chosen(
     model: Callable[..., Any],
-    attacks: str | Mapping[str, AttackLike] | AutoAttack | AttackLike,
+    attacks: Suite | Mapping[str, AttackLike] | AutoAttack | AttackLike,
     eps: float,
-    norm: str | float,
+    norm: Norm | float,
     seed: int | None,
     lo: FloatOrTensor | None,
     hi: FloatOrTensor | None,
@@ -175,18 +205,17 @@ def _chosen(
     eps = _one_radius(eps)
     where = Heading(checks.canonical_norm(norm), float(eps), lo, hi)
     if isinstance(attacks, str):
-        if attacks not in SUITES | AUTOATTACKS:
+        if not is_suite(attacks):
             known = ", ".join(SUITES | AUTOATTACKS)
             raise ValueError(
                 f"attacks must be one of {known}, or attacks by name, got {attacks!r}"
                 f"{did_you_mean(attacks, SUITES | AUTOATTACKS)}"
             )
-        named = {"norm": where.norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
+        ball: _Ball = {"norm": where.norm, "eps": eps, "seed": seed, "lo": lo, "hi": hi}
         if attacks in AUTOATTACKS:
-            attacks = AutoAttack(model, version=AUTOATTACKS[attacks], **named)
-        else:
-            attacks = SUITES[attacks](**named)
-    elif isinstance(attacks, AutoAttack):
+            return where, AutoAttack(model, version=AUTOATTACKS[attacks], **ball)
+        return where, SUITES[attacks](**ball)
+    if isinstance(attacks, AutoAttack):
         where.check("AutoAttack", attacks)
         for name, attack in attacks.members(_ENOUGH_CLASSES).items():
             where.check(name, attack)
@@ -194,16 +223,15 @@ def _chosen(
                 raise ValueError(
                     f"attacks in an AutoAttack must have an eps, but {name!r} has none"
                 )
-    else:
-        attacks = {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
-    return where, attacks
+        return where, attacks
+    return where, {name: where.fitting(name, a) for name, a in _by_name(attacks).items()}
 
 
 @dataclass(frozen=True)
 class Heading:
     """What a report is about, which its attacks must fit."""
 
-    norm: str
+    norm: Norm
     eps: float
     lo: FloatOrTensor | None
     hi: FloatOrTensor | None
@@ -232,7 +260,7 @@ class Heading:
             )
 
 
-def _has_no_radius(attack: Any) -> bool:
+def _has_no_radius(attack: Any) -> TypeGuard[MinimumNorm]:
     return isinstance(attack, MinimumNorm) and attack.eps is None
 
 
@@ -253,12 +281,12 @@ class Within:
     """A minimum-norm attack that is judged at a radius: samples whose nearest point found lies
     farther away count as correct."""
 
-    attack: AttackLike
+    attack: MinimumNorm
     eps: float
 
     @property
     def draw(self) -> int:
-        return getattr(self.attack, "draw", 0)
+        return self.attack.draw
 
     def run(
         self,
@@ -267,9 +295,9 @@ class Within:
         ids: Tensor | None = None,
         draw: int | None = None,
         model: Model | None = None,
-    ) -> AttackResult:
+    ) -> MinimumNormResult:
         """Run the attack. Arguments as in `PGD.run`."""
-        result: MinimumNormResult = self.attack.run(x, y, ids, draw, model)
+        result = self.attack.run(x, y, ids, draw, model)
         result.correct |= result.distances > self.eps
         return result
 
@@ -283,7 +311,7 @@ class Within:
 
 def run_attacks(
     model: Callable[..., Any],
-    data: Tensor | np.ndarray | Batches | Dataset,
+    data: Tensor | np.ndarray | Batches | Dataset[Any],
     y: Tensor | np.ndarray | Sequence[int] | None,
     where: Heading,
     attacks: Mapping[str, AttackLike] | AutoAttack,
@@ -292,13 +320,13 @@ def run_attacks(
     chunk: int = 4096,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Report:
     """Return the report of these attacks, whether or not they fit its heading `where`. Other
     arguments as in `evaluate`."""
     with together(model, group) as processes:
-        settings = {
+        work: _Work = {
             "batch_size": batch_size,
             "state": state,
             "state_name": state_name,
@@ -309,14 +337,15 @@ def run_attacks(
             norm=where.norm, eps=where.eps, lo=where.lo, hi=where.hi, steps=0, start="none", seed=0
         )
         if isinstance(attacks, AutoAttack):
-            members = attacks.members
-            ensemble = attacks.ensemble(model, processes, **settings)
+            members: Callable[[int], Mapping[str, AttackLike]] = attacks.members
+            ensemble = attacks.ensemble(model, processes, **work)
         else:
             own = dict(attacks)
 
-            def members(classes: int) -> dict[str, AttackLike]:
+            def given(classes: int) -> dict[str, AttackLike]:
                 return own
 
+            members = given
             ensemble = Ensemble(
                 model,
                 tuple(own),
@@ -325,7 +354,7 @@ def run_attacks(
                 survivors=False,
                 described=own,
                 processes=processes,
-                **settings,
+                **work,
             )
         for x, labels in chunks(data, y, chunk, batch_size):
             ensemble.attack(x, labels)

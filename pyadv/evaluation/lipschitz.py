@@ -9,12 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyadv.models.normalized import Normalized
 from pyadv.passes.borrow import borrowed, uncompiled
+
+_M = TypeVar("_M", bound=nn.Module)
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Normalization = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_MaxPool = nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d
+_AvgPool = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
 
 _ROUNDING = 1 + 1e-9  # far above the rounding error of a layer's norm in float64
 _DIRECT = "donot_use_mm_for_euclid_dist"  # avoids cancellation
@@ -82,12 +89,15 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
     Sources: Tsuzuku et al., "Lipschitz-Margin Training" (NeurIPS 2018); Sedghi, Gupta and Long,
     "The Singular Values of Convolutional Layers" (ICLR 2019), for the periodic convolution.
     """
-    model = uncompiled(model)
+    network = uncompiled(model)
+    if not isinstance(network, nn.Module):
+        raise NotCovered(f"lipschitz_bound: {type(network).__name__} is no nn.Module")
     none = torch.empty(0, device="cpu")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), none)
-    x, body, head = parameter.new_zeros((1, *input_shape)), 1.0, None
-    with torch.inference_mode(False), torch.no_grad(), borrowed(model):
-        for name, module in _chain(model, ""):
+    parameter = next((p for p in network.parameters() if p.is_floating_point()), none)
+    x, body = parameter.new_zeros((1, *input_shape)), 1.0
+    head: Tensor | None = None
+    with torch.inference_mode(False), torch.no_grad(), borrowed(network):
+        for name, module in _chain(network, ""):
             if head is not None:
                 body *= _largest_singular_value(head)
             head = None
@@ -100,7 +110,7 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
     return LipschitzBound(body, head)
 
 
-def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
     """Return whether the module has the forward of `kind`; a subclass may have another."""
     return type(module).forward is kind.forward
 
@@ -110,7 +120,8 @@ def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotCovered(f"lipschitz_bound: {name or 'the model'} has forward hooks")
     if _is(module, nn.Sequential):
-        for child, inside in module._modules.items():  # named_children omits repeated modules
+        # named_children omits repeated modules
+        for child, inside in zip(module._modules, module, strict=True):
             yield from _chain(inside, f"{name}.{child}".lstrip("."))
     else:
         yield name, module
@@ -128,7 +139,7 @@ def _constant(name: str, module: nn.Module, x: Tensor) -> float:
     return value * _ROUNDING
 
 
-def _convolution(layer: nn.Module, x: Tensor) -> float | None:
+def _convolution(layer: _Convolution, x: Tensor) -> float | None:
     """Return the largest singular value over the frequencies of the torus.
 
     With stride s, s input frequencies per dimension are aliased to each output frequency; the
@@ -137,10 +148,13 @@ def _convolution(layer: nn.Module, x: Tensor) -> float | None:
     if layer.padding_mode != "zeros":
         return None
     k, s, d, padding = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+    padded: list[int]
     if padding == "same":
         padded = [a * (b - 1) for a, b in zip(d, k, strict=True)]
+    elif isinstance(padding, str):  # "valid"
+        padded = [0] * len(k)
     else:
-        padded = [0] * len(k) if padding == "valid" else [2 * p for p in padding]
+        padded = [2 * p for p in padding]
     sizes = zip(x.shape[-len(k) :], padded, s, strict=True)
     outputs = [math.ceil((size + more) / stride) for size, more, stride in sizes]
 
@@ -170,7 +184,7 @@ def _largest_singular_value(matrices: Tensor) -> float:
     return math.sqrt(torch.linalg.eigvalsh(matrices @ matrices.mH).max()) * _ROUNDING
 
 
-def _normalization(layer: nn.Module, x: Tensor) -> float | None:
+def _normalization(layer: _Normalization, x: Tensor) -> float | None:
     """Return the constant of batch normalisation with running statistics."""
     if layer.running_var is None:
         return None
@@ -178,7 +192,7 @@ def _normalization(layer: nn.Module, x: Tensor) -> float | None:
     return (slope if layer.weight is None else slope * layer.weight).abs().max().item()
 
 
-def _pool(layer: nn.Module, x: Tensor) -> float | None:
+def _pool(layer: _MaxPool | _AvgPool, x: Tensor) -> float | None:
     """Return the square root of the largest number of windows that contain one input element.
 
     An average changes by less, but how much less depends on the divisor at the border.
@@ -205,7 +219,7 @@ def _always(value: float) -> Callable[[nn.Module, Tensor], float]:
 
 # The keys are the forward functions, so that a subclass with its own forward is not matched. GELU
 # and SiLU are steeper than 1 to the right of their minimum.
-_BOUNDS: dict[Callable[..., Tensor], Callable[[nn.Module, Tensor], float | None]] = {
+_BOUNDS: dict[Callable[..., Tensor], Callable[..., float | None]] = {
     kind.forward: bound
     for kinds, bound in (
         ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Model
 from pyadv.engine.task import FloatOrTensor
-from pyadv.evaluation.bisection import Bisection
+from pyadv.evaluation.bisection import Bisection, Place
 from pyadv.evaluation.escaping import markdown, one_line
 from pyadv.evaluation.lipschitz import LipschitzBound, NotCovered, lipschitz_bound
 from pyadv.evaluation.normalized_margins import logits_and_margin
+from pyadv.menus import Norm
 from pyadv.passes.borrow import Output, device_of, unwrap
 from pyadv.tensors import compute_dtype
 
@@ -45,7 +46,7 @@ class NearestPoint(Protocol):
 
 
 def margin_attacks(
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     *,
     lo: FloatOrTensor | None = 0.0,
     hi: FloatOrTensor | None = 1.0,
@@ -58,12 +59,13 @@ def margin_attacks(
     "bisection" searches for the radius at which an attack of fixed radius succeeds.
     """
     norm = checks.canonical_norm(norm)
-    box = {"norm": norm, "lo": lo, "hi": hi, "output": output}
-    return {
-        **({} if norm == "L1" else {"DeepFool": DeepFool(**box)}),
-        "FAB-T": TargetedFAB(seed=seed, **box),
-        "bisection": Bisection(seed=seed, **box),
-    }
+    place: Place = {"lo": lo, "hi": hi, "output": output}
+    searches: dict[str, NearestPoint] = {}
+    if norm != "L1":
+        searches["DeepFool"] = DeepFool(norm=norm, **place)
+    searches["FAB-T"] = TargetedFAB(norm=norm, seed=seed, **place)
+    searches["bisection"] = Bisection(norm=norm, seed=seed, **place)
+    return searches
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Margins:
         descriptions: attack name -> one line that lets a reader repeat it.
     """
 
-    norm: str
+    norm: Norm
     label: Tensor
     prediction: Tensor
     effective: Tensor
@@ -187,7 +189,7 @@ def measure_margins(
     x: Tensor,
     y: Tensor,
     *,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     attacks: Mapping[str, NearestPoint] | NearestPoint | None = None,
     certificate: bool = True,
     lo: FloatOrTensor | None = 0.0,
@@ -195,7 +197,7 @@ def measure_margins(
     batch_size: int = 500,
     seed: int | None = 0,
     output: Output = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Margins:
     """Measure the distance of each sample to the decision boundary in several ways.
@@ -237,26 +239,29 @@ def measure_margins(
         checks.count("batch_size", batch_size, 1)
         if not len(x):
             raise ValueError(f"x must hold at least one sample, got shape {list(x.shape)}")
+        searches: Mapping[str, NearestPoint]
         if attacks is None:
-            attacks = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
+            searches = margin_attacks(norm, lo=lo, hi=hi, seed=seed, output=output)
+        elif isinstance(attacks, Mapping):
+            searches = attacks
         elif hasattr(attacks, "run"):
-            attacks = {type(attacks).__name__: attacks}
-        elif not isinstance(attacks, Mapping):
+            searches = {type(attacks).__name__: attacks}
+        else:
             raise TypeError(
                 "attacks must be a mapping from names to searches such as FAB(...), or one search, "
                 f"got {type(attacks).__name__}"
             )
-        for name, attack in attacks.items():
+        for name, attack in searches.items():
             measured = getattr(getattr(attack, "settings", attack), "norm", norm)
             if measured != norm:
                 raise ValueError(f"attacks must measure in {norm}, but {name!r} does in {measured}")
-        given = {"x": x, "y": y, "batch_size": batch_size, "norm": norm, "attacks": attacks}
+        given = {"x": x, "y": y, "batch_size": batch_size, "norm": norm, "attacks": searches}
         processes.compare("samples and settings", given)
         model = unwrap(model)
         bound, uncertified = _bound(model, x, output) if certificate else (None, None)
         return _Measurement(
             model, x, y, norm, batch_size, output, bound, processes, processes.progress(progress)
-        ).run(attacks, uncertified)
+        ).run(searches, uncertified)
 
 
 class _Measurement:
@@ -267,7 +272,7 @@ class _Measurement:
         model: Model,
         x: Tensor,
         y: Tensor,
-        norm: str,
+        norm: Norm,
         batch_size: int,
         output: Output,
         bound: LipschitzBound | None,

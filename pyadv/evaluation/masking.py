@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
 from pyadv.engine.loop import predict
 from pyadv.engine.losses import Loss
+from pyadv.engine.starts import Start
+from pyadv.engine.task import FloatOrTensor
 from pyadv.evaluation.masking_report import Check, MaskingReport, judged, not_run
 from pyadv.evaluation.masking_statistics import (
     HIDDEN,
@@ -37,6 +39,7 @@ from pyadv.evaluation.masking_statistics import (
     percent,
     share,
 )
+from pyadv.menus import BatchNormMode, GradMode, LossName, Norm
 from pyadv.passes.borrow import (
     LeavesEvaluation,
     Output,
@@ -54,7 +57,26 @@ USUAL_STEPS = 20  # steps of "PGD-20"
 SCALES = (10.0, 0.1)
 STARTS = 5
 EPS_FACTORS = (0.5, 1.5, 2.0, 4.0)
-PLAIN = {"loss": "ce", "grad_mode": "autograd"}  # the cross-entropy as other libraries attack it
+_A = TypeVar("_A", bound=Attack)
+
+
+class _Plain(TypedDict):
+    loss: LossName
+    grad_mode: GradMode
+
+
+class _Common(TypedDict):
+    """Arguments that all attacks have."""
+
+    norm: Norm | float
+    lo: FloatOrTensor | None
+    hi: FloatOrTensor | None
+    seed: int
+    output: Output
+
+
+# The cross-entropy as other libraries attack it.
+PLAIN: _Plain = {"loss": "ce", "grad_mode": "autograd"}
 
 
 def check_masking(
@@ -63,15 +85,15 @@ def check_masking(
     y: Tensor,
     *,
     eps: float,
-    norm: str | float = "Linf",
-    lo: float | Tensor | None = 0.0,
-    hi: float | Tensor | None = 1.0,
+    norm: Norm | float = "Linf",
+    lo: FloatOrTensor | None = 0.0,
+    hi: FloatOrTensor | None = 1.0,
     surrogate: Model | None = None,
     queries: int = 500,
     seed: int = 0,
     batch_size: int = 500,
     output: Output = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> MaskingReport:
     """Look for signs that the accuracy of `model` under attack is not robustness.
@@ -123,7 +145,7 @@ def check_masking(
         ValueError, TypeError: for an empty or mismatched (x, y), eps, batch_size, and whatever the
             attacks refuse (labels out of range, NaN, inputs outside the box).
     """
-    common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
+    common: _Common = {"norm": norm, "lo": lo, "hi": hi, "seed": seed, "output": output}
     others = () if surrogate is None else (surrogate,)
     with together(model, group, others) as processes:
         s = _Study(model, x, y, eps, batch_size, progress, common, processes)
@@ -155,8 +177,8 @@ class _Study:
         y: Tensor,
         eps: float,
         batch_size: int,
-        progress: Progress | str | None,
-        common: dict[str, Any],
+        progress: Progress | Literal["auto"] | None,
+        common: _Common,
         processes: Processes,
     ):
         checks.batch(x, y, None)
@@ -176,7 +198,7 @@ class _Study:
         given = {"x": x, "y": y, "eps": eps, "batch_size": batch_size, **common}
         processes.compare("samples and settings", given)
         self.only_look = self.pgd(steps=0, start="none")
-        self.bn = "eval"
+        self.bn: BatchNormMode = "eval"
         self.queries, self.gradients = 1, 0  # the next pass, of one sample
         try:
             predict(self.model, x[:1].to(self.device), self.only_look.settings)
@@ -193,7 +215,7 @@ class _Study:
         eps = self.eps if eps is None else eps
         return PGD(eps=eps, alpha=eps / 4, **{"steps": USUAL_STEPS, **self.common, **settings})
 
-    def as_borrowed(self, attack: Attack) -> Attack:
+    def as_borrowed(self, attack: _A) -> _A:
         """Return the attack, which borrows the model as this study does."""
         attack.settings = replace(attack.settings, bn=self.bn)
         return attack
@@ -367,7 +389,9 @@ class _Study:
         """Run one attack of the most steps and look at it on its way."""
 
         def climb(x: Tensor, y: Tensor) -> list[Tensor]:
-            start, before, correct = "keyed", 0, []
+            start: Start = "keyed"
+            before = 0
+            correct: list[Tensor] = []
             for k in STEPS:
                 part = self.run(self.pgd(steps=k - before, start=start, **PLAIN), x, y)
                 correct.append(part.correct)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyadv.evaluation.escaping import markdown
 from pyadv.evaluation.masking_statistics import OTHER_LOSS, smallest_difference
+from pyadv.menus import Norm
 
 OK, SUSPICIOUS, NOT_RUN = "ok", "suspicious", "not run"
 
@@ -44,7 +45,7 @@ class MaskingReport:
     """
 
     n: int
-    norm: str
+    norm: Norm
     eps: float
     checks: tuple[Check, ...]
     curves: dict[str, list[tuple[float, float]]]

@@ -12,6 +12,7 @@ from pyadv.engine import checks
 from pyadv.engine.attack import Model
 from pyadv.engine.loop import check_first
 from pyadv.engine.losses import check_classes
+from pyadv.menus import Norm
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -31,7 +32,7 @@ def effective_margin(
     x: Tensor,
     y: Tensor,
     *,
-    norm: str | float = "Linf",
+    norm: Norm | float = "Linf",
     output: Output = None,
 ) -> Tensor:
     """Return min over j != y of (z_y - z_j) / ||grad_x (z_y - z_j)||_q: (B,), in units of x.
@@ -61,7 +62,7 @@ def effective_margin(
 
 
 def logits_and_margin(
-    model: Model, x: Tensor, y: Tensor, norm: str | float, output: Output
+    model: Model, x: Tensor, y: Tensor, norm: Norm | float, output: Output
 ) -> tuple[Tensor, Tensor]:
     """Return the logits (B, C) and the effective margin computed from them, both detached."""
     norm = checks.canonical_norm(norm)
@@ -109,13 +110,16 @@ def spectrally_normalized_margin(
     """
     checks.batch(x, y, None)
     checks.count("batch_size", batch_size, 1)
-    model, device, parts = unwrap(model), device_of(model, x), []
-    with torch.inference_mode(False), torch.no_grad(), borrowed(model):
-        product = ops.NormProduct(model, x.shape[1:], "spectral", "operator").eval()
+    network, device = unwrap(model), device_of(model, x)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(network).__name__}")
+    parts: list[Tensor] = []
+    with torch.inference_mode(False), torch.no_grad(), borrowed(network):
+        product = ops.NormProduct(network, x.shape[1:], "spectral", "operator").eval()
         product.iterate(_POWER_ITERATIONS)
         log_product = product().double().cpu()
         for rows, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            logits = pick_logits(model(rows.to(device, copy=True)), output)
+            logits = pick_logits(network(rows.to(device, copy=True)), output)
             checks.logits(logits, labels)
             parts.append(ops.row_stats(logits, labels.to(device)).margin.double().cpu())
     return torch.cat(parts) * torch.exp(-log_product)

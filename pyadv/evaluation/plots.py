@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -141,8 +142,10 @@ def worst_examples(
             f"each, got {[*x_adv.shape]}, {len(y)} and {len(y_adv)}"
         )
     n = min(len(x), _COLUMNS)
-    x, x_adv = (t[:n].detach().double().cpu().permute(0, 2, 3, 1).numpy() for t in (x, x_adv))
-    difference = x_adv - x
+    clean, adversarial = (
+        t[:n].detach().double().cpu().permute(0, 2, 3, 1).numpy() for t in (x, x_adv)
+    )
+    difference = adversarial - clean
     size = np.abs(difference).max((1, 2, 3))
     shown = 0.5 + difference / np.where(size > 0, 2 * size, 1.0)[:, None, None, None]
     figure = Figure(figsize=(1.25 * n + 0.9, 4.6), layout="constrained")
@@ -153,7 +156,9 @@ def worst_examples(
         [f"x {0.5 / s:,.{1 if s > 0.05 else 0}f}" if s else "no change" for s in size],
     )
     words = ("clean", "adversarial", "difference")
-    for row, images, title, word in zip(grid, (x, x_adv, shown), titles, words, strict=True):
+    for row, images, title, word in zip(
+        grid, (clean, adversarial, shown), titles, words, strict=True
+    ):
         for axes, image, text in zip(row, images, title, strict=True):
             axes.imshow(image.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(text, fontsize="small", color=RED if word == "adversarial" else "black")
@@ -168,11 +173,11 @@ def _label(name: str) -> str:
     return known.get(name) or in_picture(name)
 
 
-def _styles(columns: Mapping[str, np.ndarray], best: str) -> dict[str, dict]:
+def _styles(columns: Mapping[str, np.ndarray], best: str) -> dict[str, dict[str, Any]]:
     """Return line styles: the bounds that count solid and thick, every other line with dashes of
     its own."""
     attacks = [name for name in columns if name not in ("certified", "effective", best)]
-    styles = {}
+    styles: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(attacks):
         colour, dashes = _ATTACKS[i % len(_ATTACKS)]
         styles[name] = {"color": colour, "lw": 1.3, "ls": dashes}

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyadv._provenance import provenance as find_provenance
 from pyadv.attacks.ensemble import Findings
 from pyadv.evaluation.escaping import markdown, one_line
+from pyadv.menus import Norm
 
 _95_PERCENT = 1.959964  # standard errors
 
@@ -95,7 +96,7 @@ class Report:
     """
 
     n: int
-    norm: str
+    norm: Norm
     eps: float
     rows: tuple[Row, ...]
     findings: Findings = field(repr=False)
@@ -111,13 +112,12 @@ class Report:
     def worst(self) -> Row:
         """The samples that no attack broke: the figure to report as robust accuracy."""
         correct = torch.stack([row.correct for row in self.rows]).all(0)
-        passes = (
-            torch.stack([getattr(row, name) for row in self.rows]).sum(0)
-            for name in ("queries", "gradients")
-        )
+        queries = torch.stack([row.queries for row in self.rows]).sum(0)
+        gradients = torch.stack([row.gradients for row in self.rows]).sum(0)
         found = [row.non_finite for row in self.rows if row.non_finite is not None]
         non_finite = torch.stack(found).any(0) if found else None
-        return Row("worst case", "correct under every row above", correct, *passes, non_finite)
+        words = "correct under every row above"
+        return Row("worst case", words, correct, queries, gradients, non_finite)
 
     @property
     def remarks(self) -> list[str]:

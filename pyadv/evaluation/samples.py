@@ -17,7 +17,7 @@ _FORMS = "a tensor with y, batches (x, y) of tensors, or a Dataset of samples (x
 
 
 def chunks(
-    data: Tensor | np.ndarray | Batches | Dataset,
+    data: Tensor | np.ndarray | Batches | Dataset[Any],
     y: Tensor | np.ndarray | Sequence[int] | None,
     size: int,
     batch_size: int,
@@ -60,7 +60,7 @@ def chunks(
         yield _joined(held)
 
 
-def _loaded(data: Batches | Dataset, batch_size: int) -> Iterable[Any]:
+def _loaded(data: Batches | Dataset[Any], batch_size: int) -> Iterable[Any]:
     """Return the batches of a Dataset; other data is batches already."""
     if not isinstance(data, Dataset):
         return data
@@ -84,14 +84,14 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Return x and y of a batch."""
     if isinstance(batch, Mapping):
         tensors = {name: part for name, part in batch.items() if isinstance(part, Tensor)}
-        x = [name for name, part in tensors.items() if part.is_floating_point() and part.dim() > 1]
-        y = [n for n, part in tensors.items() if not part.is_floating_point() and part.dim() == 1]
-        if len(x) != 1 or len(y) != 1:
+        images = [n for n, t in tensors.items() if t.is_floating_point() and t.dim() > 1]
+        labels = [n for n, t in tensors.items() if not t.is_floating_point() and t.dim() == 1]
+        if len(images) != 1 or len(labels) != 1:
             raise TypeError(
                 "data must give batches as dicts with one floating tensor (B, ...), the images, "
                 f"and one integer tensor (B,), the labels, got {_seen(batch)}"
             )
-        batch = batch[x[0]], batch[y[0]]
+        batch = batch[images[0]], batch[labels[0]]
     pair = isinstance(batch, (tuple, list)) and len(batch) >= 2
     if not pair or not all(isinstance(part, Tensor) for part in batch[:2]):
         raise TypeError(f"data must be {_FORMS}, got batches {_seen(batch)}")

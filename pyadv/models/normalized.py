@@ -23,17 +23,20 @@ class Normalized(nn.Module):
         ValueError: if a value is not finite or `std` is not positive.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, model: nn.Module, mean: float | Sequence[float], std: float | Sequence[float]
     ) -> None:
         super().__init__()
         self.model = model
         for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.float32).flatten()
-            if not value.isfinite().all() or (name == "std" and not (value > 0).all()):
+            values = torch.as_tensor(value, dtype=torch.float32).flatten()
+            if not values.isfinite().all() or (name == "std" and not (values > 0).all()):
                 rule = "finite and positive" if name == "std" else "finite"
-                raise ValueError(f"{name} must be {rule}, got {value.tolist()}")
-            self.register_buffer(name, value.view(1, -1, 1, 1))
+                raise ValueError(f"{name} must be {rule}, got {values.tolist()}")
+            self.register_buffer(name, values.view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model((x - self.mean) / self.std)

@@ -107,7 +107,7 @@ def create(
     if weights is not None:
         inner = model.model if isinstance(model, Logits) else model
         load_weights(inner, weights, num_classes if new_head else None, normalized=mean is not None)
-    return model if mean is None else Normalized(model, mean, std)
+    return model if mean is None or std is None else Normalized(model, mean, std)
 
 
 class Logits(nn.Module):
@@ -161,7 +161,9 @@ def _check_statistics(mean: Any, std: Any, channels: int) -> None:
             )
 
 
-def _call(name: str, make: Callable[..., Any], positional: tuple, args: dict[str, Any]) -> Any:
+def _call(
+    name: str, make: Callable[..., Any], positional: tuple[Any, ...], args: dict[str, Any]
+) -> Any:
     """Call `make`, and report arguments that it does not have."""
     try:
         inspect.signature(make).bind(*positional, **args)
@@ -187,6 +189,7 @@ def _own(name: str, num_classes: int, shape: tuple[int, int, int], args: dict[st
         "image_size": shape[1:],
         "image_shape": shape,
     }
+    parameters: Mapping[str, inspect.Parameter]
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):

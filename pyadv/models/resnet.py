@@ -7,8 +7,6 @@ as the codes of TRADES, MART, GAIRAT and Rice et al. (2020) do.
 
 from __future__ import annotations
 
-import itertools
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,14 +51,19 @@ class PreActBlock(nn.Module):
 
 
 class _ResNet(nn.Module):
-    def __init__(self, block: type[nn.Module], in_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, block: type[BasicBlock | PreActBlock], in_channels: int, num_classes: int
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        widths = (64, 64, 128, 256, 512)
-        for i, (inp, out) in enumerate(itertools.pairwise(widths), start=1):
-            stage = nn.Sequential(block(inp, out, 1 if i == 1 else 2), block(out, out, 1))
-            setattr(self, f"layer{i}", stage)
 
+        def stage(inp: int, out: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(block(inp, out, stride), block(out, out, 1))
+
+        self.layer1 = stage(64, 64, 1)
+        self.layer2 = stage(64, 128, 2)
+        self.layer3 = stage(128, 256, 2)
+        self.layer4 = stage(256, 512, 2)
         self.linear = nn.Linear(512, num_classes)
 
     def features(self, x: Tensor) -> Tensor:

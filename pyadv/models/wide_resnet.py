@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Shortcut = Literal["conv", "pad"]
+SHORTCUTS: tuple[Shortcut, ...] = get_args(Shortcut)
 
 
 class _PoolPad(nn.Module):
@@ -20,13 +24,14 @@ class _PoolPad(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, inp: int, out: int, stride: int, slope: float, shortcut: str) -> None:
+    def __init__(self, inp: int, out: int, stride: int, slope: float, shortcut: Shortcut) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inp)
         self.conv1 = nn.Conv2d(inp, out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.slope, self.convShortcut = slope, None
+        self.slope = slope
+        self.convShortcut: nn.Module | None = None
         if inp != out and shortcut == "conv":
             self.convShortcut = nn.Conv2d(inp, out, 1, stride, bias=False)
         elif inp != out:
@@ -40,10 +45,15 @@ class _Block(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, inp: int, out: int, stride: int, blocks: int, *args) -> None:
+    def __init__(
+        self, inp: int, out: int, stride: int, blocks: int, slope: float, shortcut: Shortcut
+    ) -> None:
         super().__init__()
         self.layer = nn.Sequential(
-            *(_Block(out if i else inp, out, 1 if i else stride, *args) for i in range(blocks))
+            *(
+                _Block(out if i else inp, out, 1 if i else stride, slope, shortcut)
+                for i in range(blocks)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,12 +80,12 @@ class WideResNet(nn.Module):
         num_classes: int = 10,
         *,
         slope: float = 0.0,
-        shortcut: str = "conv",
+        shortcut: Shortcut = "conv",
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4 with n >= 1, got {depth}")
-        if shortcut not in ("conv", "pad"):
+        if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be 'conv' or 'pad', got {shortcut!r}")
         self.slope = slope
         blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
@@ -98,6 +108,6 @@ class WideResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-def _drop_sub_block(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def _drop_sub_block(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}sub_block1.")]:
         del state[key]

@@ -62,7 +62,7 @@ class AWP(Objective):
         with kept_buffers(module):
             loss = super().evaluate(step.again(unwrap(step.model)))
             grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        moves = {
+        moves: dict[Tensor, Tensor] = {
             w: self.gamma * w.detach().norm() / (g.norm() + _TINY) * g
             for w, g in zip(weights, self._averaged(grads, step), strict=True)
             if g is not None
@@ -108,9 +108,9 @@ def _moved(module: nn.Module, moves: dict[Tensor, Tensor]) -> Iterator[None]:
             for name, w in m._parameters.items():
                 if w is not None and w in sums:
                     replaced.append((m._parameters, name, w))
-        for parameters, name, w in replaced:
-            parameters[name] = sums[w]
+        for parameters, name, own in replaced:
+            parameters[name] = sums[own]
         yield
     finally:
-        for parameters, name, w in replaced:
-            parameters[name] = w
+        for parameters, name, own in replaced:
+            parameters[name] = own

@@ -10,6 +10,14 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
+from pyadv.menus import (
+    DERIVATIVES,
+    PENALTIES,
+    REDUCTIONS,
+    Derivative,
+    PenaltyName,
+    Reduction,
+)
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.passes.borrow import (
     borrowed,
@@ -20,9 +28,7 @@ from pyadv.passes.borrow import (
     unwrap,
 )
 from pyadv.passes.tangent import TangentSweep
-from pyadv.tensors import per_row, row_norm
-
-DERIVATIVES = ("tangent", "double", "difference")
+from pyadv.tensors import per_row, row_norm, total
 
 
 class EMR:
@@ -79,16 +85,16 @@ class EMR:
         lam: Schedule,
         temperature: float = 1.0,
         center: bool = False,
-        reduction: str = "mean",
-        of: str = "softmax",
+        reduction: Reduction = "mean",
+        of: PenaltyName = "softmax",
         samples: int | None = None,
-        derivative: str = "tangent",
+        derivative: Derivative = "tangent",
         radius: float | None = None,
     ):
         if not callable(lam):
             checks.size("lam", lam)
-        checks.choice("reduction", reduction, ("mean", "official"))
-        checks.choice("of", of, ("softmax", "pairwise", "jacobian"))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("of", of, PENALTIES)
         checks.choice("derivative", derivative, DERIVATIVES)
         temperature = _positive("temperature", temperature)
         if samples is not None:
@@ -132,17 +138,18 @@ class EMR:
                 logits = logits_at(x)
             cotangents = self._cotangents(logits.detach(), step.y)
             twice = self.derivative != "difference"
-            gradients = []
+            gradients: list[Tensor] = []
             for i, c in enumerate(cotangents):
                 retain = twice or i + 1 < len(cotangents)
                 gradients += torch.autograd.grad(
                     logits, x, c, retain_graph=retain, create_graph=twice
                 )
-            penalties = sum(ops.row_square_sum(g) for g in gradients)
+            penalties = total(ops.row_square_sum(g) for g in gradients)
             if not twice:
                 with torch.autocast(x.device.type, enabled=False):  # too coarse for a difference
                     along = [self._difference(logits_at, x.detach(), g) for g in gradients]
-                    twin = 2 * sum((c * d).sum(1) for c, d in zip(cotangents, along, strict=True))
+                    terms = zip(cotangents, along, strict=True)
+                    twin = 2 * total((c * d).sum(1) for c, d in terms)
                 penalties = penalties + (twin - twin.detach())
         return penalties
 
@@ -165,8 +172,8 @@ class EMR:
         q = ops.softmax_cotangent(others, self.temperature)
         if self.samples is None:
             return [q[:, j : j + 1].sqrt() * (eye[y] - eye[j]) for j in range(classes)]
-        drawn = torch.multinomial(q.float(), self.samples, replacement=True)
-        return [(eye[y] - eye[j]) / self.samples**0.5 for j in drawn.unbind(1)]
+        picked = torch.multinomial(q.float(), self.samples, replacement=True)
+        return [(eye[y] - eye[j]) / self.samples**0.5 for j in picked.unbind(1)]
 
     def _difference(self, logits_at: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
         """Return J g (B, C) by a central difference: one forward pass of 2 B samples."""

@@ -12,6 +12,15 @@ from pyadv import ops
 from pyadv.attacks import FriendlyPGD
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack
+from pyadv.menus import (
+    WEIGHTED_BASES,
+    WEIGHTED_TERMS,
+    KappaWeightName,
+    MarginName,
+    MarginNormalize,
+    WeightedBase,
+    WeightedTerm,
+)
 from pyadv.objectives.objective import Objective, ascends_kl
 from pyadv.objectives.step import Schedule, Step, at_epoch
 from pyadv.objectives.terms import (
@@ -20,6 +29,7 @@ from pyadv.objectives.terms import (
     Mean,
     Scaled,
     Sum,
+    Term,
     clean_cross_entropy,
     cross_entropy,
     trades_kl,
@@ -156,23 +166,24 @@ class MAIL(Objective):
     def __init__(
         self,
         attack: Attack,
-        base: str = "at",
-        margin: str = "adv",
+        base: WeightedBase = "at",
+        margin: MarginName = "adv",
         slope: float = 10.0,
         bias: float = -0.5,
         beta: Schedule = 5.0,
-        normalize: str = "mean",
+        normalize: MarginNormalize = "mean",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
         any_attack: bool = False,
     ):
-        checks.choice("base", base, ("at", "trades", "mart"))
+        checks.choice("base", base, WEIGHTED_BASES)
         attack = _kl_attack(attack, any_attack) if base == "trades" else _needed(attack)
-        base_term, added = {
+        parts: dict[WeightedBase, tuple[Term, tuple[Term, ...]]] = {
             "at": (cross_entropy, ()),
             "trades": (Scaled(trades_kl, beta), (Mean(clean_cross_entropy),)),
             "mart": (MARTBCE(), (Mean(MARTKL(), beta),)),
-        }[base]
+        }
+        base_term, added = parts[base]
         clean_first = base != "at" or margin != "adv"
         weighting = MAILWeights(margin, slope, bias, normalize, begin_epoch)
         super().__init__(attack, base_term, weighting, tau=tau, clean_first=clean_first)
@@ -205,7 +216,7 @@ class GAIRAT(Objective):
         self,
         attack: Attack,
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         int_half: bool = False,
         tau: Schedule | None = None,
@@ -229,19 +240,20 @@ class GAIRTRADES(Objective):
         self,
         attack: Attack,
         beta: Schedule = 6.0,
-        weight_on: str = "kl",
+        weight_on: WeightedTerm = "kl",
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
     ):
-        checks.choice("weight_on", weight_on, ("kl", "ce", "both"))
+        checks.choice("weight_on", weight_on, WEIGHTED_TERMS)
         kl = Scaled(trades_kl, beta)
-        base, added = {
+        parts: dict[WeightedTerm, tuple[Term, tuple[Term, ...]]] = {
             "kl": (kl, (Mean(clean_cross_entropy),)),
             "ce": (clean_cross_entropy, (Mean(kl),)),
             "both": (Sum(clean_cross_entropy, kl), ()),
-        }[weight_on]
+        }
+        base, added = parts[weight_on]
         weighting = GAIRATWeights(lam, kind, begin_epoch)
         super().__init__(_kl_attack(attack), base, weighting, tau=tau, clean_first=True)
         self.regularisers = added
@@ -261,7 +273,7 @@ class GAIRMART(MART):
         attack: Attack,
         beta: Schedule = 5.0,
         lam: Schedule = -1.0,
-        kind: str = "tanh",
+        kind: KappaWeightName = "tanh",
         begin_epoch: int = 1,
         tau: Schedule | None = None,
     ):
@@ -319,6 +331,8 @@ class _MixedKL:
         step.need("logits_adv")
         if lam > self.PLAIN:
             return beta * trades_kl(step)
+        if step.kappa is None:
+            raise TypeError("this objective needs an attack, got None")
         logits_margin = step.forward(step.perturb(self.margin_attack).x_adv)
         steps = self.attack.settings.steps
         w = ops.gairat_weights(step.kappa, steps, lam, normalize="none", slope=steps / 2)

@@ -144,8 +144,8 @@ class Objective:
         batches = list(batches)
         total = sum(len(batch[0]) for batch in batches)
         steps = [
-            self._step(model, *batch[:2], epoch, *batch[2:], total=total, group=group)
-            for batch in batches
+            self._step(model, x, y, epoch, ids, total=total, group=group)
+            for x, y, ids in (_batch(*batch) for batch in batches)
         ]
         if not steps:
             raise ValueError("prepare: batches must not be empty")
@@ -160,9 +160,10 @@ class Objective:
         if self.weighting is not None:
             with torch.no_grad(), kept_buffers(model):
                 values = [self.weighting.values(step.again()) for step in steps]
+            given = [v for v in values if v is not None]
             if values[0] is not None:
-                weights = batch_weights(self.weighting, torch.cat(values), steps[0])
-                for step, part in zip(steps, weights.split([len(v) for v in values]), strict=True):
+                weights = batch_weights(self.weighting, torch.cat(given), steps[0])
+                for step, part in zip(steps, weights.split([len(v) for v in given]), strict=True):
                     step.weights = part
         return MicroBatches(self, steps)
 
@@ -223,7 +224,7 @@ class Objective:
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
             raise ValueError(f"epoch must be an integer >= 1, got {epoch!r}")
         _check_labels_fit(x, y)
-        if self.tau is not None:
+        if self.tau is not None and isinstance(self.attack, FriendlyPGD):
             self.attack.tau = at_epoch(self.tau, epoch)
         step = Step(
             model,
@@ -265,6 +266,10 @@ def ascends_kl(attack: Attack | None) -> bool:
     """Return whether the attack maximises the divergence from the natural prediction, as TRADES'
     does."""
     return attack is not None and attack.settings.loss.needs_reference_logits
+
+
+def _batch(x: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return x, y, ids
 
 
 def _check_labels_fit(x: Tensor, y: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyadv.attacks import Perturbed
 from pyadv.engine.attack import Attack
 from pyadv.engine.loop import predict
+from pyadv.engine.task import LoopSettings
 from pyadv.passes.borrow import Output, pick_logits
 
 Schedule = float | Callable[[int], float]
@@ -206,6 +207,8 @@ def _follows_labels(attack: Attack) -> bool:
     are misclassified, or by choosing among iterates or restarts by the verdict."""
     s = attack.settings
     if not s.loss.needs_reference_logits:
+        return True
+    if not isinstance(s, LoopSettings):
         return True
     return s.releases or s.best == "fooled" or attack.restarts > 1
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.objectives.step import Schedule, Step, at_epoch
+from pyadv.tensors import total
 
 Term = Callable[[Step], Tensor]
 
@@ -65,7 +66,7 @@ class Sum:
         self.terms = terms
 
     def __call__(self, step: Step) -> Tensor:
-        return sum(term(step) for term in self.terms)
+        return total(term(step) for term in self.terms)
 
 
 class Mean:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pyadv import ops
 from pyadv.engine import checks
+from pyadv.engine.attack import Attack
+from pyadv.menus import MARGIN_NORMALIZES, MARGINS, KappaWeightName, MarginName, MarginNormalize
 from pyadv.objectives.step import Schedule, Step, at_epoch
 
 
@@ -34,7 +36,11 @@ class GAIRATWeights:
     samples weigh the same. See `ops.gairat_weights`."""
 
     def __init__(
-        self, lam: Schedule = -1.0, kind: str = "tanh", begin_epoch: int = 1, int_half: bool = False
+        self,
+        lam: Schedule = -1.0,
+        kind: KappaWeightName = "tanh",
+        begin_epoch: int = 1,
+        int_half: bool = False,
     ):
         self.lam = lam
         self.kind = kind
@@ -42,14 +48,19 @@ class GAIRATWeights:
         self.int_half = int_half
 
     def values(self, step: Step) -> Tensor | None:
-        if step.attack is None:
-            raise TypeError("GAIRATWeights needs an attack: weights depend on its kappa")
+        _attack_of(step)
         return None if step.epoch < self.begin_epoch else step.kappa
 
     def weights(self, values: Tensor, step: Step) -> Tensor:
         lam = at_epoch(self.lam, step.epoch)
-        steps = step.attack.settings.steps
+        steps = _attack_of(step).settings.steps
         return ops.gairat_weights(values, steps, lam, self.kind, int_half=self.int_half)
+
+
+def _attack_of(step: Step) -> Attack:
+    if step.attack is None:
+        raise TypeError("GAIRATWeights needs an attack: weights depend on its kappa")
+    return step.attack
 
 
 class MAILWeights:
@@ -58,14 +69,14 @@ class MAILWeights:
 
     def __init__(
         self,
-        margin: str = "adv",
+        margin: MarginName = "adv",
         slope: float = 10.0,
         bias: float = -0.5,
-        normalize: str = "mean",
+        normalize: MarginNormalize = "mean",
         begin_epoch: int = 1,
     ):
-        checks.choice("margin", margin, ("nat", "adv", "dif", "dif_conf"))
-        checks.choice("normalize", normalize, ("mean", "x3", "none"))
+        checks.choice("margin", margin, MARGINS)
+        checks.choice("normalize", normalize, MARGIN_NORMALIZES)
         self.margin = margin
         self.slope = slope
         self.bias = bias
@@ -102,9 +113,9 @@ def _gathered(values: Tensor, group: Any) -> tuple[Tensor, int]:
     """Return the values of all processes in order of rank, and the index of the first of ours."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     size = torch.tensor([len(values)], device=values.device)
-    sizes = [torch.empty_like(size) for _ in range(world)]
-    dist.all_gather(sizes, size, group=group)
-    sizes = [int(s) for s in sizes]
+    gathered = [torch.empty_like(size) for _ in range(world)]
+    dist.all_gather(gathered, size, group=group)
+    sizes = [int(s) for s in gathered]
     padded = values.new_zeros(max(sizes))  # all_gather needs equal shapes
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world)]

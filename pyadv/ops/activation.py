@@ -7,6 +7,8 @@ two readers.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,26 @@ _affine_relu_backward = register(
 )
 
 
+@overload
+def affine_relu(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    slope: float = 0.0,
+    keep_sum: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def affine_relu(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    slope: float = 0.0,
+    keep_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def affine_relu(
     x: Tensor,
     scale: Tensor | None = None,

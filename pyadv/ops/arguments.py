@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Choice = TypeVar("Choice", bound=str)
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _scalars: dict[float, Tensor] = {}
@@ -86,10 +88,11 @@ def check_bool(op: str, name: str, value: bool) -> None:
         raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
 
 
-def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the strings in `choices`."""
+def check_choice(op: str, name: str, value: Any, choices: tuple[Choice, ...]) -> Choice:
+    """Return the value. Raise ValueError unless it is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
 def parameter(
@@ -101,8 +104,12 @@ def parameter(
     broadcast to x. Values of tensors are not checked, because reading them would wait for the
     device.
     """
-    known = not torch.compiler.is_compiling() and type(value) is float and value in _scalars
-    if known and (value >= 0 or not nonnegative):  # a compiled graph must not depend on the cache
+    if (
+        not torch.compiler.is_compiling()  # a compiled graph must not depend on the cache
+        and type(value) is float
+        and value in _scalars
+        and (value >= 0 or not nonnegative)
+    ):
         return scalar(value, x)
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool or value.is_quantized:
@@ -269,7 +276,8 @@ def _is_expanded(t: Tensor) -> bool:
 
 
 def _overlaps(a: Tensor, b: Tensor, same_allowed: bool) -> bool:
-    if not torch._C._is_alias_of(a, b) or not a.numel() or not b.numel():
+    alias = torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]  # not in PyTorch's stubs
+    if not alias or not a.numel() or not b.numel():
         return False
     first_a, first_b = a.data_ptr(), b.data_ptr()
     if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyadv import reference
+from pyadv.menus import ATTACK_LOSSES, SCALES, AttackLossName, Scale
 from pyadv.ops.arguments import check_choice, check_device, check_floating, check_like, check_rows
 from pyadv.ops.registry import refuse_double_backward, register
 from pyadv.reference import losses as _reference
-from pyadv.reference.losses import ATTACK_LOSSES, AttackLoss, RowStats
+from pyadv.reference.losses import AttackLoss, RowStats
 from pyadv.tensors import compute_dtype
 
 _LEAST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
@@ -124,6 +125,7 @@ def _differentiable(
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
             unit, ctx.unit = ctx.unit, ()
+            grads: Sequence[Tensor | None]
             if unit and not torch.is_grad_enabled():
                 rows = grad.unsqueeze(1)
                 needed = ctx.needs_input_grad
@@ -195,10 +197,10 @@ def _check_logits_and_labels(op: str, name: str, logits: Tensor, y: Tensor) -> N
 def attack_loss(
     logits: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackLossName,
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
-    scale: str = "unit",
+    scale: Scale = "unit",
 ) -> AttackLoss:
     """Return `(loss, grad_logits, correct)`, all that one iteration of an attack needs from logits.
 
@@ -268,7 +270,7 @@ def attack_loss(
     PGD-based Adversarial Testing" (2019).
     """
     check_choice("attack_loss", "loss", loss, ATTACK_LOSSES)
-    check_choice("attack_loss", "scale", scale, ("unit", "exact"))
+    check_choice("attack_loss", "scale", scale, SCALES)
     _check_logits("attack_loss", "logits", logits, _LEAST_CLASSES.get(loss, 2), f"loss {loss!r}")
     check_rows("attack_loss", "y", y, logits, torch.int64)
     _check_taken("reference_logits", reference_logits, loss, loss == "kl")

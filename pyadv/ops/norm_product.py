@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pyadv.menus import CONV_MATRICES, WEIGHT_NORMS, ConvMatrix, WeightNorm
 from pyadv.ops.arguments import check_choice
 from pyadv.ops.norms import norms
 from pyadv.reference.norms import log_product
 from pyadv.tensors import widen
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WARM_UP = 15  # iterations at construction
 
@@ -56,19 +58,21 @@ class NormProduct(nn.Module):
     2018), algorithm 1; Tsuzuku et al., "Lipschitz-Margin Training" (NeurIPS 2018), section 5.
     """
 
+    _factors: Tensor
+
     def __init__(
         self,
         model: nn.Module,
         input_shape: Sequence[int],
-        kind: str = "frobenius",
-        conv: str = "reshape",
+        kind: WeightNorm = "frobenius",
+        conv: ConvMatrix = "reshape",
         iters: int = 1,
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"NormProduct: model must be a Module, got {type(model).__name__}")
-        check_choice("NormProduct", "kind", kind, ("frobenius", "spectral"))
-        check_choice("NormProduct", "conv", conv, ("reshape", "bound", "operator"))
+        check_choice("NormProduct", "kind", kind, WEIGHT_NORMS)
+        check_choice("NormProduct", "conv", conv, CONV_MATRICES)
         if iters < 0:
             raise ValueError(f"NormProduct: iters must be >= 0, got {iters}")
         self.kind, self.conv, self.iters = kind, conv, iters
@@ -90,7 +94,7 @@ class NormProduct(nn.Module):
                 shape = in_shape if is_operator else (weight[0].numel(),)
                 v = torch.randn(shape, generator=draw, device="cpu").to(weight)
                 self.register_buffer(f"v{i}", v / torch.linalg.vector_norm(v))
-            elif is_operator:
+            elif conv == "operator" and isinstance(layer, _CONVS):
                 self._refuse_padding(name)
                 self.register_buffer(f"root{i}", _tap_counts(layer, weight, in_shape).sqrt(), False)
         if kind == "spectral":
@@ -171,12 +175,12 @@ class NormProduct(nn.Module):
 
 
 def _traced_shapes(
-    model: nn.Module, layers: dict[str, nn.Module], input_shape: Sequence[int]
+    model: nn.Module, layers: Mapping[str, nn.Module], input_shape: Sequence[int]
 ) -> dict[str, tuple[torch.Size, torch.Size]]:
     """Return input and output shape of each layer at its first call, in the order of the calls."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
-    def record(name: str):
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             shapes.setdefault(name, (args[0].shape, out.shape))
 
@@ -199,7 +203,7 @@ def _traced_shapes(
     return shapes
 
 
-def _tap_counts(layer: nn.Module, weight: Tensor, in_shape: torch.Size) -> Tensor:
+def _tap_counts(layer: Conv, weight: Tensor, in_shape: torch.Size) -> Tensor:
     """Count how often each kernel element appears in the matrix of the convolution."""
     with torch.inference_mode(False), torch.enable_grad():
         probe = torch.zeros_like(weight, requires_grad=True)

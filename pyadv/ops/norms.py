@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
+from pyadv.menus import WEIGHT_NORMS, WeightNorm
 from pyadv.ops.arguments import check_choice, check_device, check_floating
 from pyadv.ops.registry import refuse_double_backward, register
 from pyadv.reference.norms import log_product, norms_backward
 from pyadv.tensors import compute_dtype
-
-_KINDS = ("frobenius", "spectral")
 
 _norms_backward = register(
     "norms_backward(Tensor grad, Tensor[] weights, Tensor norms) -> Tensor[]",
@@ -42,7 +41,7 @@ _norms = register(
 )
 
 
-def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
+def norms(weights: Sequence[Tensor], kind: WeightNorm = "frobenius") -> Tensor:
     """Return the norm of each of L tensors, (L,), differentiable.
 
     Args:
@@ -62,7 +61,7 @@ def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
     return _norms_of(_checked("norms", weights, kind), kind)
 
 
-def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
+def log_norm_product(weights: Sequence[Tensor], kind: WeightNorm = "frobenius") -> Tensor:
     """Return sum_l log ||w_l||, the logarithm of the product of the norms, differentiable.
 
     The product itself over- and underflows for deep networks. The gradient w_l / ||w_l||^2
@@ -72,12 +71,12 @@ def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tens
     return log_product(_norms_of(_checked("log_norm_product", weights, kind), kind))
 
 
-def _norms_of(weights: list[Tensor], kind: str) -> Tensor:
+def _norms_of(weights: list[Tensor], kind: WeightNorm) -> Tensor:
     return _norms(weights) if kind == "frobenius" else reference.norms(weights, kind)
 
 
-def _checked(op: str, weights: Sequence[Tensor], kind: str) -> list[Tensor]:
-    check_choice(op, "kind", kind, _KINDS)
+def _checked(op: str, weights: Sequence[Tensor], kind: WeightNorm) -> list[Tensor]:
+    check_choice(op, "kind", kind, WEIGHT_NORMS)
     if not isinstance(weights, (Sequence, Iterator)) or isinstance(weights, str):
         raise TypeError(
             f"{op}: weights must be a sequence of tensors, got one {type(weights).__name__}"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
+from pyadv.menus import AnyNorm
 from pyadv.ops.arguments import (
     box_parameters,
     check_device,
@@ -184,11 +185,15 @@ def l1_step(
     return run_out(*_l1_step, (x_adv, grad, x, *parameters, active, kept), out)
 
 
-_IN_PLACE = {"Linf": _linf_step[1], "L2": _l2_step[1], "L1": _l1_step[1]}
+_IN_PLACE: dict[AnyNorm, torch._ops.OpOverload] = {
+    "Linf": _linf_step[1],
+    "L2": _l2_step[1],
+    "L1": _l1_step[1],
+}
 
 
 def stepper(
-    norm: str,
+    norm: AnyNorm,
     x: Tensor,
     alpha: float | Tensor,
     eps: float | Tensor,

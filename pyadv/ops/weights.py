@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 from pyadv import reference
+from pyadv.menus import (
+    KAPPA_NORMALIZES,
+    KAPPA_WEIGHTS,
+    MARGIN_NORMALIZES,
+    MARGINS,
+    KappaNormalize,
+    KappaWeightName,
+    MarginName,
+    MarginNormalize,
+)
 from pyadv.ops.arguments import check_choice, check_floating, check_like, check_rows, parameter
 from pyadv.ops.losses import _check_logits_and_labels, row_stats, weighted_cross_entropy
 from pyadv.ops.registry import register
@@ -33,8 +43,8 @@ def gairat_weights(
     kappa: Tensor,
     steps: int,
     lam: float | Tensor = -1.0,
-    kind: str = "tanh",
-    normalize: str = "mean",
+    kind: KappaWeightName = "tanh",
+    normalize: KappaNormalize = "mean",
     slope: float | None = None,
     int_half: bool = False,
 ) -> Tensor:
@@ -68,8 +78,8 @@ def gairat_weights(
     check_rows(op, "kappa", kappa, kappa, torch.int64)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{op}: steps must be an integer >= 1, got {steps!r}")
-    check_choice(op, "kind", kind, ("tanh", "sigmoid", "discrete"))
-    check_choice(op, "normalize", normalize, ("mean", "sum", "none"))
+    check_choice(op, "kind", kind, KAPPA_WEIGHTS)
+    check_choice(op, "normalize", normalize, KAPPA_NORMALIZES)
     if slope is not None:
         if not isinstance(slope, (int, float)):
             raise TypeError(f"{op}: slope must be a float or None, got {type(slope).__name__}")
@@ -80,7 +90,10 @@ def gairat_weights(
 
 
 def mail_weights(
-    margin: Tensor, slope: float | Tensor, bias: float | Tensor, normalize: str = "mean"
+    margin: Tensor,
+    slope: float | Tensor,
+    bias: float | Tensor,
+    normalize: MarginNormalize = "mean",
 ) -> Tensor:
     """Return weights that decrease with the probabilistic margin: sigma(-slope (margin - bias)),
     (B,) float32 (float64 for float64).
@@ -100,13 +113,13 @@ def mail_weights(
     op = "mail_weights"
     check_floating(op, margin=margin)
     check_rows(op, "margin", margin, margin, margin.dtype)
-    check_choice(op, "normalize", normalize, ("mean", "x3", "none"))
+    check_choice(op, "normalize", normalize, MARGIN_NORMALIZES)
     slope, bias = _single(op, "slope", slope, margin), _single(op, "bias", bias, margin)
     return _mail_weights(margin, slope, bias, normalize)
 
 
 def probabilistic_margin(
-    logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: str = "nat"
+    logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: MarginName = "nat"
 ) -> Tensor:
     """Return MAIL's margin of each row, (B,) in [-1, 1], float32 (float64 for float64).
 
@@ -129,7 +142,7 @@ def probabilistic_margin(
     (NeurIPS 2021), equations 4 to 6.
     """
     op = "probabilistic_margin"
-    check_choice(op, "kind", kind, ("nat", "adv", "dif", "dif_conf"))
+    check_choice(op, "kind", kind, MARGINS)
     _check_logits_and_labels(op, "logits", logits, y)
     if kind == "nat":
         return row_stats(logits, y).prob_margin

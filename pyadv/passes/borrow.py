@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from pyadv.menus import BatchNormMode
+
 Output = Callable[[Any], Tensor] | str | int | None
 
 
@@ -65,8 +67,9 @@ def _keeps_all_in_dict(kind: type) -> bool:
     if kind is SimpleNamespace:
         return True
     room = kind.__module__.partition(".")[0]
+    new: object = kind.__new__
     return (
-        kind.__new__ is object.__new__
+        new is object.__new__
         and room != "torch"
         and (room not in sys.stdlib_module_names or kind.__module__ == "argparse")
         and not any("__slots__" in vars(c) for c in kind.__mro__)
@@ -76,7 +79,8 @@ def _keeps_all_in_dict(kind: type) -> bool:
 
 def is_record(value: Any) -> bool:
     """Return whether `value` is an object of a Python class with all its state in `__dict__`."""
-    return _keeps_all_in_dict(type(value)) and hasattr(value, "__dict__")
+    kind: object = type(value)  # mypy compares a class with Hashable as if it were its instance
+    return _keeps_all_in_dict(kind) and hasattr(value, "__dict__")
 
 
 def inside(value: Any) -> list[Any] | None:
@@ -106,7 +110,7 @@ def contents(value: Any, seen: set[int] | None = None) -> list[Any]:
     if id(value) in seen:
         return [type(value)]
     seen.add(id(value))
-    found = [type(value)]
+    found: list[Any] = [type(value)]
     for v in held:
         if type(v) in _ATOMS:
             found.append(v)
@@ -239,8 +243,10 @@ def pick_logits(result: Any, output: Output, samples: int | None = None) -> Tens
         logits = output(result)
     elif output is not None:
         try:
-            by_name = isinstance(output, str) and not isinstance(result, dict)
-            logits = getattr(result, output) if by_name else result[output]
+            if isinstance(output, str) and not isinstance(result, dict):
+                logits = getattr(result, output)
+            else:
+                logits = result[output]
         except (KeyError, IndexError, AttributeError, TypeError):
             keys = f"; it has {', '.join(map(str, result))}" if isinstance(result, dict) else ""
             raise ValueError(
@@ -289,7 +295,7 @@ def evaluating(model: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def borrowed(
-    model: Callable[..., Any], bn: str = "eval", update_stats: bool = False
+    model: Callable[..., Any], bn: BatchNormMode = "eval", update_stats: bool = False
 ) -> Iterator[None]:
     """Set the modes an attack needs, and give every sub-module its own mode back at the end.
 
@@ -315,7 +321,8 @@ def borrowed(
     modes = [m.training for m in modules]
     batch_norms: list[nn.Module] = []
     buffers: list[tuple[Tensor, Tensor]] = []
-    watch = why = None
+    watch: _Statistics | None = None
+    why: str | None = None
     if bn == "train":
         batch_norms = [m for m in modules if isinstance(m, _BatchNorm)]
         if not update_stats:
@@ -327,12 +334,12 @@ def borrowed(
         _set_modes(batch_norms, [True] * len(batch_norms))
         yield
     finally:
-        why = watch and watch.moved(modules)
+        why = None if watch is None else watch.moved(modules)
         _set_modes(modules, modes)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-            if why:
+            if watch is not None and why:
                 watch.restore()
     if why:
         raise LeavesEvaluation(
@@ -370,7 +377,8 @@ class _Statistics:
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for m in modules:
             normalises = isinstance(m, _NormBase)
-            if not (m._buffers and (normalises or _is_users(type(m)))):
+            kind: object = type(m)  # see `is_record`
+            if not (m._buffers and (normalises or _is_users(kind))):
                 continue
             for name, b in m._buffers.items():
                 if b is None or b.is_inference() or b.layout != torch.strided:

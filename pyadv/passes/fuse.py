@@ -28,8 +28,8 @@ from pyadv.passes.fused import (
     entered,
     pooled,
 )
-from pyadv.passes.layers import NORM_AFTER, WeightedLayer, is_plain, takes
-from pyadv.passes.rewrite import Network, between, is_relu, is_sum, renamed
+from pyadv.passes.layers import WeightedLayer, is_affine, is_plain, is_weighted, takes
+from pyadv.passes.rewrite import Network, between, first_input, is_alone, is_relu, is_sum, renamed
 
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation mode
 
@@ -87,7 +87,7 @@ class _Fusion:
         return Network(self.graph, names), list(self.parts.values())
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
-        return self.held[node.target] if node.op == "call_module" else None
+        return self.held[str(node.target)] if node.op == "call_module" else None
 
     def _erase(self, node: fx.Node, by: fx.Node) -> None:
         node.replace_all_uses_with(by)
@@ -97,8 +97,8 @@ class _Fusion:
         """Make convolutions, linear layers and BatchNorms parts; convolutions take BatchNorms."""
         for node in list(self.graph.nodes):
             layer = self._layer(node)
-            before = node.args[0] if node.args else None
-            if not isinstance(before, fx.Node) or len(node.args) > 1 or node.kwargs:
+            before = first_input(node)
+            if before is None or len(node.args) > 1 or node.kwargs:
                 continue
             if type(layer) in _IDENTITIES:
                 self._erase(node, before)
@@ -106,15 +106,14 @@ class _Fusion:
                 self.parts[node] = FusedConv(layer, self.convolutions)
             elif type(layer) is nn.Linear:
                 self.parts[node] = FusedLinear(layer)
-            elif type(layer) in NORM_AFTER:
+            elif is_weighted(layer):
                 self.parts[node] = WeightedLayer(layer)
                 with self.graph.inserting_before(node):
                     enter = (before, self.dtype or layer.weight.dtype)
                     node.args = (self.graph.call_function(entered, enter),)
-            elif type(layer) in NORM_AFTER.values() and layer.running_mean is not None:
-                conv = self.parts.get(before)
-                free = isinstance(conv, (FusedConv, WeightedLayer)) and _is_alone(before)
-                if free and takes(conv, layer):
+            elif is_affine(layer):
+                conv = self.parts.get(before) if is_alone(before) else None
+                if isinstance(conv, (FusedConv, WeightedLayer)) and takes(conv, layer):
                     conv.norm = (layer,)
                     self._erase(node, before)
                 else:
@@ -132,10 +131,10 @@ class _Fusion:
         """Make ReLUs part of the layers before them; return the slopes of those after sums."""
         rectified: dict[fx.Node, float] = {}
         for node in list(self.graph.nodes):
-            slope = _slope(node, self._layer(node))
-            if slope is None or not _is_alone(node.args[0]):
+            slope, before = _slope(node, self._layer(node)), first_input(node)
+            if slope is None or not is_alone(before):
                 continue
-            (before, *_), part = node.args, self.parts.get(node.args[0])
+            part = self.parts.get(before)
             if isinstance(part, WeightedLayer):
                 continue
             if isinstance(part, FusedAffine):
@@ -164,11 +163,13 @@ class _Fusion:
 
     def _into_convolution(self, node: fx.Node, slope: float) -> bool:
         order = {n: i for i, n in enumerate(self.graph.nodes)}
-        for conv in sorted(node.args, key=order.get, reverse=True):  # the later one moves less
-            (other,) = [a for a in node.args if a is not conv]
+        terms = node.all_input_nodes
+        for conv in sorted(terms, key=lambda n: order[n], reverse=True):  # the later moves less
+            (other,) = [a for a in terms if a is not conv]
             part = self.parts.get(conv)
-            free = isinstance(part, FusedConv) and part.slope is None and len(conv.args) == 1
-            if free and _is_alone(conv) and self._nothing_written(conv, node):
+            if not isinstance(part, FusedConv) or part.slope is not None or len(conv.args) != 1:
+                continue
+            if is_alone(conv) and self._nothing_written(conv, node):
                 part.slope = slope
                 node.prepend(conv)
                 conv.args = (*conv.args, other)
@@ -192,24 +193,28 @@ class _Fusion:
                     others = [user for user in node.users if user is not norm]
                     node.append(norm)
                     norm.args = node.args
-                    self._pass_on(norm, node, others)
+                    self._pass_on(norm, part, node, others)
                     self.graph.erase_node(node)
                 return
 
     def _share_inputs(self) -> None:
         """Let later readers of what a BatchNorm reads be given it by the BatchNorm, which sums
         their gradients."""
-        for node in [n for n in self.graph.nodes if isinstance(self.parts.get(n), FusedAffine)]:
-            read = node.args[0]
+        for node in list(self.graph.nodes):
+            part, read = self.parts.get(node), first_input(node)
+            if not isinstance(part, FusedAffine) or read is None or len(node.args) != 1:
+                continue
             part_of = read.args[0] if read.target is operator.getitem else read
-            if len(node.args) == 1 and part_of in self.parts:
+            if part_of in self.parts:
                 later = set(_after(node))
                 others = [user for user in read.users if user in later]
-                self._pass_on(node, read, others)
+                self._pass_on(node, part, read, others)
 
-    def _pass_on(self, norm: fx.Node, read: fx.Node, others: list[fx.Node]) -> None:
+    def _pass_on(
+        self, norm: fx.Node, part: FusedAffine, read: fx.Node, others: list[fx.Node]
+    ) -> None:
         if others:
-            self.parts[norm].passes_on = True
+            part.passes_on = True
             with self.graph.inserting_after(norm):
                 passed = self.graph.call_function(operator.getitem, (norm, -1))
             self.passed_on[norm] = [passed]
@@ -218,9 +223,11 @@ class _Fusion:
 
     def _move_biases(self) -> None:
         for node, part in self.parts.items():
-            other = node.args[1] if isinstance(part, FusedConv) and len(node.args) > 1 else None
+            other = node.args[1] if len(node.args) > 1 else None
+            if not isinstance(part, FusedConv) or not isinstance(other, fx.Node):
+                continue
             theirs = self.parts.get(other)
-            if isinstance(theirs, FusedConv) and theirs.slope is None and _is_alone(other):
+            if isinstance(theirs, FusedConv) and theirs.slope is None and is_alone(other):
                 part.takes_bias, theirs.gives_bias = (theirs,), True
 
     def _flatten(self) -> None:
@@ -230,8 +237,8 @@ class _Fusion:
             part = self.parts.get(node)
             if not isinstance(part, FusedLinear):
                 continue
-            flat = node.args[0]
-            if _is_alone(flat) and _flattens(flat, self._layer(flat)):
+            flat = first_input(node)
+            if is_alone(flat) and _flattens(flat, self._layer(flat)):
                 part.flattens = True
                 node.args = (flat.args[0],)
                 self.graph.erase_node(flat)
@@ -240,8 +247,9 @@ class _Fusion:
         for node, part in self.parts.items():
             passed = self.passed_on.get(node, [])
             users = [u for u in _after(node) if u in node.users and u not in passed]
-            masks = not isinstance(part, WeightedLayer) and part.slope is not None
-            twice = masks and len(users) > 1
+            if isinstance(part, WeightedLayer):
+                continue
+            twice = part.slope is not None and len(users) > 1
             if not (twice or passed):
                 continue
             part.readers = 2 if twice else 1
@@ -256,10 +264,6 @@ class _Fusion:
         move to the place of the other."""
         harmless = (operator.getitem, entered, pooled)
         return all(n in self.parts or n.target in harmless for n in between(first, last))
-
-
-def _is_alone(node: Any) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1
 
 
 def _terms(node: fx.Node) -> bool:
@@ -322,7 +326,8 @@ def _flattens(node: fx.Node, layer: nn.Module | None) -> bool:
         return node.args[1:] == (1,) and not node.kwargs
     if (node.op, node.target) == ("call_method", "reshape") and len(node.args) == 3:
         image, rows, rest = node.args
-        return rest == -1 and isinstance(rows, fx.Node) and _is_batch_size(rows, image)
+        if isinstance(image, fx.Node) and isinstance(rows, fx.Node):
+            return isinstance(rest, int) and rest == -1 and _is_batch_size(rows, image)
     return False
 
 

@@ -21,9 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyadv import ops
-from pyadv.passes.layers import affine_of, folded, output_shape, renew, scale_and_shift
+from pyadv.passes.layers import (
+    PlainConv,
+    affine_of,
+    folded,
+    output_shape,
+    renew,
+    scale_and_shift,
+)
 
 _LOG = logging.getLogger("pyadv")
 _LAST = torch.channels_last
@@ -74,9 +82,14 @@ class FusedConv(nn.Module):
     - `takes_bias`: the layer whose bias this one adds to its own, if there is one.
     """
 
-    def __init__(self, layer: nn.Conv2d, convolutions: Convolutions):
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, layer: PlainConv, convolutions: Convolutions):
         super().__init__()
-        self.layer, self.norm = (layer,), ()
+        self.layer = (layer,)
+        self.norm: tuple[_BatchNorm, ...] = ()
         self.made: set[str] = set()
         self.convolutions: Convolutions | None = convolutions
         self.slope: float | None = None
@@ -110,7 +123,7 @@ class FusedConv(nn.Module):
         added = entered(added, self.weight.dtype)
         if added.shape != output_shape(x, self.layer[0]):  # is broadcast
             y = F.conv2d(x, self.weight, self.bias, *self.window) + added
-            y = F.leaky_relu(y, self.slope)
+            y = y if self.slope is None else F.leaky_relu(y, self.slope)
             return (y,) * self.readers if self.readers > 1 else y
         return _Conv.apply(x, added, self)
 
@@ -118,13 +131,12 @@ class FusedConv(nn.Module):
         """Return the layer's result, in one call where the device's library has it."""
         if self.slope is None:
             return F.conv2d(x, self.weight, self.bias, *self.window)
-        if self._fuses():
+        library = self._library()
+        if library is not None:
             try:
                 if added is None:
-                    return self.convolutions.relu(x, self.weight, self.bias, *self.window)
-                return self.convolutions.add_relu(
-                    x, self.weight, added, 1.0, self.bias, *self.window
-                )
+                    return library.relu(x, self.weight, self.bias, *self.window)
+                return library.add_relu(x, self.weight, added, 1.0, self.bias, *self.window)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # it has no kernel for this shape or dtype
@@ -133,10 +145,10 @@ class FusedConv(nn.Module):
         y = F.conv2d(x, self.weight, None, *self.window)
         return ops.affine_relu(y, None, self.shift, added=added, slope=self.slope)
 
-    def _fuses(self) -> bool:
-        """Return whether the library's fused function applies. It is not deterministic by
-        promise, so that it is not used where the user asks for that."""
-        return (
+    def _library(self) -> Convolutions | None:
+        """Return the library's fused functions, or None where they do not apply. They are not
+        guaranteed to be deterministic, so they are not used where the user asks for that."""
+        applies = (
             self.convolutions is not None
             and self.slope == 0
             and self.weight.dtype in _FUSED_TYPES
@@ -144,13 +156,16 @@ class FusedConv(nn.Module):
             and not torch.backends.cudnn.deterministic
             and not torch.are_deterministic_algorithms_enabled()
         )
+        return self.convolutions if applies else None
 
 
 class _Conv(torch.autograd.Function):
     """A `FusedConv`. The input gradient is one call, and the mask before it is one."""
 
     @staticmethod
-    def forward(ctx, x, added, part):
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, part: FusedConv
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         y = part.computed(x, added)
         ctx.window, ctx.slope = part.window, part.slope
@@ -160,7 +175,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, other=None):
+    def backward(
+        ctx: Any, grad: Tensor | None, other: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         grad, other = (other, None) if grad is None else (grad, other)
         if grad is None:
@@ -184,7 +201,10 @@ class FusedAffine(nn.Module):
     what the BatchNorm reads is returned, too, last, for others that read it.
     """
 
-    def __init__(self, norm: nn.Module | None):
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, norm: _BatchNorm | None):
         super().__init__()
         self.norm = () if norm is None else (norm,)
         self.made: set[str] = set()
@@ -213,12 +233,15 @@ class FusedAffine(nn.Module):
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, added, part):
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, part: FusedAffine
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.slope, ctx.readers = part.slope, part.readers
         keep = part.passes_on and added is not None
-        y = ops.affine_relu(x, part.scale, part.shift, added=added, slope=part.slope, keep_sum=keep)
-        y, passed = y if keep else (y, x)
+        channels = (part.scale, part.shift)
+        found = ops.affine_relu(x, *channels, added=added, slope=part.slope, keep_sum=keep)
+        y, passed = found if isinstance(found, tuple) else (found, x)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(y, part.scale)
         results = [y]
@@ -230,14 +253,17 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         y, scale = ctx.saved_tensors
         given = [g for g in grads[: ctx.readers] if g is not None]
         (passed,) = grads[ctx.readers :] or (None,)
         grad = passed
         if given:
-            more = {"added": passed, "scale": scale, "slope": ctx.slope}
-            grad = ops.affine_relu_backward(y, *given, **more)
+            first, *second = given
+            other = second[0] if second else None
+            grad = ops.affine_relu_backward(
+                y, first, other, added=passed, scale=scale, slope=ctx.slope
+            )
         return *(grad if needed else None for needed in ctx.needs_input_grad[:2]), None
 
 
@@ -248,6 +274,10 @@ class FusedLinear(nn.Module):
     the columns of the weight are permuted instead, and the image stays where it is.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    permuted: Tensor
+
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.layer = (layer,)
@@ -255,7 +285,7 @@ class FusedLinear(nn.Module):
         self.slope: float | None = None
         self.readers = 1
         self.flattens = False
-        self.image: tuple[int, int, int] | None = None  # (C, H, W), once one has been seen
+        self.image: tuple[int, ...] | None = None  # (C, H, W), once one has been seen
 
     def refresh(self, dtype: torch.dtype | None, layout: torch.memory_format) -> None:
         """Copy the weights that the model has now."""
@@ -263,16 +293,16 @@ class FusedLinear(nn.Module):
         renew(
             self, "weight", layer.weight.detach(), dtype or layer.weight.dtype, owner=layer.weight
         )
-        bias = layer.bias
+        bias: Tensor | None = layer.bias
         if bias is None and self.slope == 0:
             bias = self.weight.new_zeros(len(self.weight))
         renew(self, "bias", bias, self.weight.dtype, owner=layer.bias)
         if self.image is not None:
-            self._permute()
+            self._permute(self.image)
 
     @torch.no_grad()
-    def _permute(self) -> None:
-        columns = self.weight.view(-1, *self.image).permute(0, 2, 3, 1).flatten(1)
+    def _permute(self, image: tuple[int, ...]) -> None:
+        columns = self.weight.view(-1, *image).permute(0, 2, 3, 1).flatten(1)
         # An image of one pixel leaves the columns where they are, in the memory of the weight.
         renew(self, "permuted", columns, self.weight.dtype, owner=self.weight)
 
@@ -281,7 +311,7 @@ class FusedLinear(nn.Module):
         if self.flattens and x.dim() == 4:
             if self.image != x.shape[1:]:
                 self.image = tuple(x.shape[1:])
-                self._permute()
+                self._permute(self.image)
             x, weight = x.permute(0, 2, 3, 1).flatten(1), self.permuted
         elif self.flattens:
             x = x.flatten(1)
@@ -297,7 +327,9 @@ class _LinearRelu(torch.autograd.Function):
     """A linear layer and its ReLU, one call on a GPU."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, readers):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, readers: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         y = torch._addmm_activation(bias, x, weight.t())
         ctx.save_for_backward(weight, y)
@@ -305,7 +337,9 @@ class _LinearRelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, other=None):
+    def backward(
+        ctx: Any, grad: Tensor | None, other: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         weight, y = ctx.saved_tensors
         grad, other = (other, None) if grad is None else (grad, other)
         if grad is None:
@@ -324,13 +358,13 @@ class _Pool(torch.autograd.Function):
     """The mean over the pixels, whose gradient is laid out as the pixels are."""
 
     @staticmethod
-    def forward(ctx, x, keepdim):
+    def forward(ctx: Any, x: Tensor, keepdim: bool) -> Tensor:
         ctx.save_for_backward(x)
         return x.mean((2, 3), keepdim=keepdim)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         grad = grad.reshape(*x.shape[:2], 1, 1).expand_as(x)
@@ -348,13 +382,13 @@ class _Enter(torch.autograd.Function):
     """A conversion in one pass, whose gradient is converted back in one pass."""
 
     @staticmethod
-    def forward(ctx, x, dtype):
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype, ctx.last = x.dtype, x.dim() == 4 and x.is_contiguous(memory_format=_LAST)
         return x.to(dtype, memory_format=_LAST if x.dim() == 4 else torch.preserve_format)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layout = _LAST if ctx.last else torch.contiguous_format
         return grad.to(ctx.dtype, memory_format=layout), None
 

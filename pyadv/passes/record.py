@@ -118,12 +118,19 @@ def recorder(device: torch.device) -> Recorder:
     return _recorders[device]
 
 
+def convolution_precision() -> str:
+    """Return in which arithmetic cuDNN convolves float32: "ieee", "tf32" or "none"."""
+    # PyTorch's stubs do not show that an object with this attribute replaces the module.
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision
+
+
 def arithmetic(device: torch.device) -> tuple[Any, ...]:
     """Return the switches that decide which kernels PyTorch chooses on `device`."""
     kind, cudnn = device.type, torch.backends.cudnn
     return (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.are_deterministic_algorithms_enabled(),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, convolution_precision()),
         torch.backends.cuda.matmul.fp32_precision,
     )

@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyadv.passes.layers import NORM_AFTER, AffineLayer, WeightedLayer, takes
+from pyadv.passes.layers import AffineLayer, WeightedLayer, is_affine, is_weighted, takes
 
 Part = WeightedLayer | AffineLayer
 
@@ -55,19 +55,18 @@ def rewrite(graph: fx.Graph, held: dict[str, Any]) -> tuple[Network, list[Part]]
     parts: dict[fx.Node, Part] = {}
     for node in list(graph.nodes):
         layer = held[node.target] if node.op == "call_module" else None
-        before = node.args[0] if node.args else None
-        alone = isinstance(before, fx.Node) and len(before.users) == 1
-        if type(layer) in (*NORM_AFTER, nn.Linear):
+        before = first_input(node)
+        if is_weighted(layer):
             parts[node] = WeightedLayer(layer)
-        elif type(layer) in NORM_AFTER.values() and layer.running_mean is not None:
-            conv = parts.get(before)
-            if alone and isinstance(conv, WeightedLayer) and takes(conv, layer):
+        elif is_affine(layer):
+            conv = parts.get(before) if is_alone(before) else None
+            if before is not None and isinstance(conv, WeightedLayer) and takes(conv, layer):
                 conv.norm = (layer,)
                 node.replace_all_uses_with(before)
                 graph.erase_node(node)
             else:
                 parts[node] = AffineLayer(layer)
-        elif is_relu(node, layer) and alone and (before in parts or is_sum(before)):
+        elif is_relu(node, layer) and is_alone(before) and (before in parts or is_sum(before)):
             with graph.inserting_before(node):  # no backward pass reads what it overwrites
                 node.replace_all_uses_with(graph.call_function(torch.relu_, (before,)))
             graph.erase_node(node)
@@ -75,7 +74,9 @@ def rewrite(graph: fx.Graph, held: dict[str, Any]) -> tuple[Network, list[Part]]
     return Network(graph, renamed(graph, held, parts)), list(parts.values())
 
 
-def renamed(graph: fx.Graph, held: dict[str, Any], parts: dict[fx.Node, Part]) -> dict[str, Any]:
+def renamed(
+    graph: fx.Graph, held: dict[str, Any], parts: Mapping[fx.Node, nn.Module]
+) -> dict[str, Any]:
     """Give every layer and tensor that the graph uses a name without dots."""
     names: dict[str, str] = {}
     found: dict[str, Any] = {}
@@ -114,11 +115,22 @@ def _fuse(graph: fx.Graph, parts: dict[fx.Node, Part]) -> None:
             graph.erase_node(node)
     for node, part in winograd.items():
         inputs = all(user.args[:1] == (node,) != user.args[1:] for user in node.users)
-        readers = [winograd.get(user) for user in node.users]
-        if part.relu and inputs and all(readers):
+        readers = [winograd[user] for user in node.users if user in winograd]
+        if part.relu and inputs and len(readers) == len(node.users):
             part.readers_mask = True
             for reader in readers:
                 reader.source = (part,)
+
+
+def first_input(node: fx.Node) -> fx.Node | None:
+    """Return the first argument of the node, if it is a node."""
+    before = node.args[0] if node.args else None
+    return before if isinstance(before, fx.Node) else None
+
+
+def is_alone(node: fx.Node | None) -> TypeGuard[fx.Node]:
+    """Return whether there is a node and it has one reader."""
+    return node is not None and len(node.users) == 1
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

@@ -10,7 +10,7 @@ times slower.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,13 @@ class TangentSweep(TorchFunctionMode):
     are replaced; other operations are left to autograd. Third derivatives raise an error.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         rule = _RULES.get(func)
         if rule and (any(t not in _PLAIN for t in types) or _saves_elsewhere()):
             rule = None
@@ -62,7 +68,8 @@ def _conv(
     n = weight.dim() - 2
     if isinstance(padding, str) or input.dim() != n + 2:
         return function(input, weight, bias, stride, padding, dilation, groups)
-    input, weight, bias = (_autocast(t) for t in (input, weight, bias))
+    input, weight = _autocast(input), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
     window = [(s,) * n if isinstance(s, int) else tuple(s) for s in (stride, padding, dilation)]
     settings = (*window, False, (0,) * n, groups)  # not transposed
     carrier = _WeightGradient.apply(weight, bias, (input,), settings)
@@ -77,13 +84,20 @@ class _Conv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, carrier, settings):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        carrier: Tensor,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
         return aten.convolution(x, weight, bias, *settings)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return _InputGradient.apply(grad, weight, x.detach(), ctx.settings), None, None, grad, None
 
@@ -92,7 +106,9 @@ class _InputGradient(torch.autograd.Function):
     """The input gradient of a convolution, whose derivative is a convolution of the tangent."""
 
     @staticmethod
-    def forward(ctx, grad, weight, x, settings):
+    def forward(
+        ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, settings: tuple[Any, ...]
+    ) -> Tensor:
         ctx.save_for_backward(grad, weight)
         ctx.settings = settings
         stride, padding, dilation, *_, groups = settings
@@ -102,7 +118,7 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, tangent):
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight = ctx.saved_tensors
         of_grad = of_weight = None
         if ctx.needs_input_grad[0]:
@@ -121,7 +137,13 @@ class _WeightGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight, bias, inputs, settings):
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        inputs: tuple[Tensor],
+        settings: tuple[Any, ...],
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         (ctx.x,), ctx.settings = inputs, settings
         ctx.bias_size = None if bias is None else list(bias.shape)
@@ -130,7 +152,7 @@ class _WeightGradient(torch.autograd.Function):
         return weight.new_zeros(()).expand(len(ctx.x), len(weight), *result)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,), size = ctx.saved_tensors, ctx.bias_size
         asked = [False, *ctx.needs_input_grad[:2]]
         grads = aten.convolution_backward(grad, ctx.x, weight, size, *ctx.settings, asked)
@@ -147,7 +169,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if training or running_mean is None or running_mean.dtype != input.dtype:
+    if training or running_mean is None or running_var is None or running_mean.dtype != input.dtype:
         statistics = (running_mean, running_var)
         return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
     scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
@@ -169,7 +191,7 @@ class _Rectifier(torch.autograd.Function):
     """A ReLU or leaky ReLU whose mask is a constant in second derivatives."""
 
     @staticmethod
-    def forward(ctx, x, slope, inplace):
+    def forward(ctx: Any, x: Tensor, slope: float | None, inplace: bool) -> Tensor:
         y = F.relu(x, inplace) if slope is None else F.leaky_relu(x, slope, inplace)
         if inplace:
             ctx.mark_dirty(x)
@@ -178,7 +200,7 @@ class _Rectifier(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y = ctx.saved_tensors[0].detach()
         if ctx.slope is None:
             return aten.threshold_backward(grad, y, 0), None, None
@@ -193,22 +215,22 @@ class _Pool(torch.autograd.Function):
     """A piecewise linear function of its input, such as pooling."""
 
     @staticmethod
-    def forward(ctx, x, function):
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
             ctx.leaf = x.detach().requires_grad_()
             ctx.result = function(ctx.leaf)
         return ctx.result.detach()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         more = {"retain_graph": True, "create_graph": torch.is_grad_enabled()}
         return *torch.autograd.grad(ctx.result, ctx.leaf, grad, **more), None
 
 
-def _autocast(t: Tensor | None) -> Tensor | None:
+def _autocast(t: Tensor) -> Tensor:
     """Return t as autocast would cast it: autocast does not see into an autograd.Function."""
-    kind = None if t is None else t.device.type
-    if kind is None or not torch.is_autocast_enabled(kind) or t.dtype == torch.float64:
+    kind = t.device.type
+    if not torch.is_autocast_enabled(kind) or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(kind))
 

@@ -14,7 +14,7 @@ import operator
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from types import MethodType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # buffers are read when the graph runs, not when it is made
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
         self.why: str | None = None
@@ -165,17 +165,23 @@ class _Tracer(fx.Tracer):
         """Whether the caller runs in another thread, whose modules are not being read."""
         return threading.get_ident() != self.thread
 
-    def call_module(self, m, forward, args, kwargs):
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if self.elsewhere:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def getattr(self, attr, attr_val, parameter_proxy_cache):
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.elsewhere:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_node(self, *args, **kwargs):
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:  # PyTorch also turns gradients off within autograd.Function
             self.refuse(
                 "its forward pass switches gradients, autocast or checkpointing on or off, or "
@@ -200,15 +206,26 @@ class _Tracer(fx.Tracer):
         apply = vars(functions.Function)["apply"]
         # Which `apply` itself calls, also where the user has kept `apply` in a name of their own.
         inner = getattr(functions, "_is_setup_context_defined", None)
-        functions.Function.apply = classmethod(watched(apply.__func__))
-        if inner:
-            functions._is_setup_context_defined = watched(inner)
-        try:
-            yield
-        finally:
-            functions.Function.apply = apply
+        with contextlib.ExitStack() as replaced:
+            replaced.enter_context(
+                _replaced(functions.Function, "apply", classmethod(watched(apply.__func__)))
+            )
             if inner:
-                functions._is_setup_context_defined = inner
+                replaced.enter_context(
+                    _replaced(functions, "_is_setup_context_defined", watched(inner))
+                )
+            yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type | ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a class or module, and put it back at the end."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _modes() -> tuple[Any, ...]:
@@ -280,7 +297,7 @@ class _Twins:
             parts = [self.of(v) for v in value]
             return self._note(value, kind(*parts) if hasattr(kind, "_fields") else kind(parts))
         if isinstance(value, dict) and inside(value) is not None:
-            empty = defaultdict(value.default_factory) if kind is defaultdict else kind()
+            empty = defaultdict(value.default_factory) if isinstance(value, defaultdict) else kind()
             twin = self._note(value, empty)
             twin.update({k: self.of(v) for k, v in value.items()})
             return twin

@@ -25,14 +25,15 @@ import logging
 import math
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pyadv.menus import BatchNormMode, Speed
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -47,13 +48,16 @@ from pyadv.passes.borrow import (
     tensors,
     unwrap,
 )
+from pyadv.passes.fuse import Part as FusedPart
 from pyadv.passes.fuse import fuse
 from pyadv.passes.fused import CONVOLUTIONS, Convolutions
 from pyadv.passes.layers import WeightedLayer
-from pyadv.passes.rewrite import rewrite
+from pyadv.passes.record import convolution_precision
+from pyadv.passes.rewrite import Part, rewrite
 from pyadv.passes.trace import Refused, trace
 
-SPEEDS = {"exact": None, "fast": None, "bfloat16": torch.bfloat16}  # the arithmetic of the view
+# The arithmetic of the view.
+_DTYPES: dict[Speed, torch.dtype | None] = {"fast": None, "bfloat16": torch.bfloat16}
 WIDE = 64  # output channels from which channels-last order pays
 
 _ROWS_AT_FIRST = 8  # samples on which a new view is compared with the model
@@ -94,14 +98,13 @@ class FastView:
         self, model: nn.Module, dtype: torch.dtype | None, fused: Convolutions | None = None
     ):
         self._dtype, self.fused = dtype, fused is not None
+        self._parts: Sequence[Part | FusedPart]
         if fused is None:
             self.module, self._parts = rewrite(*trace(model))
         else:
             self.module, self._parts = fuse(*trace(model), fused, dtype)
         self.comparisons = 0
         self.attacked = 0  # samples, since input gradients were compared last
-        self.made_for: list[Any] = []  # the model's footprint
-        self.agreed: _Inputs | None = None  # the inputs for which it was last compared
         widths = [p.out_channels for p in self._parts if isinstance(p, WeightedLayer)]
         wide = max(widths, default=0) >= WIDE
         self._layout = torch.channels_last if wide else torch.contiguous_format
@@ -141,6 +144,15 @@ def _in_dtype_of(x: Tensor, result: Any, dtype: torch.dtype | None) -> Any:
 
 
 @dataclass
+class _Served:
+    """The view of a model, and what it was last found to agree with."""
+
+    view: FastView
+    model: list[Any]  # the model's footprint
+    inputs: _Inputs
+
+
+@dataclass
 class _Refusal:
     """Why a model has no view, and what it was when that was found out."""
 
@@ -150,9 +162,9 @@ class _Refusal:
     inputs: _Inputs
 
 
-_Known = weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype | None, Any]]
-_views: _Known = weakref.WeakKeyDictionary()
-_refused: _Known = weakref.WeakKeyDictionary()
+_Dtype: TypeAlias = torch.dtype | None
+_views: weakref.WeakKeyDictionary[nn.Module, dict[_Dtype, _Served]] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[nn.Module, dict[_Dtype, _Refusal]] = weakref.WeakKeyDictionary()
 
 
 def fast_view(
@@ -225,37 +237,55 @@ def fast_view(
     refusal = refused.get(dtype)
     if refusal and refusal.inputs == inputs and refusal.model == _seen(model, refusal.moved):
         return model  # reading it again would take long
-    view = known.get(dtype)
-    now = _seen(model)
-    trusted = view is not None and view.made_for == now and view.agreed.device == x.device
-    with gradients_on(), kept_generators(x.device) as drawn:
-        try:
-            why = None
-            if trusted:
-                view.refresh()
-                if not (x.is_cuda and view.agreed == inputs):
-                    why = _difference(view, model, x, dtype, output, drawn)
-            if not trusted or why:  # for the first time, or because the model has changed
-                stale = why
-                view, why = _new_view(model, x, dtype, output, drawn)
-                if stale and why:
-                    _LOG.warning(
-                        "the fast view of %s agreed with the model before and does not any more "
-                        "(%s). Attacks on it so far may have been weaker than on the model; from "
-                        "now on the model itself is attacked",
-                        type(model).__name__,
-                        why,
-                    )
-            moved: frozenset[tuple[int, str]] = frozenset()
-        except Refused as refusal:
-            why, moved = str(refusal), refusal.moved
-    if why:
+    now, served = _seen(model), known.get(dtype)
+    if served is not None and (served.model != now or served.inputs.device != x.device):
+        served = None  # the model has changed
+    try:
+        with gradients_on(), kept_generators(x.device) as drawn:
+            view = _agreeing(served, model, x, dtype, inputs, output, drawn)
+    except Refused as error:
+        why, moved = str(error), error.moved
         known.pop(dtype, None)
         refused[dtype] = _Refusal(why, moved, _seen(model, moved), inputs)
         _LOG.info("%s is attacked as it is, without a fast view: %s", type(model).__name__, why)
         return model
-    view.made_for, view.agreed = now, inputs
-    known[dtype] = view
+    known[dtype] = _Served(view, now, inputs)
+    return view
+
+
+def _agreeing(
+    served: _Served | None,
+    model: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype | None,
+    inputs: _Inputs,
+    output: Output,
+    drawn: Callable[[], bool],
+) -> FastView:
+    """Return the view in service, refreshed, if it still agrees with the model; else a new one.
+
+    Raises:
+        Refused: if a new view cannot be made, or does not agree.
+    """
+    stale: str | None = None
+    if served is not None:
+        served.view.refresh()
+        if x.is_cuda and served.inputs == inputs:
+            return served.view
+        stale = _difference(served.view, model, x, dtype, output, drawn)
+        if not stale:
+            return served.view
+    view, why = _new_view(model, x, dtype, output, drawn)
+    if why:
+        if stale:
+            _LOG.warning(
+                "the fast view of %s agreed with the model before and does not any more (%s). "
+                "Attacks on it so far may have been weaker than on the model; from now on the "
+                "model itself is attacked",
+                type(model).__name__,
+                why,
+            )
+        raise Refused(why)
     return view
 
 
@@ -305,14 +335,14 @@ def _compared(
 
 @contextlib.contextmanager
 def attacked(
-    model: Callable[..., Any], x: Tensor, speed: str, bn: str, output: Output
+    model: Callable[..., Any], x: Tensor, speed: Speed, bn: BatchNormMode, output: Output
 ) -> Iterator[Callable[..., Any]]:
     """Give what stands for the model during an attack: the model itself, or its view."""
     if speed == "exact" or bn != "eval":
         yield model
         return
     with torch.inference_mode(False), borrowed(unwrap(model)):
-        yield fast_view(model, x, dtype=SPEEDS[speed], output=output)
+        yield fast_view(model, x, dtype=_DTYPES[speed], output=output)
 
 
 def _inputs(x: Tensor, output: Output) -> _Inputs:
@@ -345,11 +375,9 @@ class _Mark:
         self.version = value._version if counts else None
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Mark) and self.version == other.version
-        refs = (self.ref, other.ref) if same else (0, 1)
-        return refs[0] == refs[1] if type(refs[0]) is int else refs[0] is refs[1]
-
-    __hash__ = None
+        if not isinstance(other, _Mark) or self.version != other.version:
+            return False
+        return self.ref == other.ref if type(self.ref) is int else self.ref is other.ref
 
 
 def _difference(
@@ -377,7 +405,8 @@ def _difference(
         for asked in (True, False) if new else (gradients,):
             with torch.set_grad_enabled(asked):
                 state = generator.get_state()
-                compared.append(tuple(_Look(m, points, output, state) for m in (view, model)))
+                ours = _Look(view, points, output, state)
+                compared.append((ours, _Look(model, points, output, state)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the user's code, on fewer rows or in a form not foreseen
@@ -386,13 +415,15 @@ def _difference(
         return "it draws random numbers"
     for ours, theirs in compared:
         unit = max(torch.finfo(t).eps for t in (theirs.logits.dtype, dtype or theirs.logits.dtype))
-        if x.is_cuda and torch.backends.cudnn.conv.fp32_precision != "ieee":
+        if x.is_cuda and convolution_precision() != "ieee":
             unit = max(unit, _TF32)
         if not _near(ours.logits, theirs.logits, math.sqrt(unit)):
             return "the logits of its graph differ"
         if (ours.gradient is None) != (theirs.gradient is None):
             return "its graph has an input gradient where the model has none, or the reverse"
-        if ours.gradient is not None and not _along(ours.gradient, theirs.gradient, unit):
+        if ours.gradient is None or theirs.gradient is None:
+            continue
+        if not _along(ours.gradient, theirs.gradient, unit):
             return "the input gradient of its graph differs"
     return None
 

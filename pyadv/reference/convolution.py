@@ -55,7 +55,11 @@ def _toom_cook(points: tuple[float, ...], taps: int) -> tuple[Tensor, Tensor, Te
     from_weight = [[p**k / s for k in range(taps)] for p, s in zip(points, scales, strict=True)]
     to_output = [[*(p**k for p in points), float(k == 3)] for k in range(4)]
     from_weight.append([float(k == taps - 1) for k in range(taps)])
-    return tuple(torch.tensor(m, dtype=torch.float64) for m in (from_input, from_weight, to_output))
+
+    def matrix(rows: list[list[float]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return matrix(from_input), matrix(from_weight), matrix(to_output)
 
 
 def _forms() -> tuple[dict[int, Tensor], dict[tuple[int, bool], _Form]]:
@@ -106,9 +110,9 @@ def winograd_conv2d(
     relu: bool = False,
 ) -> Tensor:
     """Return A^T [sum over channels of U * (B^T d B)] A. See `ops.winograd_conv2d`."""
-    size = output_size(x.shape[2:], padding, stride)
+    height, width = output_size(x.shape[2:], padding, stride)
     after = (bias, added, None, relu)
-    return winograd(x, weight, *after, outputs, *size, padding, stride, False)
+    return winograd(x, weight, *after, outputs, height, width, padding, stride, False)
 
 
 def winograd_conv2d_input(
@@ -123,7 +127,8 @@ def winograd_conv2d_input(
     """Apply the transpose of `winograd_conv2d`. See `ops.winograd_conv2d_input`."""
     outside = transposed_padding(padding, stride)
     after = (None, None, mask, False)
-    return winograd(grad, weight, *after, *shape[1:], outside, stride, True)
+    outputs, height, width = shape[1:]
+    return winograd(grad, weight, *after, outputs, height, width, outside, stride, True)
 
 
 def output_size(size: tuple[int, ...], padding: int, stride: int) -> tuple[int, ...]:

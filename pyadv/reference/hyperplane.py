@@ -11,12 +11,12 @@ Attack" (ICML 2020), equation 4 and appendix B.
 from __future__ import annotations
 
 import math
-from itertools import count
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, pad
 
+from pyadv.menus import Norm
 from pyadv.reference.projections import row_scale
 from pyadv.tensors import (
     broadcastable,
@@ -31,13 +31,13 @@ from pyadv.tensors import (
 
 # Smaller slopes, relative to the largest of the row, count as 0: their squares vanish in float32.
 _FLAT = 1e-18
-_ORDER = {"Linf": math.inf, "L2": 2, "L1": 1}
+_ORDER: dict[Norm, float] = {"Linf": math.inf, "L2": 2, "L1": 1}
 _SHORTEST = 1e-8  # lower bound of the two distances in the weights of their points
 _UNCHECKED = 8  # Newton steps between two reads of a value from a GPU
 
 
 def boundary_step(
-    norm: str,
+    norm: Norm,
     x_adv: Tensor,
     grad: Tensor,
     x: Tensor,
@@ -73,7 +73,7 @@ def offset_to_hyperplane(
     x: Tensor,
     w: Tensor,
     value: Tensor,
-    norm: str,
+    norm: Norm,
     lo: float | Tensor | None,
     hi: float | Tensor | None,
 ) -> Tensor:
@@ -108,7 +108,7 @@ def offset_to_hyperplane(
     return direction * length.view(wide.shape)
 
 
-def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
+def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: Norm) -> Tensor:
     """Return min(t speed, room) for the t at which the gain, sum slope min(t speed, room), reaches
     `need`; the speed is 1 in Linf, the slope in L2.
 
@@ -121,7 +121,8 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
     length, t = torch.zeros_like(room), torch.zeros_like(need)
     before = torch.full_like(need, torch.inf)
     most = torch.finfo(room.dtype).max  # an infinite t times a slope of 0 would be NaN
-    for k in count():
+    k = 0
+    while True:
         # On a CPU, `where` on whole rows would be slower than all the arithmetic here.
         free = (knot - t).sign_().clamp_(min=0)
         speed = free.mul_(rate).sum(-1, keepdim=True)
@@ -132,9 +133,10 @@ def _filling(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
         t = (t + torch.where(unsettled & (speed > 0), left / speed, 0.0)).clamp_(max=most)
         length = torch.minimum(t * slope if l2 else t, room)
         before = speed
+        k += 1
 
 
-def _greedy(room: Tensor, slope: Tensor, need: Tensor, norm: str) -> Tensor:
+def _greedy(room: Tensor, slope: Tensor, need: Tensor, norm: Norm) -> Tensor:
     """Return the lengths that move coordinates in the order of their slopes, the largest first,
     each to the end of its room, until `need` is reached.
 

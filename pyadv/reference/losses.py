@@ -12,12 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyadv.menus import AttackLossName, Scale
 from pyadv.tensors import per_row, widen
-
-ATTACK_LOSSES = (
-    *("ce", "margin", "dlr", "kl", "slm"),
-    *("ce_targeted", "margin_targeted", "dlr_targeted"),
-)
 
 # Constants of the official MART code.
 _MART_ONE, _MART_TINY, _MART_WEIGHT_ONE = 1.0001, 1e-12, 1.0000001
@@ -50,7 +46,7 @@ def is_correct(logits: Tensor, y: Tensor) -> Tensor:
 def attack_loss_value(
     logits: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackLossName,
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
@@ -60,24 +56,30 @@ def attack_loss_value(
     the label is in play, autograd may give NaN."""
     z = widen(logits)
     if loss == "kl":
-        natural = widen(reference_logits)
+        natural = widen(_given(loss, "reference_logits", reference_logits))
         log_ratio, escaped = _log_ratio(natural.log_softmax(1), z.log_softmax(1))
         return (natural.softmax(1) * log_ratio).sum(1).masked_fill(escaped, torch.inf)
     if loss in ("ce", "slm"):
         gap = _without(z, y).logsumexp(1) - _pick(z, y)
         return gap if loss == "slm" else torch.logaddexp(gap, torch.zeros_like(gap))
     if loss == "ce_targeted":
-        return z.log_softmax(1).gather(1, target[:, None])[:, 0]
+        return _pick(z.log_softmax(1), _given(loss, "target", target))
     return _sparse_terms(z, y, loss, target).value
+
+
+def _given(loss: str, name: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(f"attack_loss_value: loss {loss!r} needs {name}, got None")
+    return value
 
 
 def attack_loss(
     logits: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackLossName,
     reference_logits: Tensor | None = None,
     target: Tensor | None = None,
-    scale: str = "unit",
+    scale: Scale = "unit",
 ) -> AttackLoss:
     """Return value, gradient and correctness of each row. See `ops.attack_loss`."""
     z, classes = widen(logits), logits.shape[1]
@@ -152,7 +154,7 @@ class _Sparse(NamedTuple):
     """A loss of single logits: (z_rival - z_y) / denominator."""
 
     value: Tensor  # (B,); +inf if y is out of play, else -inf if the rival is
-    index: Tensor  # (B, n): y, the rival, then the classes in the denominator
+    places: Tensor  # (B, n): y, the rival, then the classes in the denominator
     weight: Tensor  # (B, 2): weights of y and the rival
     denominator: Tensor  # (B,)
     inner: Tensor  # (B, n - 2): weights of the classes in the denominator
@@ -161,7 +163,7 @@ class _Sparse(NamedTuple):
 
 def _sparse_terms(z: Tensor, y: Tensor, loss: str, target: Tensor | None) -> _Sparse:
     rival = _runner_up(z, y) if target is None else target
-    index = torch.stack([y, rival], 1)
+    places = torch.stack([y, rival], 1)
     weight = _constants([-1.0, 1.0], z)
     if loss.startswith("margin"):
         denominator, inner = torch.ones_like(z[:, 0]), weight[:, :0]
@@ -169,19 +171,19 @@ def _sparse_terms(z: Tensor, y: Tensor, loss: str, target: Tensor | None) -> _Sp
         values, order = z.sort(dim=1, descending=True, stable=True)
         if loss == "dlr":
             # A list of columns would be copied to the device.
-            index = torch.cat([index, order[:, 0:3:2]], 1)
-            below, inner = values[:, 2], [1.0, -1.0]
+            places = torch.cat([places, order[:, 0:3:2]], 1)
+            below, shares = values[:, 2], [1.0, -1.0]
         else:
-            index = torch.cat([index, order[:, :1], order[:, 2:4]], 1)
-            below, inner = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
+            places = torch.cat([places, order[:, :1], order[:, 2:4]], 1)
+            below, shares = (values[:, 2] + values[:, 3]) / 2, [1.0, -0.5, -0.5]
         # With too few classes in play for the denominator, the loss is the plain margin.
         enough = _in_play(below)
         denominator = ((values[:, 0] - below) + 1e-12).where(enough, 1.0)
-        inner = _constants(inner, z).where(enough[:, None], 0.0)
+        inner = _constants(shares, z).where(enough[:, None], 0.0)
     own, other = _pick(z, y), _pick(z, rival)
     value = ((other - own) / denominator).where(_in_play(own), torch.inf)
     moves = _in_play(own) & _in_play(other)
-    return _Sparse(value, index, weight, denominator, inner, moves)
+    return _Sparse(value, places, weight, denominator, inner, moves)
 
 
 def _constants(row: list[float], z: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ def _sparse_and_gradient(
     s = _sparse_terms(z, y, loss, target)
     entries = torch.cat([s.weight, -s.value[:, None] * s.inner], 1)
     entries = entries.where(s.moves[:, None], 0.0)
-    grad = torch.zeros_like(z).scatter_add(1, s.index, entries)
+    grad = torch.zeros_like(z).scatter_add(1, s.places, entries)
     if not unit:
         return s.value, grad / s.denominator[:, None]
     most = grad.abs().amax(1, keepdim=True)

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyadv.menus import WeightNorm
 from pyadv.tensors import compute_dtype, widen
 
 
-def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
+def norms(weights: Sequence[Tensor], kind: WeightNorm = "frobenius") -> Tensor:
     """Return (L,) Frobenius norms, or spectral norms of w.flatten(1). See `ops.norms`."""
     if kind == "spectral":
         values = [torch.linalg.matrix_norm(widen(w).flatten(1), 2) for w in weights]
@@ -24,7 +25,7 @@ def norms(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
     return torch.stack(values)
 
 
-def log_norm_product(weights: Sequence[Tensor], kind: str = "frobenius") -> Tensor:
+def log_norm_product(weights: Sequence[Tensor], kind: WeightNorm = "frobenius") -> Tensor:
     """Return sum_l log ||w_l||. See `ops.log_norm_product`."""
     return log_product(norms(weights, kind))
 

@@ -178,9 +178,11 @@ def keep_best_(
     """Write loss, x and grad into the best ones in rows where loss > loss_best. See
     `ops.keep_best_`."""
     better = loss > loss_best
-    for new, best in ((loss, loss_best), (x, x_best), (grad, grad_best)):
-        if best is not None:
-            best.copy_(torch.where(per_row(better, new), new, best))
+    pairs = [(loss, loss_best), (x, x_best)]
+    if grad is not None and grad_best is not None:
+        pairs.append((grad, grad_best))
+    for new, best in pairs:
+        best.copy_(torch.where(per_row(better, new), new, best))
 
 
 def _signed(g: Tensor, size: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyadv.menus import KappaNormalize, KappaWeightName, MarginName, MarginNormalize
 from pyadv.tensors import compute_dtype, widen
 
 
@@ -16,8 +17,8 @@ def gairat_weights(
     kappa: Tensor,
     steps: int,
     lam: float | Tensor = -1.0,
-    kind: str = "tanh",
-    normalize: str = "mean",
+    kind: KappaWeightName = "tanh",
+    normalize: KappaNormalize = "mean",
     slope: float | None = None,
     int_half: bool = False,
 ) -> Tensor:
@@ -34,7 +35,10 @@ def gairat_weights(
 
 
 def mail_weights(
-    margin: Tensor, slope: float | Tensor, bias: float | Tensor, normalize: str = "mean"
+    margin: Tensor,
+    slope: float | Tensor,
+    bias: float | Tensor,
+    normalize: MarginNormalize = "mean",
 ) -> Tensor:
     """Return sigma(-slope (margin - bias)), normalised. See `ops.mail_weights`."""
     m = margin.detach().double()
@@ -44,15 +48,17 @@ def mail_weights(
 
 
 def probabilistic_margin(
-    logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: str = "nat"
+    logits: Tensor, y: Tensor, logits_adv: Tensor | None = None, kind: MarginName = "nat"
 ) -> Tensor:
     """Return p_y minus the largest other probability, or minus q_y. See
     `ops.probabilistic_margin`."""
-    p, other = _softmax(logits), None if logits_adv is None else _softmax(logits_adv)
+    p = other = _softmax(logits)
+    if kind != "nat":
+        if logits_adv is None:
+            raise ValueError(f"probabilistic_margin: kind={kind!r} needs logits_adv")
+        other = _softmax(logits_adv)
     if kind == "adv":
         p = other
-    if kind in ("nat", "adv"):
-        other = p
     known = (y >= 0) & (y < p.shape[1])
     index = y.where(known, 0)[:, None]
     if kind != "dif_conf":
@@ -68,7 +74,7 @@ def _softmax(logits: Tensor) -> Tensor:
     return z.where(z.isfinite().all(1, keepdim=True), torch.nan).softmax(1)
 
 
-def _normalized(weights: Tensor, normalize: str) -> Tensor:
+def _normalized(weights: Tensor, normalize: KappaNormalize | MarginNormalize) -> Tensor:
     """Normalise the weights; "mean" and "sum" treat weights that are all 0 as equal."""
     if normalize in ("none", "x3"):
         return weights if normalize == "none" else 3.0 * weights

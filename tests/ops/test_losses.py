@@ -18,7 +18,7 @@ from inputs import (
 )
 
 from pyadv import ops, reference
-from pyadv.reference.losses import ATTACK_LOSSES
+from pyadv.menus import ATTACK_LOSSES
 
 CLASSES_NEEDED = {"dlr": 3, "dlr_targeted": 4}
 # Rows long enough for a block of threads on CUDA, beside those that a warp takes.
@@ -105,6 +105,12 @@ def test_exact_gradient_is_the_derivative_of_the_value(loss, shape, device):
     (grad,) = torch.autograd.grad(value.sum(), z)
     torch.testing.assert_close(ours.loss, value.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.grad_logits, grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss, name", [("kl", "reference_logits"), ("ce_targeted", "target")])
+def test_the_reference_names_what_a_loss_needs(loss, name):
+    with pytest.raises(ValueError, match=f"attack_loss_value: loss '{loss}' needs {name}"):
+        reference.attack_loss_value(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), loss)
 
 
 @pytest.mark.parametrize("loss, shape", attack_cases(((5, 7),)))

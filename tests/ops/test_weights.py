@@ -212,6 +212,8 @@ def test_refuses_bad_arguments(device):
         with pytest.raises(error, match=f"(gairat|mail)_weights: {message}"):
             call()
     logits, y = torch.zeros(3, 4, device=device), kappa
+    with pytest.raises(ValueError, match="probabilistic_margin: kind='adv' needs logits_adv"):
+        reference.probabilistic_margin(logits, y, kind="adv")
     with pytest.raises(ValueError, match="probabilistic_margin: kind='dif' needs logits_adv"):
         ops.probabilistic_margin(logits, y, kind="dif")
     with pytest.raises(ValueError, match="kind must be one of nat, adv, dif, dif_conf"):

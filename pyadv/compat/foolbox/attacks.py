@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyadv import attacks, ops
+from pyadv.attacks.deepfool import BoundaryNorm
 from pyadv.compat._missing import missing_classes
 from pyadv.compat.foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from pyadv.compat.foolbox.models import PyTorchModel, unwrapped
@@ -19,6 +20,7 @@ from pyadv.engine.attack import Attack as NativeAttack
 from pyadv.engine.loop import predict
 from pyadv.engine.norms import distance
 from pyadv.engine.starts import Start
+from pyadv.menus import AnyNorm
 from pyadv.tensors import per_row
 
 _ALL_CLASSES = 10**6  # more classes than a model has
@@ -32,7 +34,7 @@ class Attack:
     adversarial (B,) bool. With a list of K epsilons these are two lists and (K, B).
     """
 
-    norm: str
+    norm: AnyNorm
     times = 1
 
     def __call__(
@@ -62,7 +64,7 @@ class Attack:
                 f"{type(criterion).__name__}"
             )
         several = isinstance(epsilons, Iterable)
-        radii = list(epsilons) if several else [epsilons]
+        radii = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
         best: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(self.times):
             found = self._found(model, x, y, targeted, criterion, radii)
@@ -70,8 +72,8 @@ class Attack:
                 found
                 if not best
                 else [
-                    _better(x, self.norm, eps, *pair)
-                    for eps, *pair in zip(radii, best, found, strict=True)
+                    _better(x, self.norm, eps, before, now)
+                    for eps, before, now in zip(radii, best, found, strict=True)
                 ]
             )
         raw, clipped, success = zip(*best, strict=True)
@@ -114,7 +116,7 @@ class Attack:
         return f"{type(self).__name__}({settings})"
 
 
-def _clipped(raw: Tensor, x: Tensor, eps: float, norm: str, model: PyTorchModel) -> Tensor:
+def _clipped(raw: Tensor, x: Tensor, eps: float, norm: AnyNorm, model: PyTorchModel) -> Tensor:
     """Return `raw` moved towards x into the ball. An L0 perturbation cannot be made smaller, so x
     takes the place of one that is too large."""
     if norm == "Linf":
@@ -129,7 +131,7 @@ def _clipped(raw: Tensor, x: Tensor, eps: float, norm: str, model: PyTorchModel)
 
 def _better(
     x: Tensor,
-    norm: str,
+    norm: AnyNorm,
     eps: float | None,
     before: tuple[Tensor, Tensor, Tensor],
     now: tuple[Tensor, Tensor, Tensor],
@@ -183,14 +185,15 @@ class _Descent(Attack):
         criterion: Criterion,
         radii: list[float | None],
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        if None in radii:
+        given = [eps for eps in radii if eps is not None]
+        if len(given) < len(radii):
             raise ValueError(
                 f"{type(self).__name__} needs a radius, got epsilons={radii}; minimum-norm attacks "
                 "take None"
             )
         lower, upper = model.bounds
         found = []
-        for eps in radii:
+        for eps in given:
             alpha = self.rel_stepsize * eps if self.abs_stepsize is None else self.abs_stepsize
             attack = self._native(
                 model,
@@ -215,7 +218,7 @@ class _Descent(Attack):
         """Return foolbox's random start, with its draws."""
 
         def start(x: Tensor) -> Tensor:
-            like = {"dtype": x.dtype, "device": x.device}
+            like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
             if self.norm == "Linf":
                 return (x + (torch.rand(x.shape, **like) * 2 * eps - eps)).clamp(lower, upper)
             b, n = x.flatten(1).shape
@@ -252,7 +255,8 @@ class L1ProjectedGradientDescentAttack(_Descent):
 class LinfBasicIterativeAttack(_Descent):
     """PGD in Linf from the inputs."""
 
-    norm, rel_stepsize, steps, random_start = "Linf", 0.2, 10, False
+    norm: AnyNorm = "Linf"
+    rel_stepsize, steps, random_start = 0.2, 10, False
 
 
 class L2BasicIterativeAttack(LinfBasicIterativeAttack):
@@ -270,7 +274,7 @@ class L1BasicIterativeAttack(LinfBasicIterativeAttack):
 class LinfFastGradientAttack(_Descent):
     """One step of size epsilon in Linf: FGSM."""
 
-    norm = "Linf"
+    norm: AnyNorm = "Linf"
 
     def __init__(self, *, random_start: bool = False):
         super().__init__(rel_stepsize=1.0, steps=1, random_start=random_start)
@@ -380,7 +384,7 @@ class L2DeepFoolAttack(_Minimum):
         loss: must be "logits".
     """
 
-    norm = "L2"
+    norm: BoundaryNorm = "L2"
 
     def __init__(
         self,
@@ -434,7 +438,7 @@ class LInfFMNAttack(_Minimum):
         max_stepsize: the first step size; pyadv's default for the norm by default.
     """
 
-    norm = "Linf"
+    norm: AnyNorm = "Linf"
 
     def __init__(self, *, steps: int = 100, max_stepsize: float | None = None, gamma: float = 0.05):
         self.steps, self.max_stepsize, self.gamma = steps, max_stepsize, gamma

@@ -42,6 +42,8 @@ class PyTorchModel(nn.Module):
     """
 
     data_format = "channels_first"
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(
         self,
