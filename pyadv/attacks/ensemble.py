@@ -21,6 +21,7 @@ from pyadv.attacks.progress import Progress
 from pyadv.engine import checks
 from pyadv.engine.attack import Attack, Model
 from pyadv.engine.results import AttackResult
+from pyadv.menus import BatchNormMode
 from pyadv.passes.borrow import (
     Output,
     borrowed,
@@ -649,7 +650,7 @@ def _passed(model: Model, x: Tensor, output: Output, as_is: bool) -> Iterator[No
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     saved = [b.clone() for b in buffers]
     devices = [device] if device.type == "cuda" else []
-    mode = "as_is" if as_is else "eval"
+    mode: BatchNormMode = "as_is" if as_is else "eval"
     with torch.random.fork_rng(devices), gradients_on(), borrowed(model, mode):
         leaf = owned(x).to(device, copy=True).requires_grad_()
         logits = pick_logits(model(leaf), output, len(leaf))
