@@ -10,7 +10,7 @@ from pyadv._native import build
 from pyadv._version import __version__
 
 if TYPE_CHECKING:
-    from pyadv.evaluation import evaluate
+    from pyadv.evaluation.evaluate import evaluate
 
 __all__ = ["__version__", "attacks", "build", "evaluate", "objectives", "ops", "reference"]
 
