@@ -24,7 +24,8 @@ def test_the_commands_are_those_of_the_local_run():
     assert len(commands) > 10
     (newest,) = jobs["tests"]["strategy"]["matrix"]["torch"]
     for command in commands:
-        command = command.replace("${{ matrix.torch }}", f"${{TORCH:-{newest}}}")
+        for version in ("${{ matrix.torch }}", newest):
+            command = command.replace(f"torch=={version}", f"torch==${{TORCH:-{newest}}}")
         assert " ".join(command.split()).replace(" --quiet", "") in local, command
 
 
