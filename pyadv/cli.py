@@ -299,7 +299,7 @@ def _train(given: dict[str, Any]) -> None:
             text += f"; continue with: pyadv train --resume {folder}"
         display.message(text)
         raise typer.Exit(130) from None
-    if PartialState().is_main_process:
+    if PartialState().is_main_process and report is not None:
         console.print(report_table(report, str(folder)))
 
 
@@ -534,7 +534,8 @@ def _evaluate(
         with together(model, None, () if other is None else (other,)) as processes:
             main = processes.rank == 0
             display = training.Display(Console(), quiet=not main)
-            folder = processes.first(_folder(out, subject, target, settings) if main else None)
+            named_folder = _folder(out, subject, target, settings) if main else Path()
+            folder = processes.first(named_folder)
             try:
                 with RunLock(folder, active=main):
                     document = _measure(suite, model, x, y, work, named, folder, processes, display)
@@ -588,8 +589,9 @@ def _subject(
         options = ", ".join(f"--{name.replace('_', '-')}" for name in network)
         raise ValueError(f"{options}: for a network by name, but {target} has its own")
     if run is None:
-        absent = [name for name, value in (("--data", data), ("--eps", eps)) if value is None]
-        if absent:
+        if data is None or eps is None:
+            given = (("--data", data), ("--eps", eps))
+            absent = [name for name, value in given if value is None]
             raise ValueError(
                 f"{target} does not come with data and a radius: give {', '.join(absent)}"
             )

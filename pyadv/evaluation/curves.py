@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def accuracy_curves(
     seed: int | None = 0,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Curves:
     """Measure accuracy under PGD on the margin loss from a random start, at the first iterate that

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class _Common(TypedDict):
     norm: Norm | float
     seed: int
     batch_size: int
-    progress: Progress | str | None
+    progress: Progress | Literal["auto"] | None
     group: Processes
 
 
@@ -283,7 +283,7 @@ def run_suite(
     surrogate: Callable[..., Any] | None = None,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
     title: str = "Evaluation",
     command: str = "",

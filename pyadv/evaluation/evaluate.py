@@ -118,7 +118,7 @@ def evaluate(
     chunk: int = 4096,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Report:
     """Measure the accuracy of `model` on the samples, clean and under each attack.
@@ -320,7 +320,7 @@ def run_attacks(
     chunk: int = 4096,
     state: str | Path | None = None,
     state_name: str | None = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Report:
     """Return the report of these attacks, whether or not they fit its heading `where`. Other

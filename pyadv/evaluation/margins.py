@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ def measure_margins(
     batch_size: int = 500,
     seed: int | None = 0,
     output: Output = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> Margins:
     """Measure the distance of each sample to the decision boundary in several ways.

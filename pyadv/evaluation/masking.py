@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ def check_masking(
     seed: int = 0,
     batch_size: int = 500,
     output: Output = None,
-    progress: Progress | str | None = "auto",
+    progress: Progress | Literal["auto"] | None = "auto",
     group: Any = None,
 ) -> MaskingReport:
     """Look for signs that the accuracy of `model` under attack is not robustness.
@@ -177,7 +177,7 @@ class _Study:
         y: Tensor,
         eps: float,
         batch_size: int,
-        progress: Progress | str | None,
+        progress: Progress | Literal["auto"] | None,
         common: _Common,
         processes: Processes,
     ):

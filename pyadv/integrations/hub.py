@@ -26,7 +26,7 @@ from pyadv.training.checkpoint import Trained, network
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
-class PretrainedRun(
+class PretrainedRun(  # type: ignore[call-arg]  # ModelHubMixin takes the keywords
     nn.Module,
     ModelHubMixin,
     library_name="pyadv",

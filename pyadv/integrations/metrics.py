@@ -12,7 +12,7 @@ with the same methods.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,48 +21,55 @@ from pyadv.attacks.ensemble import AttackLike
 from pyadv.attacks.pgd import PGD
 from pyadv.engine import predict
 
-try:
-    from torchmetrics import Metric as _Base
 
-    def _everywhere(metric: _Base, name: str) -> Tensor:
-        """Return a count; torchmetrics sums over the processes by itself."""
-        return getattr(metric, name)
+class _Counting(nn.Module):
+    """What `RobustAccuracy` uses of `torchmetrics.Metric`."""
 
-except ImportError:
+    robust: Tensor
+    total: Tensor
+    update: Callable[..., None]
 
-    class _Base(nn.Module):
-        """What `RobustAccuracy` uses of `torchmetrics.Metric`."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: list[str] = []
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._counts: list[str] = []
+    def add_state(self, name: str, default: Tensor, dist_reduce_fx: str) -> None:
+        self._counts.append(name)
+        self.register_buffer(name, default.clone(), persistent=False)
 
-        def add_state(self, name: str, default: Tensor, dist_reduce_fx: str) -> None:
-            self._counts.append(name)
-            self.register_buffer(name, default.clone(), persistent=False)
+    def reset(self) -> None:
+        """Forget all batches."""
+        for name in self._counts:
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
 
-        def reset(self) -> None:
-            """Forget all batches."""
-            for name in self._counts:
-                setattr(self, name, torch.zeros_like(getattr(self, name)))
+    def forward(self, *batch: Any) -> Tensor:
+        """Add a batch, and return its own value, on this process."""
+        before = {name: getattr(self, name) for name in self._counts}
+        self.reset()
+        self.update(*batch)
+        value = self.robust / self.total
+        for name, count in before.items():
+            setattr(self, name, count + getattr(self, name))
+        return value
 
-        def forward(self, *batch: Any) -> Tensor:
-            """Add a batch, and return its own value, on this process."""
-            before = {name: getattr(self, name) for name in self._counts}
-            self.reset()
-            self.update(*batch)
-            value = self.robust / self.total
-            for name, count in before.items():
-                setattr(self, name, count + getattr(self, name))
-            return value
 
-    def _everywhere(metric: _Base, name: str) -> Tensor:
-        """Return the sum of a count over the processes."""
-        count = getattr(metric, name)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = count.clone()
-            torch.distributed.all_reduce(count)
-        return count
+if TYPE_CHECKING:
+    _Base = _Counting
+else:
+    try:
+        from torchmetrics import Metric as _Base
+    except ImportError:
+        _Base = _Counting
+
+
+def _everywhere(metric: nn.Module, name: str) -> Tensor:
+    """Return the sum of a count over the processes; torchmetrics forms it by itself."""
+    count: Tensor = getattr(metric, name)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(metric, _Counting) and distributed:
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return count
 
 
 class RobustAccuracy(_Base):
@@ -79,6 +86,8 @@ class RobustAccuracy(_Base):
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
+
+    clean: Tensor
 
     def __init__(self, attack: AttackLike, **settings: Any):
         super().__init__(**settings)

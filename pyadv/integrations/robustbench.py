@@ -14,6 +14,7 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pyadv.compat import autoattack
 from pyadv.engine import checks
+from pyadv.menus import Norm
 
 DATASETS = ("cifar10", "cifar100", "imagenet")
 THREATS = ("Linf", "L2", "corruptions", "corruptions_3d")
@@ -89,8 +91,15 @@ class AutoAttack(autoattack.AutoAttack):
         seed: None means 0, because a continued evaluation needs the seed that it began with.
     """
 
-    def __init__(self, model: Any, *arguments: Any, seed: int | None = None, **settings: Any):
-        super().__init__(model, *arguments, seed=0 if seed is None else seed, **settings)
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        norm: Norm = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        **settings: Any,
+    ):
+        super().__init__(model, norm, eps, 0 if seed is None else seed, **settings)
 
     def run_standard_evaluation(
         self,
@@ -133,14 +142,14 @@ def install() -> None:
     package = types.ModuleType("autoattack", "AutoAttack, run by pyadv.")
     state = types.ModuleType("autoattack.state", "State files of AutoAttack, run by pyadv.")
     package.__path__ = []  # a package, which has submodules
-    package.AutoAttack, package.state = AutoAttack, state
-    state.EvaluationState = EvaluationState
+    vars(package).update(AutoAttack=AutoAttack, state=state)
+    vars(state).update(EvaluationState=EvaluationState)
     for name in [m for m in sys.modules if m.split(".")[0] == "autoattack"]:
         del sys.modules[name]
     sys.modules.update({"autoattack": package, "autoattack.state": state})
     evaluation = sys.modules.get("robustbench.eval")
     if evaluation is not None:
-        evaluation.AutoAttack, evaluation.EvaluationState = AutoAttack, EvaluationState
+        vars(evaluation).update(AutoAttack=AutoAttack, EvaluationState=EvaluationState)
 
 
 def load_model(name: str, model_dir: str | Path = "./models") -> nn.Module:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from pyadv import models
 from pyadv._names import did_you_mean
 from pyadv.data import Images, Plan, load, transformed_batches
+from pyadv.menus import Derivative
 from pyadv.objectives import AWP, EMR, NormPenalty, Objective
 from pyadv.objectives.step import Schedule
 from pyadv.ops import NormProduct
 from pyadv.passes.borrow import borrowed, is_sharded
-from pyadv.training.config import Config
+from pyadv.training.config import Config, Resolved
 from pyadv.training.loaders import Loaders
 from pyadv.training.methods import METHODS
 from pyadv.training.schedules import lr_factor
@@ -70,13 +71,13 @@ def architecture(config: Config, data: Images | Loaders) -> dict[str, Any]:
         "image_size": tuple(size),
     }
     args = config.model_args
-    if config.model.startswith("timm:"):
+    if _is_of_timm(config):
         args = {k: v for k, v in args.items() if k not in _FIRST_WEIGHTS}
     optional = {"args": args, "mean": config.mean, "std": config.std}
     return result | {name: value for name, value in optional.items() if value}
 
 
-def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.Module:
+def network(config: Resolved, architecture: dict[str, Any], *, fresh: bool) -> nn.Module:
     """Return the network of a run that begins (`fresh`), with the weights it starts from, or that
     is resumed.
 
@@ -88,6 +89,10 @@ def network(config: Config, architecture: dict[str, Any], *, fresh: bool) -> nn.
     return models.create(**architecture | begin)
 
 
+def _is_of_timm(config: Config) -> bool:
+    return config.model is not None and config.model.startswith("timm:")
+
+
 def trained_network(config: Config, data: Images) -> nn.Module:
     """Return the trained network that the network's settings of `config` name, in eval mode.
 
@@ -97,7 +102,7 @@ def trained_network(config: Config, data: Images) -> nn.Module:
         ValueError: as `pyadv.models.create` does, and if the network would have fresh weights.
     """
     fresh = config.weights is None and not any(map(config.model_args.get, _FIRST_WEIGHTS))
-    timm = config.model.startswith("timm:")
+    timm = _is_of_timm(config)
     if fresh and (timm or config.model in models.MODELS):
         also = ", or model_args pretrained=true" if timm else ""
         raise ValueError(f"model {config.model!r} is untrained: give a file of weights{also}")
@@ -108,15 +113,19 @@ def trained_network(config: Config, data: Images) -> nn.Module:
 def own_network(config: Config, model: nn.Module, data: Images | Loaders) -> nn.Module:
     """Return the user's network such that it takes images in [0, 1] and returns logits."""
     model = models.returning_logits("model", model, len(data.classes), data.shape)
-    return model if config.mean is None else models.Normalized(model, config.mean, config.std)
+    if config.mean is None or config.std is None:
+        return model
+    return models.Normalized(model, config.mean, config.std)
 
 
 def optimizer(config: Config, model: nn.Module) -> Optimizer:
     """Return the optimizer that a config names."""
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.lr is None:
+        raise ValueError("lr must be a number, got None: config must be resolved")
+    lr, decay = config.lr, config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **settings)
-    return torch.optim.SGD(model.parameters(), momentum=config.momentum, **settings)
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay)
 
 
 _FIRST_WEIGHTS = ("pretrained", "checkpoint_path")  # arguments of timm
@@ -138,7 +147,7 @@ def device(name: str | None) -> torch.device:
 
 
 def objective(
-    config: Config, model: nn.Module, data: Images | Loaders, derivative: str | None = None
+    config: Resolved, model: nn.Module, data: Images | Loaders, derivative: Derivative | None = None
 ) -> Objective:
     """Return the objective of a resolved `config`: its method and the terms added to it.
 
@@ -151,8 +160,9 @@ def objective(
     result = METHODS[config.method].build(config.to_dict())
     if config.emr:
         derivative = derivative or emr_derivative(model, data)
-        form = {"temperature": config.emr_temperature, "derivative": derivative}
-        result = result + EMR(lam=_emr_lam(config), **form)
+        result = result + EMR(
+            lam=_emr_lam(config), temperature=config.emr_temperature, derivative=derivative
+        )
     if config.norm_penalty:
         result = result + NormPenalty(config.norm_penalty, NormProduct(model, data.shape))
     if config.awp:
@@ -160,7 +170,7 @@ def objective(
     return result
 
 
-def emr_derivative(model: nn.Module, data: Images | Loaders) -> str:
+def emr_derivative(model: nn.Module, data: Images | Loaders) -> Derivative:
     """Return the form of EMR that the network allows: "tangent", which needs second derivatives, or
     "difference".
 
@@ -187,7 +197,7 @@ def emr_derivative(model: nn.Module, data: Images | Loaders) -> str:
     return "tangent"
 
 
-def _emr_lam(config: Config) -> Schedule:
+def _emr_lam(config: Resolved) -> Schedule:
     if not config.emr_milestones:
         return config.emr
     return lambda epoch: (

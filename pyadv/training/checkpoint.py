@@ -74,7 +74,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Trained:
     config = Config.from_dict(state["config"])
     if model is None:
         model = network(state["architecture"])
-    elif config.mean is not None:
+    elif config.mean is not None and config.std is not None:
         model = models.Normalized(model, config.mean, config.std)
     if config.ema:
         average = AveragedModel(model)

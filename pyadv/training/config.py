@@ -13,19 +13,38 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pyadv import _state
 from pyadv._names import did_you_mean
-from pyadv.data import Images
 from pyadv.engine.checks import canonical_norm
 from pyadv.engine.task import step_size
+from pyadv.menus import LossName, Norm, Speed, StartName
 from pyadv.training.methods import METHOD_SETTINGS, METHODS
-from pyadv.training.schedules import SCHEDULES
+from pyadv.training.schedules import SCHEDULES, ScheduleName
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # to Accelerate's names
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: dict[Precision, str] = {  # to Accelerate's names
+    "fp32": "no",
+    "bf16": "bf16",
+    "fp16": "fp16",
+}
 
 OPTIMIZERS = ("sgd", "adamw")
+
+_C = TypeVar("_C", bound="Config")
 
 # Defaults that follow from the data set, for Linf.
 _GREY = {
@@ -50,6 +69,16 @@ _COLOUR = {  # Pang et al. (2021), "Bag of Tricks for Adversarial Training"
 _BY_NAME = {"mnist": _DIGITS, "kmnist": _DIGITS, "svhn": {**_COLOUR, "lr": 0.01, "augment": False}}
 
 
+class Described(Protocol):
+    """What the defaults of a run follow from: a data set, or the user's loaders."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+
 @dataclass
 class Config:
     """Settings of a run. Those that are None follow from the data set or the method: see
@@ -65,18 +94,19 @@ class Config:
     workers: int | None = None  # processes that read and transform; None: one per core, at most 8
     transform: str | None = None  # augmentation by the workers, see `data.streams.find_transform`
     model: str | None = None  # a name that `pyadv.models.create` knows
-    model_args: dict = dataclasses.field(default_factory=dict)  # keyword arguments of the network
+    # keyword arguments of the network
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None  # file of weights that training starts from
     mean: tuple[float, ...] | None = None  # of the pixels, inside the network; with std
     std: tuple[float, ...] | None = None
 
-    norm: str = "Linf"
+    norm: Norm = "Linf"
     eps: float | None = None
     alpha: float | None = None  # None: follows eps, norm and steps, see `step_size`
     steps: int = 10
-    start: str = "keyed"  # start of the attack: keyed, uniform, normal_small or none
-    attack_loss: str | None = None  # loss that the attack increases
-    speed: str = "fast"  # of the attack: exact, fast or bfloat16, see PGD
+    start: StartName = "keyed"  # of the attack
+    attack_loss: LossName | None = None  # loss that the attack increases
+    speed: Speed = "fast"  # of the attack, see PGD
     eps_warmup: int | None = None  # epochs over which eps and alpha grow linearly to their values
 
     epochs: int | None = None
@@ -85,7 +115,7 @@ class Config:
     optimizer: str = "sgd"  # sgd or adamw
     clip: float = 0.0  # largest norm of the gradient; 0: no limit
     lr: float | None = None
-    schedule: str | None = None
+    schedule: ScheduleName | None = None
     milestones: tuple[float, ...] | None = None  # of "piecewise", as shares of the run
     factors: tuple[float, ...] = ()  # factor of lr from each milestone on; (): 0.1, 0.01, ...
     momentum: float = 0.9
@@ -93,7 +123,7 @@ class Config:
     augment: bool | None = None  # random crop with a border of an eighth, and flip
     val: int = 0  # training images held out; best.pt is the epoch most robust on them
     seed: int = 0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     log_with: str | None = None  # trackers of Accelerate; None: tensorboard if it is installed
     fsdp: bool = False  # shard weights, gradients and the optimizer's state over the processes
     channels_last: bool = False  # memory order of images and weights; fast in 16 bits on GPUs
@@ -116,7 +146,7 @@ class Config:
     mail_bias: float | None = None
     mail_normalize: str | None = None
 
-    def resolve(self, data: Images) -> Config:
+    def resolve(self, data: Described) -> Resolved:
         """Return a checked copy with all defaults filled in.
 
         Settings that the method does not have stay None, and so does tau for the official schedule.
@@ -139,12 +169,13 @@ class Config:
             if getattr(config, name) is None:
                 setattr(config, name, value)
         config.check()
+        resolved = Resolved.from_dict(config.to_dict())
         if config.alpha is None:
-            config.alpha = step_size(config.eps, norm, config.steps)
-        for name, value in METHODS[config.method].resolved(config.epochs).items():
-            if getattr(config, name) is None:
-                setattr(config, name, value)
-        return config
+            resolved.alpha = float(step_size(resolved.eps, norm, resolved.steps))
+        for name, value in METHODS[resolved.method].resolved(resolved.epochs).items():
+            if getattr(resolved, name) is None:
+                setattr(resolved, name, value)
+        return resolved
 
     def check(self) -> None:
         """Raise ValueError if a setting is out of range.
@@ -184,15 +215,17 @@ class Config:
             raise ValueError(f"mean and std must go together, got mean={self.mean}, std={self.std}")
         for name in ("milestones", "emr_milestones"):
             _check_milestones(name, getattr(self, name) or ())
-        if self.begin_epoch is not None and self.begin_epoch > self.epochs:
+        begin, epochs = self.begin_epoch, self.epochs
+        if begin is not None and epochs is not None and begin > epochs:
             raise ValueError(
                 f"begin_epoch must be <= epochs, or no weight would ever count, got "
-                f"{self.begin_epoch} and {self.epochs}"
+                f"{begin} and {epochs}"
             )
-        if self.factors and len(self.factors) != len(self.milestones):
+        milestones = self.milestones or ()
+        if self.factors and len(self.factors) != len(milestones):
             raise ValueError(
                 f"factors must be as many as milestones, got {len(self.factors)} and "
-                f"{len(self.milestones)}"
+                f"{len(milestones)}"
             )
         if bad := [f for f in self.factors if not 0 <= f <= 1]:
             raise ValueError(f"factors must be shares of lr in [0, 1], got {bad[0]}")
@@ -212,14 +245,14 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
+    def from_dict(cls: type[_C], values: dict[str, Any]) -> _C:
         """Make a Config of plain values, as JSON, TOML and the command line have them.
 
         Numbers may be fractions in text ("8/255"). Raises ValueError for a setting that does not
         exist or has the wrong type. A "provenance", as config.json has it, is left out.
         """
         values = {name: value for name, value in values.items() if name != "provenance"}
-        types = {f.name: f.type for f in dataclasses.fields(cls)}
+        types = get_type_hints(cls)
         if unknown := sorted(str(name) for name in values if name not in types):
             hint = "".join(did_you_mean(name, types) for name in unknown)
             raise ValueError(f"config has unknown settings {unknown}{hint}")
@@ -230,6 +263,22 @@ class Config:
         content = self.to_dict() | ({} if provenance is None else {"provenance": provenance})
         text = json.dumps(content, indent=2) + "\n"
         _state.write(path, lambda file: file.write(text.encode()))
+
+
+if TYPE_CHECKING:
+
+    class Resolved(Config):
+        """The settings of a run as `Config.resolve` returns them: these are known."""
+
+        model: str
+        eps: float
+        alpha: float
+        eps_warmup: int
+        epochs: int
+        augment: bool
+
+else:
+    Resolved = Config  # one class at run time, so that equal settings compare as equal
 
 
 def number(value: Any) -> float:
@@ -288,17 +337,22 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _read(name: str, value: Any, type_: str) -> Any:
-    """Return `value` as the type of its field, e.g. "float | None"."""
-    kind, *rest = type_.split(" | ")
-    if value is None and rest:
+def _read(name: str, value: Any, type_: Any) -> Any:
+    """Return `value` as the type of its field, such as `float | None`.
+
+    Any text passes as the type of a menu: whoever uses the setting checks it.
+    """
+    types = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+    if value is None and type(None) in types:
         return None
+    origin = get_origin(types[0]) or types[0]
+    kind = "str" if origin is Literal else origin.__name__
     try:
         if kind == "float":
             return number(value)
         if kind == "dict":
             return arguments(value)
-        if kind.startswith("tuple"):
+        if kind == "tuple":
             if isinstance(value, str):  # its characters could be numbers
                 raise ValueError(f"{value!r} is not a list of numbers")
             return tuple(number(v) for v in value)

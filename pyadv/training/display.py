@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any, TextIO
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +33,8 @@ class Display:
         self.console = console or Console(stderr=True)
         self.console.quiet = self.console.quiet or quiet
         if not isinstance(self.console.file, _SafeStream):
-            self.console.file = _SafeStream(self.console.file)
+            # The stubs know the base classes of `io` as no IO[str].
+            self.console.file = cast("IO[str]", _SafeStream(self.console.file))
 
     def progress(self) -> Progress:
         """Return a progress bar that is erased at its end and shows each task's `text`."""
@@ -77,22 +78,24 @@ class _SafeStream(io.TextIOBase):
 
     _SPELLED = {"–": "-", "—": "-", "…": "...", "→": "->"}
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self._file, self._silent = file, False
         self._name = next((n for n in ("stdout", "stderr") if getattr(sys, n) is file), None)
 
     @property
-    def _target(self) -> TextIO | None:
+    def _target(self) -> IO[str] | None:
         file = self._file if self._name is None else getattr(sys, self._name)
         return getattr(file, "rich_proxied_file", file)  # rich's own proxy would write to us
 
+    # At run time the base has a property here too; its stub has an attribute.
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]
         return getattr(self._target, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
         try:
-            return not self._silent and self._target.isatty()
+            target = self._target
+            return not self._silent and target is not None and target.isatty()
         except (AttributeError, ValueError, OSError):
             return False
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -14,6 +14,14 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 from pyadv.data import as_float
 from pyadv.data.reading import IMAGE_KEYS, LABEL_KEYS
 from pyadv.data.seeds import mixed, seeded
+
+
+class Loader(Protocol):
+    """A loader of batches, such as a DataLoader of a map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Loaders:
@@ -35,7 +43,7 @@ class Loaders:
 
     name = "own loader"
 
-    def __init__(self, train: Iterable, val: Iterable | None, test: Iterable | None) -> None:
+    def __init__(self, train: Loader, val: Loader | None, test: Loader | None) -> None:
         self.train, self.val, self.test = train, val, val if test is None else test
         for name in ("train", "val", "test"):
             loader = getattr(self, name)
@@ -50,15 +58,16 @@ class Loaders:
                 raise ValueError(f"{name} must have at least one batch, it is empty")
         with seeded(0):
             x, _, _ = unpack(next(iter(train)), "train")
-        self.shape: tuple[int, int, int] = tuple(x.shape[1:])
+        _, channels, height, width = x.shape
+        self.shape = (channels, height, width)
         self.classes: tuple[str, ...] = tuple(
             map(str, getattr(getattr(train, "dataset", None), "classes", ()))
         )
 
-    def samples(self, split: str) -> tuple[_Floats] | None:
+    def samples(self, split: str) -> tuple[FloatBatches] | None:
         """Return a split as arguments of `evaluate`, None if there is none."""
         loader = getattr(self, split)
-        return None if loader is None else (_Floats(loader, split),)
+        return None if loader is None else (FloatBatches(loader, split),)
 
 
 class LoaderBatches:
@@ -78,19 +87,19 @@ class LoaderBatches:
         ValueError: if several processes cannot divide the batches.
     """
 
-    def __init__(self, loader: Iterable, accelerator: Accelerator, seed: int) -> None:
+    def __init__(self, loader: Loader, accelerator: Accelerator, seed: int) -> None:
         self.device, self.seed = accelerator.device, seed
         several = accelerator.num_processes > 1
         if several:
             _check_divisible(loader)
         groups = getattr(loader, "batch_sampler", None)
-        self.sampler = getattr(groups, "sampler", getattr(loader, "sampler", None))
-        draws = hasattr(self.sampler, "generator") and self.sampler.generator is None
+        self.sampler: Any = getattr(groups, "sampler", getattr(loader, "sampler", None))
+        draws = getattr(self.sampler, "generator", ...) is None
         self.order = torch.Generator() if draws else None
         known = draws or isinstance(self.sampler, SequentialSampler)
         self.can_skip = several or (type(groups) is BatchSampler and known)
         with self._ordered(0):  # else Accelerate gives the sampler a generator
-            self.loader = accelerator.prepare(loader) if several else loader
+            self.loader: Loader = accelerator.prepare(loader) if several else loader
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -114,9 +123,11 @@ class LoaderBatches:
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for part in (self.loader, getattr(self.loader, "sampler", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-        loader, number = self.loader, 0
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        loader: Loader = self.loader
+        number = 0
         if start and self.can_skip:  # other samplers may draw from torch's generator, so they run
             loader, number = skip_first_batches(loader, start), start
         with seeded(self.seed, epoch):
@@ -128,10 +139,9 @@ class LoaderBatches:
                 return
             if number >= start:
                 x, y, ids = unpack(batch, "train")
-                moved = [
-                    t if t is None else t.to(self.device, non_blocking=True) for t in (x, y, ids)
-                ]
-                yield as_float(moved[0]), moved[1], moved[2]
+                x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+                ids = None if ids is None else ids.to(self.device, non_blocking=True)
+                yield as_float(x), y, ids
             number += 1
 
 
@@ -148,10 +158,10 @@ def _check_divisible(loader: Any) -> None:
         )
 
 
-class _Floats:
+class FloatBatches:
     """A loader whose batches are (x, y) with float32 images."""
 
-    def __init__(self, loader: Iterable, name: str) -> None:
+    def __init__(self, loader: Loader, name: str) -> None:
         self.loader, self.name = loader, name
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

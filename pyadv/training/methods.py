@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyadv.attacks import PGD, FriendlyPGD
+from pyadv.menus import Speed, WeightedBase
 from pyadv.objectives import (
     AT,
     FAT,
@@ -88,14 +89,14 @@ def _attack_settings(s: Settings) -> dict[str, Any]:
     return {"loss": s["attack_loss"], "speed": speed, **{name: s[name] for name in same}}
 
 
-def _speed(speed: str, precision: str) -> str:
+def _speed(speed: Speed, precision: str) -> Speed:
     """Return the attack's speed; in a bf16 run "fast" means bfloat16."""
     return "bfloat16" if (speed, precision) == ("fast", "bf16") else speed
 
 
 def _stretched(schedule: Piecewise, length: int, epochs: int) -> Callable[[int], int]:
     """Stretch a schedule for `length` epochs over `epochs` epochs."""
-    return lambda epoch: schedule(max(1, round(epoch * length / epochs)))
+    return lambda epoch: int(schedule(max(1, round(epoch * length / epochs))))
 
 
 def _trades(attack: PGD, s: Settings, tau: Tau) -> Objective:
@@ -117,7 +118,7 @@ def _gair_rst(attack: PGD, s: Settings, tau: Tau) -> Objective:
     return GAIRRST(attack, margin_attack, s["beta"], lam)
 
 
-def _mail(base: str) -> Callable[[PGD, Settings, Tau], Objective]:
+def _mail(base: WeightedBase) -> Callable[[PGD, Settings, Tau], Objective]:
     return lambda attack, s, tau: MAIL(
         attack,
         base,

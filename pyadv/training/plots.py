@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pyadv._plot_style import BLUE, GREY, RED, plain
@@ -77,7 +78,9 @@ def kappa(records: Records, path: Path) -> None:
         right.text(edge, share[-1, at], f"{text}\n", ha=side, va="center", fontsize="small")
     right.margins(y=0.1)
     plain(right)
-    figure.get_layout_engine().set(wspace=0.08)
+    layout = figure.get_layout_engine()
+    if isinstance(layout, ConstrainedLayoutEngine):
+        layout.set(wspace=0.08)
     figure.savefig(path, dpi=150)
 
 

@@ -70,7 +70,7 @@ def train(
             trainer.config.save(folder / "config.json", _provenance(trainer))
         trainer.save()  # from here on the run can be resumed, whatever happens
         trainer.accelerator.wait_for_everyone()
-        return _complete(trainer)
+        return _complete(trainer, folder)
 
 
 def resume(
@@ -132,7 +132,7 @@ def resume(
                 trainer.config.save(folder / "config.json", _provenance(trainer))
         if changed:
             trainer.save()  # a kill must not bring the old number back
-        return _complete(trainer)
+        return _complete(trainer, folder)
 
 
 def _data(config: Config, data: Images | None, parts: dict[str, Any]) -> Images | None:
@@ -150,9 +150,9 @@ def _refuse_a_run(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a run already; resume it, or choose another folder")
 
 
-def _complete(trainer: Trainer) -> Report | None:
+def _complete(trainer: Trainer, folder: Path) -> Report | None:
     """Train to the end, evaluate, and write the report and the pictures."""
-    config, folder, data = trainer.config, trainer.folder, trainer.data
+    config, data = trainer.config, trainer.data
     if isinstance(data, StreamedImages):
         trainer.display.message(data.residence)
     trainer.display.message(_announcement(trainer))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Literal, TypeAlias, get_args
 
-SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
+ScheduleName: TypeAlias = Literal["constant", "piecewise", "cosine", "cyclic"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 _PEAK = 0.4  # progress at the peak of the cyclic schedule (Rice et al. 2020, "superconverge")
 
 
 def lr_factor(
-    schedule: str,
+    schedule: ScheduleName,
     progress: float,
     milestones: tuple[float, ...] = (),
     factors: tuple[float, ...] = (),

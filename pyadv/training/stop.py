@@ -28,7 +28,7 @@ class StopSignal:
             self.previous = {}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._restore()
 
     def _receive(self, number: int, frame: Any) -> None:

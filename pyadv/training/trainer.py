@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from accelerate import Accelerator
@@ -21,17 +21,25 @@ from torch.optim.swa_utils import AveragedModel
 from pyadv import evaluation, models
 from pyadv._host_copy import start_host_copy
 from pyadv.attacks import PGD
-from pyadv.data import Images
+from pyadv.data import Images, Plan
+from pyadv.data.streams import SampleBatches
+from pyadv.engine.task import GradientSettings
 from pyadv.training import build, checkpoint, sharding
 from pyadv.training.callbacks import Callback
 from pyadv.training.config import PRECISIONS, Config
 from pyadv.training.display import Display, percent
-from pyadv.training.loaders import LoaderBatches, Loaders
+from pyadv.training.loaders import FloatBatches, Loader, LoaderBatches, Loaders
 from pyadv.training.records import Records, trackers
 from pyadv.training.schedules import lr_factor
 from pyadv.training.stop import StopSignal
 
+Every: TypeAlias = Literal["epoch", "step"]
+EVERY: tuple[Every, ...] = get_args(Every)
 _PROBE = 1000  # training images on which clean accuracy is measured after each epoch
+
+
+# A split as the arguments of `evaluate` that come after the model.
+_Samples = tuple[Tensor, Tensor] | tuple[SampleBatches] | tuple[FloatBatches]
 
 
 class Interrupted(Exception):
@@ -103,12 +111,12 @@ class Trainer:
         folder: str | Path | None = None,
         *,
         model: nn.Module | None = None,
-        train: Iterable | None = None,
-        val: Iterable | None = None,
-        test: Iterable | None = None,
+        train: Loader | None = None,
+        val: Loader | None = None,
+        test: Loader | None = None,
         optimizer: Optimizer | Callable[..., Optimizer] | None = None,
         scheduler: LRScheduler | Callable[..., LRScheduler] | None = None,
-        scheduler_every: str = "epoch",
+        scheduler_every: Every = "epoch",
         callbacks: Sequence[Callback] = (),
         device: str | None = None,
         display: Display | None = None,
@@ -146,15 +154,16 @@ class Trainer:
             self.architecture |= {"name": None, "class": config.model}
             model = build.own_network(config, model, self.data)
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        device = self.accelerator.device
-        self.average = _Average(model, config.ema, device) if config.ema else None
+            # The stub of `to` lacks the overload for a memory format.
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on = self.accelerator.device
+        self.average = _Average(model, config.ema, on) if config.ema else None
         self.own_optimizer = optimizer is not None
         self.sharded = config.fsdp and self.accelerator.num_processes > 1
         if self.sharded:
             without_ddp = {"device_placement": False, "evaluation_mode": True}
             model = self.accelerator.prepare_model(model, **without_ddp)
-            sharding.shard(model, device.type)
+            sharding.shard(model, on.type)
         if optimizer is None:
             optimizer = build.optimizer(config, model)
         elif not isinstance(optimizer, Optimizer):
@@ -163,8 +172,7 @@ class Trainer:
         if self.own_optimizer:
             config.optimizer = _name(optimizer)
             config.lr = config.schedule = config.milestones = None
-        made = scheduler is None or (hasattr(scheduler, "step") and not isinstance(scheduler, type))
-        self.scheduler = scheduler if made else scheduler(optimizer)
+        self.scheduler = _scheduler(scheduler, optimizer)
         self.scheduler_every = scheduler_every
         _check_scheduler(self.scheduler, scheduler_every, optimizer)
         if self.sharded:
@@ -188,15 +196,19 @@ class Trainer:
         }
 
         self.chunk = build.chunk(self.data)
+        self.probe: _Samples | None = None
+        self.val: _Samples | None = None
+        self.batches: Plan | LoaderBatches
         if isinstance(self.data, Loaders):
             if config.val:
                 raise ValueError("config.val is for data sets: pass val, a loader of held-out data")
-            self.probe, self.val = None, self.data.samples("val")
+            self.val = self.data.samples("val")
             self.batches = LoaderBatches(self.data.train, self.accelerator, config.seed)
         else:
             kept, held = self.data.hold_out(config.val, config.seed)
             self.probe = self.data.samples("train", kept[:_PROBE])
-            self.val = self.data.samples("train", held) if len(held) else None
+            if len(held):
+                self.val = self.data.samples("train", held)
             self.batches = build.batches(
                 config,
                 self.data,
@@ -283,7 +295,7 @@ class Trainer:
         if len(parts) > 1:
             with self._finite_output(x):
                 made = self.objective.prepare(self.model, parts, epoch=self.epoch)
-        total: Tensor | float = 0.0
+        totals: list[Tensor] = []  # of the loss, after each part
         for i, (part, labels, *_) in enumerate(parts):
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -298,9 +310,9 @@ class Trainer:
                 if i == 0:
                     self.optimizer.zero_grad()
                 self.accelerator.backward(loss)
-            total = total + loss.detach()
+            totals.append(loss.detach() + (totals[-1] if totals else 0.0))
             self._count(loss.detach() * len(y), labels)
-        return total
+        return totals[-1]
 
     @contextlib.contextmanager
     def _finite_output(self, x: Tensor) -> Iterator[None]:
@@ -374,12 +386,12 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        if self.own_optimizer:
+        c = self.config
+        if self.own_optimizer or c.lr is None or c.schedule is None:
             return self.optimizer.param_groups[0]["lr"]
         done = (self.epoch - 1) * len(self.batches) + self.step
-        c = self.config
         progress = done / (c.epochs * len(self.batches))
-        return c.lr * lr_factor(c.schedule, progress, c.milestones, c.factors)
+        return c.lr * lr_factor(c.schedule, progress, c.milestones or (), c.factors)
 
     def _warm_up(self) -> None:
         """Set this epoch's eps and alpha, which grow over the first `eps_warmup` epochs.
@@ -390,7 +402,11 @@ class Trainer:
         for attack in self.objective.attacks(self.epoch) if epochs else ():
             share = min(1.0, self.epoch / epochs)
             eps, alpha = share * self.config.eps, share * self.config.alpha
-            attack.settings = replace(attack.settings, eps=eps, alpha=alpha)
+            settings = attack.settings
+            if isinstance(settings, GradientSettings):
+                attack.settings = replace(settings, eps=eps, alpha=alpha)
+            else:
+                attack.settings = replace(settings, eps=eps)
 
     # -- metrics -------------------------------------------------------------------------------
 
@@ -447,7 +463,7 @@ class Trainer:
             record["val_robust"] = report["robust"].accuracy
         return record
 
-    def _evaluate(self, samples: tuple, attacks: dict[str, PGD]) -> evaluation.Report:
+    def _evaluate(self, samples: _Samples, attacks: dict[str, PGD]) -> evaluation.Report:
         c = self.config
         return evaluation.evaluate(
             self.result,
@@ -557,18 +573,18 @@ def _name(part: Any) -> str:
 
 def _the_data(
     data: Images | None,
-    train: Iterable | None,
-    val: Iterable | None,
-    test: Iterable | None,
+    train: Loader | None,
+    val: Loader | None,
+    test: Loader | None,
     model: nn.Module | None,
 ) -> Images | Loaders:
     """Return the data of a run: a data set, or the user's loaders."""
-    if (data is None) == (train is None):
-        raise ValueError("Trainer needs data or train, and not both")
-    if train is None:
+    if data is not None and train is None:
         if val is not None or test is not None:
             raise ValueError("val and test are loaders that go with train; a data set has its own")
         return data
+    if train is None or data is not None:
+        raise ValueError("Trainer needs data or train, and not both")
     loaders = Loaders(train, val, test)
     if not loaders.classes:
         if model is None:
@@ -580,10 +596,10 @@ def _the_data(
 
 
 def _check_parts(
-    config: Config | None, model: Any, optimizer: Any, scheduler: Any, scheduler_every: str
+    config: Config | None, model: Any, optimizer: Any, scheduler: Any, scheduler_every: Every
 ) -> None:
     """Raise ValueError for parts that do not fit together; `config` is None for a resumed run."""
-    if scheduler_every not in ("epoch", "step"):
+    if scheduler_every not in EVERY:
         raise ValueError(f"scheduler_every must be 'epoch' or 'step', got {scheduler_every!r}")
     if scheduler is not None and optimizer is None:
         raise ValueError("scheduler needs an optimizer of your own; config.schedule is for ours")
@@ -611,7 +627,13 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
         raise ValueError("optimizer must have the parameters of model alone; it has others")
 
 
-def _check_scheduler(scheduler: Any, every: str, optimizer: Optimizer) -> None:
+def _scheduler(scheduler: Any, optimizer: Optimizer) -> LRScheduler | None:
+    """Return the scheduler that is given, or the one that the given function makes."""
+    made = scheduler is None or (hasattr(scheduler, "step") and not isinstance(scheduler, type))
+    return scheduler if made else scheduler(optimizer)
+
+
+def _check_scheduler(scheduler: Any, every: Every, optimizer: Optimizer) -> None:
     if isinstance(scheduler, ReduceLROnPlateau) and every == "step":
         raise ValueError(
             "scheduler_every must be 'epoch' for ReduceLROnPlateau, which reads the loss of an "
@@ -642,7 +664,8 @@ class _Average(AveragedModel):
         pairs = list(zip(ours, theirs, strict=True))
         if self.n_averaged > 0:
             floats = [(mine, now) for mine, now in pairs if mine.is_floating_point()]
-            torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - self.decay)
+            averages, current = map(list, zip(*floats, strict=True))
+            torch._foreach_lerp_(averages, current, 1 - self.decay)
             pairs = [(mine, now) for mine, now in pairs if not mine.is_floating_point()]
         for mine, now in pairs:
             mine.copy_(now)
