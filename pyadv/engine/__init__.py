@@ -18,7 +18,15 @@ from pyadv.engine.rules import (
 from pyadv.engine.settable import Settable, Setting
 from pyadv.engine.starts import Noise
 from pyadv.engine.state import Best, PerSample, State
-from pyadv.engine.task import GradientSettings, LoopSettings, Settings, Task, radius, step_size
+from pyadv.engine.task import (
+    GradientSettings,
+    LoopSettings,
+    Settings,
+    Task,
+    memory,
+    radius,
+    step_size,
+)
 
 __all__ = [
     "AttackResult",
@@ -47,6 +55,7 @@ __all__ = [
     "functional",
     "input_gradient",
     "judge",
+    "memory",
     "predict",
     "radius",
     "search",

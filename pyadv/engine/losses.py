@@ -13,7 +13,7 @@ from torch import Tensor
 from pyadv import ops, reference
 from pyadv._names import did_you_mean
 from pyadv.engine import checks
-from pyadv.menus import LOSSES, AttackLossName, GradMode, LossName, Scale
+from pyadv.menus import GRAD_MODES, LOSSES, AttackLossName, GradMode, LossName, Scale
 from pyadv.reference.losses import has_answer, is_correct
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         checks.flag("targeted", self.targeted)
-        if self.grad_mode not in ("fused", "autograd"):
+        if self.grad_mode not in GRAD_MODES:
             raise ValueError(f"grad_mode must be fused or autograd, got {self.grad_mode!r}")
 
     @property
