@@ -254,7 +254,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside compiled and data-parallel wrappers."""
     while True:
         wrapped = isinstance(module, _WRAPPERS)
-        inside = module._modules.get("module" if wrapped else "_orig_mod")
+        children = dict(module._modules.items())  # TorchScript's mapping has no get
+        inside = children.get("module" if wrapped else "_orig_mod")
         if inside is None:
             return module
         module = inside
