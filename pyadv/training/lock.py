@@ -14,7 +14,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # a name for a module holds None here
+    fcntl = None  # type: ignore[assignment]  # the usual form of an optional module
 
 # What flock says where the file system has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
